@@ -1,1 +1,1 @@
-"""The training engine: config, launch, DeepSpeed, loop, schedules, checkpoints, metrics, evaluation. Knows no model and no dataset."""
+"""The training engine: config, launch, DeepSpeed, loop, checkpoints, metrics, evaluation."""

@@ -1,1 +1,1 @@
-"""Model families as packed-sequence nn.Modules with an exact loss: build, load, freeze, count FLOPs, export. Knows no training."""
+"""Model families as packed-sequence modules with their loss inside. Importing this loads no torch."""

@@ -1,0 +1,138 @@
+"""Checkpoints: complete or absent, resumed on the same world size and ZeRO stage.
+
+checkpoints/step-000100/
+    state.json             step, data position, world size, versions: what must match
+    random-00000.safetensors   generators of each rank
+    engine/                DeepSpeed's own files: weights, masters, optimizer
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from triptych_core.config import StageConfig
+
+_TAG = "engine"
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run; half-written ones have another name."""
+    found = sorted((run_dir / "checkpoints").glob("step-??????"))
+    return found[-1] if found else None
+
+
+def save_checkpoint(
+    engine: Any, config: StageConfig, step: int, data_state: dict[str, Any]
+) -> Path:
+    """Save everything a bit-equal resume needs; every rank takes part.
+
+    Written under a temporary name, synced and renamed, then older ones beyond
+    `checkpoint.keep` are removed.
+    """
+    root = config.run.dir / "checkpoints"
+    final, partial = root / f"step-{step:06d}", root / f"partial-step-{step:06d}"
+    is_main = dist.get_rank() == 0
+    if is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    engine.save_checkpoint(str(partial), tag=_TAG, save_latest=False)
+    _save_generators(partial / f"random-{dist.get_rank():05d}.safetensors")
+    dist.barrier()
+    if is_main:
+        state = {"step": step, "data": data_state, **_must_match(config)}
+        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        _sync_tree(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _sync_directory(root)
+        for old in sorted(root.glob("step-??????"))[: -config.checkpoint.keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def load_checkpoint(engine: Any, config: StageConfig, path: Path) -> tuple[int, dict[str, Any]]:
+    """Restore weights, optimizer and generators; returns the step taken last and the data state.
+
+    Raises:
+        ValueError: the checkpoint was made with another world size, ZeRO stage or precision.
+    """
+    state = json.loads((path / "state.json").read_text())
+    for key, wanted in _must_match(config).items():
+        if key != "versions" and state[key] != wanted:
+            raise ValueError(
+                f"{path}/state.json: {key} must be {wanted} as in this run, got {state[key]}; "
+                "resume with the same setting or start in another run.dir"
+            )
+    loaded, _ = engine.load_checkpoint(str(path), tag=_TAG)
+    assert loaded is not None, f"DeepSpeed found no checkpoint in {path}"
+    _load_generators(path / f"random-{dist.get_rank():05d}.safetensors")
+    return int(state["step"]), state["data"]
+
+
+def _must_match(config: StageConfig) -> dict[str, Any]:
+    return {
+        "world_size": dist.get_world_size(),
+        "zero_stage": config.engine.zero.stage,
+        "precision": config.engine.precision,
+        "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
+    }
+
+
+def _save_generators(path: Path) -> None:
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    algorithm, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, words, gauss = random.getstate()
+    tensors["numpy"] = torch.from_numpy(np.asarray(keys, dtype=np.int64))
+    tensors["python"] = torch.tensor(words, dtype=torch.int64)
+    scalars = {
+        "numpy": [algorithm, int(position), int(has_gauss), float(cached)],
+        "python": [version, gauss],
+    }
+    save_file(tensors, path, metadata={"scalars": json.dumps(scalars)})
+
+
+def _load_generators(path: Path) -> None:
+    from safetensors import safe_open
+
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        scalars = json.loads(file.metadata()["scalars"])
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+    algorithm, position, has_gauss, cached = scalars["numpy"]
+    keys = tensors["numpy"].numpy().astype(np.uint32)
+    np.random.set_state((algorithm, keys, position, has_gauss, cached))
+    version, gauss = scalars["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), gauss))
+
+
+def _sync_tree(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _sync_directory(directory)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

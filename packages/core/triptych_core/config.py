@@ -1,0 +1,334 @@
+"""Typed configuration: a pydantic tree per stage, a YAML with what differs, dotted overrides.
+
+Nothing here imports torch, so a misspelt key is refused before any heavy import.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A part of the configuration tree: typed, documented, closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class RunConfig(Section):
+    """Where a run lives and how long it is."""
+
+    dir: Path = Field(Path("runs/default"), description="run folder; everything written goes here")
+    steps: int = Field(1000, ge=1, description="optimizer steps in the whole run")
+    seed: int = Field(0, ge=0, description="seed of weights, order of data and all generators")
+    device: Literal["auto", "cpu"] = Field(
+        "auto", description="auto: what DeepSpeed's accelerator finds; cpu: never a GPU"
+    )
+
+
+class ScheduleConfig(Section):
+    """The learning rate over steps, as a factor on every group's own rate."""
+
+    kind: Literal["constant", "cosine", "linear", "wsd"] = Field("cosine", description="shape")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear rise from 0")
+    decay_steps: int = Field(0, ge=0, description="wsd only: steps of linear fall at the end")
+    min_ratio: Unit = Field(0.0, description="the factor reached at the last step")
+
+
+class OptimConfig(Section):
+    """AdamW with fp32 master weights."""
+
+    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    lr_by_part: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="peak rate of a named part, e.g. {vision: 1e-5}"
+    )
+    weight_decay: float = Field(0.01, ge=0, description="on matrices; never on norms and biases")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    max_grad_norm: float = Field(1.0, ge=0, description="clip the global norm; 0 = never")
+
+
+class ZeroConfig(Section):
+    """What DeepSpeed partitions over data-parallel ranks."""
+
+    stage: Literal[0, 1, 2, 3] = Field(
+        3, description="0 nothing, 1 optimizer states, 2 + gradients, 3 + parameters"
+    )
+    offload_optimizer: bool = Field(False, description="keep optimizer states in host memory")
+    offload_params: bool = Field(False, description="keep parameters in host memory (stage 3)")
+    bucket_size: int = Field(
+        500_000_000, ge=1, description="elements per reduce and all-gather bucket"
+    )
+    persistence_threshold: int = Field(
+        100_000, ge=0, description="stage 3: parameters below this many elements stay whole"
+    )
+
+
+class EngineConfig(Section):
+    """How a step is computed."""
+
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="of weights and activations")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="packs per rank and step")
+    zero: ZeroConfig = ZeroConfig()
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> EngineConfig:
+        zero, gas = self.zero, self.gradient_accumulation_steps
+        if zero.offload_params and zero.stage != 3:
+            raise ValueError(
+                f"engine.zero.offload_params: must go with stage 3, got stage {zero.stage}; "
+                "set engine.zero.stage=3 or offload only the optimizer"
+            )
+        if zero.offload_optimizer and zero.stage == 0:
+            raise ValueError(
+                "engine.zero.offload_optimizer: must go with stage 1, 2 or 3, got stage 0; "
+                "set engine.zero.stage=1"
+            )
+        if zero.stage == 0 and self.precision == "bf16" and gas > 1:
+            raise ValueError(
+                "engine.gradient_accumulation_steps: must be 1 with engine.zero.stage=0 in bf16, "
+                f"got {gas}; DeepSpeed adds up gradients in bf16 there, set engine.zero.stage=1"
+            )
+        return self
+
+
+class CheckpointConfig(Section):
+    """When the state is saved and what is kept."""
+
+    every: int = Field(500, ge=0, description="steps between saves; 0 = only the last step")
+    keep: int = Field(2, ge=1, description="how many checkpoints stay on disk")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: go on from the run folder's newest checkpoint if there is one"
+    )
+
+
+class LogConfig(Section):
+    """What is written while a run goes on."""
+
+    every: int = Field(1, ge=1, description="steps between console lines (metrics.jsonl has all)")
+    progress: bool = Field(True, description="show a progress bar")
+    wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases")
+    wandb_project: str = Field("triptych", description="project name there")
+    peak_tflops: float | None = Field(
+        None, gt=0, description="device peak for MFU; by default taken from the device's name"
+    )
+
+
+class StageConfig(Section):
+    """The sections every stage has; a stage adds its model and data."""
+
+    run: RunConfig = RunConfig()
+    engine: EngineConfig = EngineConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> StageConfig:
+        schedule, steps = self.schedule, self.run.steps
+        phases = schedule.warmup_steps + (schedule.decay_steps if schedule.kind == "wsd" else 0)
+        if phases > steps:
+            raise ValueError(
+                f"schedule: warmup_steps + decay_steps must be at most run.steps ({steps}), "
+                f"got {phases}; shorten them or train longer"
+            )
+        return self
+
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def parse_args(cls: type[Config], argv: Sequence[str], description: str = "") -> Config:
+    """Read `--config FILE` and `a.b=value` overrides into `cls`; print help or the tree if asked.
+
+    Accepts `--local_rank N`, which DeepSpeed's launcher appends. Exits with status 2 and one line
+    per mistake when the user's input is wrong.
+    """
+    path: Path | None = None
+    overrides: list[str] = []
+    print_only = False
+    words = iter(argv)
+    for word in words:
+        name, _, inline = word.partition("=")
+        if word in ("-h", "--help"):
+            print(render_help(cls, description))  # noqa: T201
+            sys.exit(0)
+        elif name == "--config":
+            path = Path(inline or next(words, ""))
+        elif name in ("--local_rank", "--local-rank"):
+            _ = inline or next(words, "")
+        elif word == "--print-config":
+            print_only = True
+        elif not word.startswith("-") and "=" in word:
+            overrides.append(word)
+        else:
+            near = did_you_mean(name, ["--config", "--print-config", "--help"])
+            die([f"{word}: must be an option or section.key=value, got '{word}'{near}"])
+    try:
+        config = load_config(cls, path, overrides)
+    except ValueError as error:
+        die(str(error).splitlines())
+    if print_only:
+        print(dump_config(config), end="")  # noqa: T201
+        sys.exit(0)
+    return config
+
+
+def load_config(
+    cls: type[Config], path: Path | None = None, overrides: Sequence[str] = ()
+) -> Config:
+    """Build `cls` from a YAML file and dotted overrides (`optim.lr=1e-5`), overrides last.
+
+    Raises:
+        ValueError: one line per mistake, each `<dotted path>: <what must hold>, got <value>; …`.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        tree = _read_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    unknown = list(_unknown_keys(cls, tree, ""))
+    if unknown:
+        raise ValueError("\n".join(unknown))
+    try:
+        return cls.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError("\n".join(_one_line(item) for item in error.errors())) from None
+
+
+def dump_config(config: BaseModel) -> str:
+    """The whole resolved tree as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def render_help(cls: type[BaseModel], description: str = "") -> str:
+    """Every key of `cls` with its type, default and meaning."""
+    lines = [description.strip(), ""] if description else []
+    lines += [
+        "options:",
+        "  --config FILE      a YAML file with what differs from the defaults",
+        "  section.key=value  override one key, e.g. optim.lr=1e-5",
+        "  --print-config     print the resolved tree and exit",
+        "  --help             this text",
+        "",
+        "keys:",
+    ]
+    for key, field in _walk_fields(cls, ""):
+        default = "required" if field.is_required() else _default_text(field)
+        lines.append(f"  {key}: {_type_text(field.annotation)} = {default}")
+        if field.description:
+            lines.append(f"      {field.description}")
+    return "\n".join(lines)
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """`; did you mean 'lr'?` for the nearest known word, or which words there are."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; known: {', '.join(sorted(known))}"
+
+
+def die(lines: Sequence[str]) -> NoReturn:
+    """Print the lines once per machine, not once per rank, and exit with status 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for line in lines:
+            print(f"error: {line}", file=sys.stderr)  # noqa: T201
+    sys.exit(2)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"--config: must be an existing YAML file, got '{path}'; check the path")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: must be YAML, got {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: must hold keys, got {type(tree).__name__}")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    dotted, _, text = override.partition("=")
+    *parents, last = dotted.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ValueError(f"{dotted}: must be below a section, got '{parent}' = {child!r}")
+        node = child
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"{dotted}: must be a YAML value, got {text!r}; quote it") from None
+
+
+def _unknown_keys(cls: type[BaseModel], tree: dict[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in tree.items():
+        field = cls.model_fields.get(str(key))
+        if field is None:
+            near = did_you_mean(str(key), list(cls.model_fields))
+            place = prefix.rstrip(".") or "the configuration"
+            yield f"{prefix}{key}: must be a key of {place}, got '{key}'{near}"
+            continue
+        section = _section_type(field.annotation)
+        if section is not None and isinstance(value, dict):
+            yield from _unknown_keys(section, value, f"{prefix}{key}.")
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model in an annotation, also behind `X | None`; None for plain values."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _one_line(item: Any) -> str:
+    dotted = ".".join(str(part) for part in item["loc"]) or "configuration"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "missing":
+        return f"{dotted}: must be given, got nothing; set it in the YAML or as {dotted}=…"
+    if item["type"] == "value_error":
+        return message  # our own validators name the key themselves
+    message = message[0].lower() + message[1:].replace("Input should", "must")
+    message = message.replace("input should", "must")
+    return f"{dotted}: {message}, got {item['input']!r}; see --help"
+
+
+def _walk_fields(cls: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+    for key, field in cls.model_fields.items():
+        section = _section_type(field.annotation)
+        if section is None:
+            yield prefix + key, field
+        else:
+            yield from _walk_fields(section, f"{prefix}{key}.")
+
+
+def _default_text(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True)
+    return str(value) if isinstance(value, Path) else repr(value)
+
+
+def _type_text(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return "|".join(str(value) for value in get_args(annotation))
+    if isinstance(annotation, type) and not get_args(annotation):
+        return annotation.__name__
+    text = str(annotation).replace("typing.", "").replace("pathlib.", "")
+    return text.split(", FieldInfo")[0].replace("Annotated[", "")

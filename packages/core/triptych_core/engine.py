@@ -1,0 +1,135 @@
+"""The DeepSpeed engine: our config in, an engine out. There is no second DeepSpeed JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from triptych_core.config import EngineConfig, OptimConfig
+
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def compute_dtype(config: EngineConfig) -> torch.dtype:
+    """The dtype of weights and activations (masters and optimizer states are always fp32)."""
+    return _DTYPES[config.precision]
+
+
+def deepspeed_config(
+    config: EngineConfig, max_grad_norm: float, world_size: int = 1
+) -> dict[str, Any]:
+    """Derive DeepSpeed's own configuration; every value we rely on is written out.
+
+    DeepSpeed's defaults have changed silently (clipping became 1.0, gradients accumulate in the
+    model's dtype), so nothing that matters to the numbers is left to them.
+    """
+    gas = config.gradient_accumulation_steps
+    result: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": gas,
+        "train_batch_size": gas * world_size,
+        "gradient_clipping": max_grad_norm,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "zero_optimization": _zero_section(config),
+    }
+    if config.zero.stage > 0:
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+    return result
+
+
+def sharded_init(config: EngineConfig, world_size: int) -> AbstractContextManager[Any]:
+    """A context in which modules are born partitioned over ranks (ZeRO-3), or as they are."""
+    if config.zero.stage != 3:
+        return nullcontext()
+    return deepspeed.zero.Init(
+        config_dict_or_path=deepspeed_config(config, max_grad_norm=0.0, world_size=world_size),
+        dtype=compute_dtype(config),
+    )
+
+
+def gather_parameters(config: EngineConfig) -> Gather:
+    """How to make parameters whole for a moment: rank 0's edits are what all ranks keep."""
+    if config.zero.stage != 3:
+        return lambda parameters: nullcontext()
+    return lambda parameters: deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+def read_parameters(config: EngineConfig) -> Gather:
+    """Like `gather_parameters`, for reading only: nothing is written back."""
+    if config.zero.stage != 3:
+        return lambda parameters: nullcontext()
+    return lambda parameters: deepspeed.zero.GatheredParameters(parameters)
+
+
+def build_engine(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: EngineConfig,
+    optim: OptimConfig,
+    world_size: int,
+) -> Any:
+    """Hand model and optimizer to DeepSpeed.
+
+    The optimizer's groups keep their `name` and `peak_lr`; floating-point buffers keep their
+    dtype (rotary frequencies in bf16 would move every position).
+    """
+    buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=deepspeed_config(config, optim.max_grad_norm, world_size),
+    )
+    for name, buffer in engine.module.named_buffers():
+        assert buffer.dtype == buffers[name], f"{name}: became {buffer.dtype}, was {buffers[name]}"
+    return engine
+
+
+def gradient_norm(engine: Any) -> torch.Tensor | float | None:
+    """The global gradient norm before clipping; None where DeepSpeed knows it only after step().
+
+    Call it on the window's last micro-step, before `engine.step()`.
+    """
+    if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
+        return None
+    # Stage 0 in fp32: gradients are whole and already averaged, and DeepSpeed keeps no norm.
+    return total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
+
+
+def total_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm over all gradients together."""
+    return torch.nn.utils.get_total_norm(list(gradients))
+
+
+def _zero_section(config: EngineConfig) -> dict[str, Any]:
+    zero = config.zero
+    section: dict[str, Any] = {
+        "stage": zero.stage,
+        "reduce_bucket_size": zero.bucket_size,
+        "contiguous_gradients": True,
+        "overlap_comm": zero.stage >= 2,
+        "reduce_scatter": True,
+    }
+    if zero.stage in (1, 2):
+        section["allgather_bucket_size"] = zero.bucket_size
+    if zero.stage == 3:
+        section |= {
+            "stage3_prefetch_bucket_size": zero.bucket_size // 10,
+            "stage3_param_persistence_threshold": zero.persistence_threshold,
+            "stage3_max_live_parameters": 10**9,
+            "stage3_max_reuse_distance": 10**9,
+        }
+    if zero.offload_optimizer:
+        section["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if zero.offload_params:
+        section["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return section

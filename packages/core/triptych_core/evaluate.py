@@ -1,0 +1,129 @@
+"""Evaluation while or after training: held-out loss, and greedy answers with exact match."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from triptych_core.loop import Batch, to_device
+
+
+@dataclass
+class Question:
+    """One held-out question: its kind, what is asked, what is expected, and its number."""
+
+    index: int
+    kind: str
+    expected: str
+    prompt: Any
+
+
+@dataclass
+class Answer:
+    """A question's answer as given, for scores and for the report."""
+
+    index: int
+    kind: str
+    expected: str
+    answer: str
+
+    @property
+    def is_right(self) -> bool:
+        """Exact match, up to white space at the ends."""
+        return self.answer.strip() == self.expected.strip()
+
+
+@dataclass
+class Evaluation:
+    """One evaluation, as a line of `evaluation.jsonl`."""
+
+    step: int
+    heldout_loss: float | None
+    exact_match: dict[str, float]
+    majority: dict[str, float]
+    counts: dict[str, int]
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+
+@torch.no_grad()
+def heldout_loss(engine: Any, batches: Iterable[Batch]) -> float:
+    """Summed loss over all target tokens of all ranks, divided by their number.
+
+    Every rank must bring the same number of batches (pad with empty packs): under ZeRO-3 each
+    forward is a collective.
+    """
+    engine.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    for batch in batches:
+        output = engine(**to_device(batch, engine.device))
+        total[0] += output.loss_sum.double()
+        total[1] += int(batch["num_targets"])
+    dist.all_reduce(total)
+    engine.train()
+    return float(total[0] / total[1].clamp(min=1))
+
+
+def answer_questions(
+    questions: Sequence[Question],
+    generate: Callable[[list[Any]], list[str]],
+    *,
+    batch_size: int,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> list[Answer]:
+    """Answer all questions, split over ranks; every rank gets all answers, in order.
+
+    Every rank calls `generate` equally often, with at least one prompt each time, since under
+    ZeRO-3 a forward is a collective.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    stride = batch_size * world_size
+    mine: list[Answer] = []
+    for start in range(0, len(questions), stride):
+        group = questions[start : start + stride][rank::world_size]
+        # A rank with nothing left repeats a question, to stay in step with the others.
+        texts = generate([question.prompt for question in group or questions[:1]])
+        for question, text in zip(group, texts, strict=False):
+            mine.append(Answer(question.index, question.kind, question.expected, text))
+        on_batch(min(start + stride, len(questions)))
+    gathered: list[list[Answer]] = [[] for _ in range(world_size)]
+    dist.all_gather_object(gathered, mine)
+    return sorted((answer for part in gathered for answer in part), key=lambda a: a.index)
+
+
+def score(answers: Sequence[Answer]) -> dict[str, float]:
+    """Exact match by kind of question."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for answer in answers:
+        right[answer.kind].append(answer.is_right)
+    return {kind: sum(hits) / len(hits) for kind, hits in right.items()}
+
+
+def majority_baseline(answers: Sequence[Answer]) -> dict[str, float]:
+    """What always giving the commonest expected answer of a kind would score."""
+    expected: dict[str, Counter[str]] = defaultdict(Counter)
+    for answer in answers:
+        expected[answer.kind][answer.expected] += 1
+    return {
+        kind: counter.most_common(1)[0][1] / counter.total() for kind, counter in expected.items()
+    }
+
+
+def count_kinds(answers: Sequence[Answer]) -> dict[str, int]:
+    """How many questions there are of each kind."""
+    return dict(Counter(answer.kind for answer in answers))
+
+
+def append_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
+    """Add a line to `evaluation.jsonl`, replacing an earlier one of the same step."""
+    path = run_dir / "evaluation.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] != evaluation.step]
+    kept.append(json.dumps(asdict(evaluation)))
+    path.write_text("".join(line + "\n" for line in kept))

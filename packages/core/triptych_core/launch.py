@@ -1,0 +1,77 @@
+"""From a process to a rank: device, process group, seeds."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from dataclasses import dataclass
+
+import deepspeed
+import numpy as np
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from triptych_core.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Who this process is in the job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and talks to the user."""
+        return self.rank == 0
+
+
+def launch(config: RunConfig) -> Runtime:
+    """Join the process group (started by `deepspeed`, torchrun or plain python) and seed.
+
+    CPU, CUDA and NPU take one path: DeepSpeed's accelerator names the device and the backend.
+    """
+    if config.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    local_rank = int(os.environ["LOCAL_RANK"])
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # The shared-memory collective is compiled at first use, for minutes, behind a lock file
+        # that a killed build leaves behind for ever. Gloo's own is fast enough.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        device = torch.device("cpu")
+        backend = "gloo"
+    else:
+        accelerator.set_device(local_rank)
+        device = torch.device(accelerator.device_name(local_rank))
+        backend = accelerator.communication_backend_name()
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    seed_everything(config.seed)
+    return Runtime(
+        rank=torch.distributed.get_rank(),
+        world_size=torch.distributed.get_world_size(),
+        local_rank=local_rank,
+        device=device,
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch alike on every rank."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

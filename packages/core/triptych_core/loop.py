@@ -1,0 +1,102 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from triptych_core.config import StageConfig
+from triptych_core.engine import gradient_norm
+from triptych_core.metrics import Metrics, StepRecord
+from triptych_core.optim import set_learning_rate
+from triptych_core.schedule import lr_scale
+
+Batch = dict[str, Any]
+
+# Grids describe shapes: on the device every look at one would stall the step.
+HOST_KEYS = frozenset({"image_grid_thw"})
+# For people and logs, not for the model.
+LABEL_KEYS = frozenset({"sample_keys", "num_tokens"})
+
+
+def train(
+    engine: Any,
+    batches: Iterator[Batch],
+    config: StageConfig,
+    *,
+    flops: Callable[[Batch], float],
+    metrics: Metrics,
+    start_step: int = 0,
+    on_step: Sequence[Callable[[int], None]] = (),
+) -> None:
+    """Take optimizer steps until `config.run.steps`.
+
+    The loss of a step is the sum over its target tokens divided by their number, over the whole
+    accumulation window and all data ranks: never a mean of means. `on_step` functions are called
+    with the step just taken, in order, on every rank.
+    """
+    world_size = dist.get_world_size()
+    engine.train()
+    for step in range(start_step + 1, config.run.steps + 1):
+        started = time.perf_counter()
+        scale = lr_scale(config.schedule, step, config.run.steps)
+        set_learning_rate(engine.optimizer, scale)
+        # The whole window first: every pack is divided by the same global number of targets, or
+        # targets in sparse packs would weigh more than others.
+        window = [next(batches) for _ in range(config.engine.gradient_accumulation_steps)]
+        waited = time.perf_counter() - started
+        counts = count_window(window, flops, engine.device)
+        divisor = counts[0].clamp(min=1)
+        loss = torch.zeros((), device=engine.device)
+        norm: Any = None
+        for micro_step, batch in enumerate(window, start=1):
+            output = engine(**to_device(batch, engine.device))
+            # DeepSpeed averages gradients over ranks: multiply the number of ranks back in.
+            engine.backward(output.loss_sum * world_size / divisor, scale_wrt_gas=False)
+            loss += output.loss_sum.detach() / divisor
+            if micro_step == len(window):
+                norm = gradient_norm(engine)
+            engine.step()  # updates only after the window's last pack
+        dist.all_reduce(loss)
+        metrics.record(
+            StepRecord(
+                step=step,
+                loss=loss,
+                counts=counts,
+                grad_norm=engine.get_global_grad_norm() if norm is None else norm,
+                lr=config.optim.lr * scale,
+                capacity=sum(batch["input_ids"].numel() for batch in window) * world_size,
+                data_wait_seconds=waited,
+            )
+        )
+        for function in on_step:
+            function(step)
+
+
+def count_window(
+    window: Sequence[Batch], flops: Callable[[Batch], float], device: torch.device
+) -> torch.Tensor:
+    """(3,) int64 over all ranks: target tokens, tokens that are not padding, FLOPs."""
+    local = [
+        sum(int(batch["num_targets"]) for batch in window),
+        sum(int(batch["num_tokens"]) for batch in window),
+        sum(int(flops(batch)) for batch in window),
+    ]
+    counts = torch.tensor(local, dtype=torch.int64).to(device, non_blocking=True)
+    dist.all_reduce(counts)
+    return counts
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """What the model's forward takes, with tensors on `device` except those kept on the host."""
+    return {
+        key: value.to(device, non_blocking=True)
+        if isinstance(value, torch.Tensor) and key not in HOST_KEYS
+        else value
+        for key, value in batch.items()
+        if key not in LABEL_KEYS
+    }

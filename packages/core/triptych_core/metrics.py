@@ -1,0 +1,197 @@
+"""One JSON line a step, a console bar, and Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from triptych_core.config import StageConfig, dump_config
+
+# Dense bf16 peaks in TFLOP/s, from the vendors' data sheets.
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
+
+
+@dataclass
+class StepRecord:
+    """What the loop knows of a step; tensors stay on the device until the next step is queued."""
+
+    step: int
+    loss: torch.Tensor
+    counts: torch.Tensor  # (3,) int64: targets, tokens, FLOPs over all ranks
+    grad_norm: Any
+    lr: float
+    capacity: int  # tokens the step's rows could hold
+    data_wait_seconds: float
+
+
+class Metrics:
+    """Writes `metrics.jsonl` and shows progress; a context manager used on every rank.
+
+    A step is written when the next one has been queued, so reading its loss never stalls the
+    device. Only the main rank writes.
+    """
+
+    def __init__(self, config: StageConfig, *, is_main: bool, world_size: int, start_step: int = 0):
+        self._config = config
+        self._is_main = is_main
+        self._peak = peak_flops(config) * world_size
+        self._pending: StepRecord | None = None
+        self._flushed_at = time.perf_counter()
+        self._progress: Progress | None = None
+        self._wandb: Any = None
+        if is_main:
+            self._open(start_step)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.flush()
+        if self._progress is not None:
+            self._progress.stop()
+        if self._is_main:
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def record(self, record: StepRecord) -> None:
+        """Keep this step, write the one before."""
+        self.flush()
+        self._pending = record
+
+    def restart_clock(self) -> None:
+        """Leave out of step times what happened since the last step: evaluation, saving."""
+        self.flush()
+        self._flushed_at = time.perf_counter()
+
+    def flush(self) -> None:
+        """Write the pending step; waits for the device to finish it."""
+        record, self._pending = self._pending, None
+        if record is None or not self._is_main:
+            return
+        loss = float(record.loss)  # the one wait
+        now = time.perf_counter()
+        seconds, self._flushed_at = now - self._flushed_at, now
+        self._write(record, loss, seconds)
+
+    def note(self, text: str) -> None:
+        """Print one line above the progress bar, on the main rank."""
+        if self._is_main:
+            self._console.print(text, highlight=False, markup=False)
+
+    def _open(self, start_step: int) -> None:
+        config = self._config
+        path = config.run.dir / "metrics.jsonl"
+        _drop_lines_after(path, start_step)
+        self._file = path.open("a")
+        self._console = Console(stderr=False)
+        if config.log.progress and self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[status]}"),
+                console=self._console,
+            )
+            self._task = self._progress.add_task(
+                config.run.dir.name, total=config.run.steps, completed=start_step, status=""
+            )
+            self._progress.start()
+        if config.log.wandb != "off":
+            self._wandb = _start_wandb(config, config.log.wandb)
+
+    def _write(self, record: StepRecord, loss: float, seconds: float) -> None:
+        num_targets, num_tokens, flops = (int(value) for value in record.counts.tolist())
+        norm = None if record.grad_norm is None else float(record.grad_norm)
+        line = {
+            "step": record.step,
+            "loss": loss,
+            "num_targets": num_targets,
+            "num_tokens": num_tokens,
+            "tokens_per_second": num_tokens / seconds,
+            "mfu": flops / seconds / self._peak if math.isfinite(self._peak) else None,
+            "flops": flops,
+            "grad_norm": norm,
+            "lr": record.lr,
+            "data_wait_seconds": record.data_wait_seconds,
+            "step_seconds": seconds,
+            "packing_fill": num_tokens / record.capacity,
+            "peak_memory_bytes": get_accelerator().max_memory_allocated() or host_peak_bytes(),
+            "time": time.time(),
+        }
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(line, step=record.step)
+        self._show(line)
+
+    def _show(self, line: dict[str, Any]) -> None:
+        mfu = "" if line["mfu"] is None else f"  mfu {line['mfu']:.1%}"
+        status = f"loss {line['loss']:.4f}  {line['tokens_per_second']:,.0f} tok/s{mfu}"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=line["step"], status=status)
+        elif line["step"] % self._config.log.every == 0 or line["step"] == self._config.run.steps:
+            self.note(f"step {line['step']}/{self._config.run.steps}  {status}")
+
+
+def peak_flops(config: StageConfig) -> float:
+    """This device's peak FLOP/s, or infinity's absence: NaN when nobody knows it (CPUs)."""
+    if config.log.peak_tflops is not None:
+        return config.log.peak_tflops * 1e12
+    if get_accelerator().device_name() == "cuda":
+        name = torch.cuda.get_device_name()
+        for chip, tflops in PEAK_TFLOPS.items():
+            if chip in name:
+                return tflops * 1e12
+    return math.nan
+
+
+def host_peak_bytes() -> int:
+    """The peak resident memory of this process, for devices that keep no count."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Forget steps a resumed run will take again, so every step stands in the file once."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except json.JSONDecodeError:
+            break  # the line a killed run was writing
+    path.write_text("".join(line + "\n" for line in kept))
+
+
+def _start_wandb(config: StageConfig, mode: Literal["offline", "online"]) -> Any:
+    import wandb
+    import yaml
+
+    return wandb.init(
+        project=config.log.wandb_project,
+        name=config.run.dir.name,
+        dir=str(config.run.dir),
+        mode=mode,
+        config=yaml.safe_load(dump_config(config)),
+    )

@@ -1,0 +1,80 @@
+"""The run folder: what was asked for, on what, and when it was done."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+
+from triptych_core.config import StageConfig, dump_config
+from triptych_core.launch import Runtime
+
+_PACKAGES = ("triptych-core", "torch", "deepspeed", "transformers", "flash-attn-4", "triton")
+
+
+def open_run(config: StageConfig, runtime: Runtime, facts: dict[str, Any]) -> None:
+    """Make the run folder and write `config.yaml` and `run.json`; only the main rank writes.
+
+    Args:
+        config: the resolved tree.
+        runtime: this job.
+        facts: what the stage knows of the run, e.g. parameters by part.
+    """
+    if not runtime.is_main:
+        return
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    (config.run.dir / "config.yaml").write_text(dump_config(config))
+    _write(
+        config.run.dir / "run.json",
+        {
+            "started": _now(),
+            "finished": None,
+            "command": " ".join(sys.argv),
+            "world_size": runtime.world_size,
+            "device": device_name(),
+            "versions": {"python": platform.python_version(), **_versions()},
+            **facts,
+        },
+    )
+
+
+def close_run(config: StageConfig, runtime: Runtime, summary: dict[str, Any]) -> None:
+    """Note in `run.json` that the run is complete, with its summary."""
+    if not runtime.is_main:
+        return
+    path = config.run.dir / "run.json"
+    _write(path, json.loads(path.read_text()) | {"finished": _now(), "summary": summary})
+
+
+def device_name() -> str:
+    """The accelerator's product name, or the processor's architecture on a CPU."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cuda":
+        import torch
+
+        return str(torch.cuda.get_device_name())
+    return f"{accelerator.device_name()} ({platform.machine()})"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,166 @@
+"""Image files to uint8 patches: decode, resize by Qwen's rule, cut into patches."""
+
+import math
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+from io import BytesIO
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import io
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+from triptych_data.probe import BROKEN, FORMATS, ORIENTATION
+
+_MAX_ASPECT_RATIO = 200  # transformers' Qwen2-VL refuses slimmer images
+
+# (file format, Pillow mode) of what torchvision decodes to the same pixels at twice the speed.
+_FAST_DECODERS: dict[tuple[str, str], Callable[..., Tensor]] = {
+    ("JPEG", "RGB"): io.decode_jpeg,
+    ("JPEG", "L"): io.decode_jpeg,
+    ("MPO", "RGB"): io.decode_jpeg,
+    ("PNG", "RGB"): io.decode_png,
+    ("PNG", "L"): io.decode_png,
+    ("WEBP", "RGB"): io.decode_webp,
+}
+
+# What EXIF orientation k asks for: (transpose, flip vertically, flip horizontally), in this order.
+_ORIENTATIONS = {
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
+
+
+class ImageRules(NamedTuple):
+    """How a model cuts images: pixels per patch side, patches per token side, frames per patch,
+    and the bounds on an image's pixels after resizing."""
+
+    patch_size: int
+    merge_size: int
+    temporal_patch_size: int
+    min_pixels: int
+    max_pixels: int
+
+
+def encode_image(data: bytes, rules: ImageRules) -> tuple[Tensor, tuple[int, int, int]]:
+    """Decode an image file and cut it: patches (num_patches, patch_dim) uint8 and their grid.
+
+    Raises ValueError for a file that cannot be decoded or an image too slim for the model.
+    """
+    image = decode_image(data)
+    grid = image_grid(image.shape[2], image.shape[1], rules)
+    size = [grid[1] * rules.patch_size, grid[2] * rules.patch_size]
+    image = transforms.resize(image, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return patchify(image, rules), grid
+
+
+def image_grid(width: int, height: int, rules: ImageRules) -> tuple[int, int, int]:
+    """Return the patch grid (t, h, w) of an image of `width` x `height` pixels.
+
+    Both sides become multiples of `patch_size * merge_size`, the area stays within `min_pixels`
+    and `max_pixels`: `smart_resize` of transformers' Qwen2-VL.
+
+    Raises ValueError if one side is over 200 times the other.
+    """
+    ratio = max(height, width) / min(height, width)
+    if ratio > _MAX_ASPECT_RATIO:
+        raise ValueError(
+            f"an image's longer side must be at most {_MAX_ASPECT_RATIO} times the shorter, "
+            f"got {width}x{height}; crop it"
+        )
+    factor = rules.patch_size * rules.merge_size
+    new_height = round(height / factor) * factor
+    new_width = round(width / factor) * factor
+    if new_height * new_width > rules.max_pixels:
+        shrink = math.sqrt(height * width / rules.max_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif new_height * new_width < rules.min_pixels:
+        enlarge = math.sqrt(rules.min_pixels / (height * width))
+        new_height = math.ceil(height * enlarge / factor) * factor
+        new_width = math.ceil(width * enlarge / factor) * factor
+    return 1, new_height // rules.patch_size, new_width // rules.patch_size
+
+
+def decode_image(data: bytes) -> Tensor:
+    """Decode JPEG, PNG, WebP or what else Pillow reads to (3, height, width) uint8 RGB.
+
+    The EXIF orientation is applied; transparency is laid on white.
+
+    Raises ValueError for a file that is damaged or no image.
+    """
+    try:
+        # Pillow warns at half the size it refuses; there is nothing to do about it here.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return _decode(data)
+    except (
+        *BROKEN,
+        struct.error,
+        zlib.error,
+        RuntimeError,
+        Image.DecompressionBombError,
+    ) as error:
+        raise ValueError(
+            f"an image must be a whole JPEG, PNG or WebP file, got {len(data)} bytes that cannot "
+            f"be decoded ({error}); replace the file"
+        ) from error
+
+
+def patchify(image: Tensor, rules: ImageRules) -> Tensor:
+    """Cut (3, H, W) into (num_patches, 3 * temporal_patch_size * patch_size**2), same dtype.
+
+    Patches that become one token are neighbours (merge_size x merge_size blocks, row by row), and
+    the single frame is repeated `temporal_patch_size` times: the order of transformers' Qwen2-VL.
+    """
+    patch, merge, frames = rules.patch_size, rules.merge_size, rules.temporal_patch_size
+    channels, height, width = image.shape
+    rows, cols = height // (patch * merge), width // (patch * merge)
+    cut = image.reshape(channels, rows, merge, patch, cols, merge, patch)
+    cut = cut.permute(1, 4, 2, 5, 0, 3, 6)  # rows, cols, merge, merge, channels, patch, patch
+    cut = cut.unsqueeze(5).expand(-1, -1, -1, -1, -1, frames, -1, -1)
+    return cut.reshape(rows * cols * merge**2, channels * frames * patch**2)
+
+
+def _decode(data: bytes) -> Tensor:
+    with Image.open(BytesIO(data), formats=FORMATS) as image:  # reads the header only
+        orientation = image.getexif().get(ORIENTATION, 1)
+        fast = _FAST_DECODERS.get((image.format or "", image.mode))
+        pixels = None
+        if fast is not None and "transparency" not in image.info:
+            # torch.frombuffer wants writable bytes; a copy of the compressed file is cheap.
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            pixels = fast(encoded, mode=io.ImageReadMode.RGB)
+        if pixels is None or pixels.dtype != torch.uint8:  # 16-bit PNG: Pillow takes the high byte
+            pixels = transforms.pil_to_tensor(_flatten(image))
+    return _orient(pixels, orientation)
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """Return the image as 8-bit RGB, on white where it is transparent."""
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion would clip to white
+        image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _orient(pixels: Tensor, orientation: int) -> Tensor:
+    transpose, vertically, horizontally = _ORIENTATIONS.get(orientation, (False, False, False))
+    if transpose:
+        pixels = pixels.transpose(1, 2)
+    dims = [dim for dim, flip in ((1, vertically), (2, horizontally)) if flip]
+    return pixels.flip(dims).contiguous() if dims or transpose else pixels

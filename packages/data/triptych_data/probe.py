@@ -1,0 +1,59 @@
+"""What an image file is: its format, its size as it will be seen, whether it decodes."""
+
+import io
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+
+from PIL import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+"""All that Pillow may try: its other decoders are no business of files from the internet."""
+SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+"""Pillow's format to a member's suffix; MPO is a JPEG that carries more pictures, from phones."""
+MAX_PIXELS = 89_478_485
+"""Pillow's own bound, 256 MiB of RGB; what unpacks to more is taken for a decompression bomb."""
+ORIENTATION = 0x0112
+BROKEN = (OSError, SyntaxError, ValueError, IndexError, TypeError, OverflowError, EOFError)
+"""What Pillow's decoders raise on damaged files, beside struct.error and zlib.error."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """`suffix` by content, as in a member's name; sizes in pixels, after EXIF orientation."""
+
+    suffix: str
+    width: int
+    height: int
+
+
+def probe_image(
+    data: bytes, where: str, *, decode: bool = True, max_pixels: int = MAX_PIXELS
+) -> ImageInfo:
+    """Format and size of an encoded image, decoded in full to find damage unless `decode` is False.
+
+    Raises ValueError for what is not a JPEG, PNG or WebP, is damaged, or has over `max_pixels`.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow only warns between once and twice its bound; ours is checked below.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        with image:
+            width, height = image.size
+            if width * height <= max_pixels:
+                if decode:
+                    image.load()
+                turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+                size = (height, width) if turned else (width, height)
+                return ImageInfo(SUFFIXES[image.format or ""], *size)
+    except (*BROKEN, struct.error, zlib.error, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{where}: an image must be a whole JPEG, PNG or WebP file, got {len(data)} bytes that "
+            f"Pillow cannot decode ({error}); replace the file"
+        ) from error
+    raise ValueError(
+        f"{where}: an image must have at most {max_pixels} pixels, got {width} x {height}; "
+        "shrink it"
+    )

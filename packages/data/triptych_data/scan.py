@@ -1,0 +1,110 @@
+"""The index of tars made elsewhere: one pass that reads, checks and measures every sample."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from triptych_data.index import IndexRows, ShardIndex
+from triptych_data.probe import SUFFIXES, probe_image
+from triptych_data.sample import check_sample, image_indexes, load_json, text_bytes
+from triptych_data.tar import Member, walk
+
+
+def build_index(tar: str | Path) -> ShardIndex:
+    """The index of any WebDataset tar of our samples, in one pass that also checks all it can.
+
+    A member's key is its path up to the first dot of the file's name, as in webdataset. Raises
+    ValueError with file and offset or key for a damaged tar (`tar.walk`), a key that comes back
+    after another, a sample without `.json`, a member held twice, media not named `<key>.<i>.<ext>`
+    from 0 without gaps, a JSON that is no chat (`sample.check_sample`), a broken image.
+    """
+    rows, seen, end = IndexRows(), set[str](), 0
+    with Path(tar).open("rb", buffering=0) as file:
+        for key, group, end in _groups(walk(tar), str(tar)):
+            if key in seen:
+                raise ValueError(
+                    f"{tar}: byte {group[0].start}: members of one sample must lie side by side, "
+                    f"got {key!r} again after other samples; write the tar sorted by key"
+                )
+            seen.add(key)
+            span = os.pread(file.fileno(), end - group[0].start, group[0].start)
+            _add_group(rows, key, group, span, f"{tar}: sample {key}")
+    if not seen:
+        raise ValueError(f"{tar}: a shard must hold a sample, got none; leave the file out")
+    return rows.finish(end, Path(tar).stat().st_size)
+
+
+def _groups(members: Iterable[Member], tar: str) -> Iterator[tuple[str, list[Member], int]]:
+    """Runs of members with one key, each with the offset where the next run starts."""
+    key, group = "", list[Member]()
+    for member in members:
+        folder, slash, name = member.name.rpartition("/")
+        stem, dot, _ = name.partition(".")
+        if not stem or not dot:
+            continue  # .DS_Store, ._x, README: no sample to webdataset either
+        if group and folder + slash + stem != key:
+            yield key, group, member.start
+            group = []
+        key = folder + slash + stem
+        group.append(member)
+    if group:
+        yield key, group, group[-1].end
+
+
+def _add_group(rows: IndexRows, key: str, group: list[Member], span: bytes, where: str) -> None:
+    """Check one sample's members and add its row; `span` are its bytes in the tar."""
+    start = group[0].start
+    members = _sorted_members(key, group, where)
+    contents = [span[m.data - start : m.data - start + m.size] for m, _, _ in members]
+    record = load_json(contents[0], where)
+    check_sample(record, len(members) - 1, where)
+    sizes = []
+    for (member, _, _), content in zip(members[1:], contents[1:], strict=True):
+        info = probe_image(content, f"{where}: member {member.name}", decode=False)
+        sizes.append((info.width, info.height))
+    rows.add(
+        key,
+        span,
+        [(member.data, member.size, suffix) for member, _, suffix in members],
+        text_bytes(record),
+        [sizes[index] for index in image_indexes(record)],
+        start,
+    )
+
+
+def _sorted_members(key: str, group: list[Member], where: str) -> list[tuple[Member, int, str]]:
+    """(member, number, suffix) of the JSON, numbered -1, and the media; others are left out."""
+    found: dict[int, tuple[Member, int, str]] = {}
+    for member in group:
+        rest = member.name[len(key) + 1 :]
+        number, _, suffix = rest.rpartition(".")
+        suffix = suffix.lower()
+        if rest == "json":
+            position = -1
+        elif number.isdecimal() and number.isascii():
+            position = int(number)
+        elif suffix in {*SUFFIXES.values(), "jpeg"}:
+            raise ValueError(
+                f"{where}: images must be named <key>.<i>.<ext> with i from 0, got {member.name}; "
+                "rename it, and keep dots out of keys: a name is split at its first dot"
+            )
+        else:
+            continue
+        if position in found:
+            raise ValueError(
+                f"{where}: a member must be there once, got {found[position][0].name} and "
+                f"{member.name}; write the tar anew"
+            )
+        found[position] = (member, position, suffix)
+    members = [found[position] for position in sorted(found)]
+    names = ", ".join(member.name for member in group[:4])
+    if -1 not in found:
+        raise ValueError(
+            f"{where}: a sample must have a member {key}.json, got {names}; add it, and keep dots "
+            "out of keys: a name is split at its first dot"
+        )
+    if members[-1][1] != len(members) - 2:
+        raise ValueError(
+            f"{where}: media must be numbered from 0 without gaps, got {names}; write the tar anew"
+        )
+    return members

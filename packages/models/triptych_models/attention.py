@@ -1,0 +1,75 @@
+"""Packed attention behind transformers' own switch: `AttentionInterface`."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
+
+from triptych_kernels import attention
+
+PACKED = "triptych_packed"
+
+
+def register() -> None:
+    """Make `attn_implementation="triptych_packed"` known to transformers; calling again is harmless."""
+    AttentionInterface.register(PACKED, packed_attention)
+    AttentionMaskInterface.register(PACKED, sdpa_mask)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each document of one packed row.
+
+    query (1, Hq, T, D), key and value (1, Hkv, T, D), cu_seqlens (num_docs + 1,) int32 → (1, T, Hq, D).
+    Without cu_seqlens the rows are ordinary padded ones (generation with a cache) and
+    transformers' sdpa answers, with the mask it made.
+    """
+    if cu_seqlens is None or max_seqlen is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    assert query.shape[0] == 1 and attention_mask is None, "packed rows are one row without a mask"
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D), no copy
+    return attention(q, k, v, cu_seqlens, max_seqlen, causal=True, scale=scaling)[None], None
+
+
+class PackedVisionAttention(nn.Module):
+    """Stands in for Qwen3VLVisionAttention and owns its projections, so names in checkpoints stay.
+
+    The stock module reads the frame lengths back to the host (a device sync per block) unless a
+    flash-attn package is installed; this one takes them packed.
+    """
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        self.qkv = stock.qkv
+        self.proj = stock.proj
+        self.num_heads = stock.num_heads
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        max_seqlen: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """hidden_states (P, hidden), cu_seqlens (num_frames + 1,) int32 → (P, hidden)."""
+        if max_seqlen is None:  # the stock tower (in generation) does not say it
+            max_seqlen = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+        q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)  # (P, H, D)
+        return self.proj(attention(q, k, v, cu_seqlens, max_seqlen, causal=False).flatten(1))

@@ -1,0 +1,115 @@
+"""Write a model as a Hugging Face directory that stock transformers loads."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .weights import Gather, own_parameters, whole
+
+COPIED = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def export(
+    hf: nn.Module,
+    out_dir: Path,
+    source_dir: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    gather: Gather = whole,
+    is_main: bool = True,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write config, tokenizer and processor files of source_dir with this model's weights.
+
+    Every rank must call it, since gather is collective; only is_main writes. Written beside
+    out_dir and renamed, so out_dir is complete or absent. At most one shard is in memory. Raises
+    ValueError if out_dir exists.
+    """
+    partial = out_dir.with_name(f".{out_dir.name}.partial")
+    if is_main:
+        if out_dir.exists():
+            raise ValueError(f"export: directory must not exist, got {out_dir}; name a new one")
+        shutil.rmtree(partial, ignore_errors=True)  # of an export that was cut off
+        partial.mkdir(parents=True)
+        copy_configs(source_dir, partial, dtype)
+    writer = ShardWriter(partial, max_shard_bytes) if is_main else None
+    for _, own in own_parameters(hf):
+        with gather(list(own.values())):
+            if writer is not None:
+                for name, parameter in own.items():
+                    writer.add(name, parameter.detach().to("cpu", dtype, copy=True))
+    if writer is not None:
+        writer.finish()
+        partial.rename(out_dir)
+
+
+def copy_configs(source_dir: Path, out_dir: Path, dtype: torch.dtype) -> None:
+    """Copy the small files, with dtype noted in config.json so that loading keeps it."""
+    config = json.loads((source_dir / "config.json").read_text())
+    name = str(dtype).removeprefix("torch.")
+    for section in (config, config["text_config"], config["vision_config"]):
+        section.pop("torch_dtype", None)  # the name before transformers 5
+        section["dtype"] = name
+    (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for file in COPIED:
+        if (source_dir / file).is_file():
+            shutil.copyfile(source_dir / file, out_dir / file)
+
+
+class ShardWriter:
+    """Collects tensors and writes a safetensors file whenever one is full."""
+
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        self.directory = directory
+        self.max_bytes = max_bytes
+        self.pending: dict[str, Tensor] = {}
+        self.written: list[dict[str, int]] = []  # bytes of each tensor, per file
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        held = sum(x.nbytes for x in self.pending.values())
+        if self.pending and held + tensor.nbytes > self.max_bytes:
+            self._write()
+        self.pending[name] = tensor.contiguous()
+
+    def finish(self) -> None:
+        """Write the rest, then give the files the names of a Hugging Face checkpoint."""
+        self._write()
+        count = len(self.written)
+        if count == 1:
+            self._file(0).rename(self.directory / "model.safetensors")
+            return
+        weight_map = {}
+        for number, sizes in enumerate(self.written):
+            name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            self._file(number).rename(self.directory / name)
+            weight_map |= dict.fromkeys(sizes, name)
+        total = sum(size for sizes in self.written for size in sizes.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2) + "\n"
+        (self.directory / "model.safetensors.index.json").write_text(text)
+
+    def _write(self) -> None:
+        # transformers refuses files without this metadata
+        save_file(self.pending, self._file(len(self.written)), metadata={"format": "pt"})
+        self.written.append({name: x.nbytes for name, x in self.pending.items()})
+        self.pending = {}
+
+    def _file(self, number: int) -> Path:
+        return self.directory / f"shard-{number}.safetensors"

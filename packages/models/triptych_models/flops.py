@@ -1,0 +1,90 @@
+"""FLOPs of one packed row, counted from integers of the host.
+
+Counted are matrix multiplications (2 per multiply-add): projections, MLPs, attention over the pairs
+it really looks at (the causal half in the language model, the whole frame in the tower), patch
+embedding, mergers, and the head on rows that have a target. Not counted: embedding look-ups, norms,
+rotary, softmax, what gradient checkpointing computes again, and the dummy image of a text-only row.
+Every row of T counts, the padding tail too.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from transformers import PretrainedConfig
+
+
+class Work(NamedTuple):
+    """Forward FLOPs of one part: with weights, and of attention, which has none."""
+
+    linear: float
+    attention: float
+
+
+def qwen3_vl_flops(
+    config: PretrainedConfig, batch: Mapping[str, Any], trainable: Collection[str]
+) -> float:
+    """Forward + backward FLOPs of a batch (its cu_seqlens and image_grid_thw on the host).
+
+    trainable names the parts with parameters that train. Backward costs a weight gradient
+    (1 × forward) where the part trains and an input gradient (1 × forward; attention 2 ×) where
+    something that trains lies before; a frozen part with nothing trainable before it is forward only.
+    """
+    bounds = [int(x) for x in batch["cu_seqlens"]]
+    grid = batch.get("image_grid_thw")
+    grids = [] if grid is None else [tuple(int(n) for n in row) for row in grid]
+
+    embed = Work(patch_embedding(config.vision_config, grids), 0.0)
+    tower = vision_blocks(config.vision_config, grids)
+    projector = Work(mergers(config.vision_config, grids), 0.0)
+    language = language_layers(config.text_config, bounds)
+    text = config.text_config
+    head = Work(2.0 * text.hidden_size * text.vocab_size * int(batch["num_targets"]), 0.0)
+
+    vision_trains = "vision" in trainable
+    language_trains = "language" in trainable
+    return (
+        with_backward(embed, weight=vision_trains, inputs=False)  # pixels need no gradient
+        + with_backward(tower, weight=vision_trains, inputs=vision_trains)
+        + with_backward(projector, weight="projector" in trainable, inputs=vision_trains)
+        + with_backward(language, weight=language_trains, inputs=bool(trainable))
+        + with_backward(head, weight=language_trains, inputs=bool(trainable))
+    )
+
+
+def with_backward(work: Work, *, weight: bool, inputs: bool) -> float:
+    """Forward + backward of a part whose weights, or whose inputs, need gradients."""
+    return work.linear * (1 + weight + inputs) + work.attention * (3 if weight or inputs else 1)
+
+
+def language_layers(text: PretrainedConfig, bounds: list[int]) -> Work:
+    """All decoder layers over documents that end at bounds[1:]."""
+    q_dim = text.num_attention_heads * text.head_dim
+    kv_dim = text.num_key_value_heads * text.head_dim
+    weights = text.hidden_size * (2 * q_dim + 2 * kv_dim + 3 * text.intermediate_size)
+    lengths = [stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    pairs = sum(n * (n + 1) // 2 for n in lengths)
+    layers = text.num_hidden_layers
+    return Work(2.0 * layers * weights * bounds[-1], 4.0 * layers * q_dim * pairs)
+
+
+def vision_blocks(vision: PretrainedConfig, grids: list[tuple[int, ...]]) -> Work:
+    """All blocks of the tower over frames that each attend to themselves."""
+    hidden = vision.hidden_size
+    weights = 4 * hidden * hidden + 2 * hidden * vision.intermediate_size
+    patches = sum(t * h * w for t, h, w in grids)
+    pairs = sum(t * (h * w) ** 2 for t, h, w in grids)
+    return Work(2.0 * vision.depth * weights * patches, 4.0 * vision.depth * hidden * pairs)
+
+
+def patch_embedding(vision: PretrainedConfig, grids: list[tuple[int, ...]]) -> float:
+    patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return 2.0 * patch_dim * vision.hidden_size * sum(t * h * w for t, h, w in grids)
+
+
+def mergers(vision: PretrainedConfig, grids: list[tuple[int, ...]]) -> float:
+    """The merger after the tower and one per tapped block."""
+    unit = vision.spatial_merge_size**2
+    wide = vision.hidden_size * unit
+    tokens = sum(t * h * w for t, h, w in grids) // unit
+    count = 1 + len(vision.deepstack_visual_indexes)
+    return 2.0 * count * tokens * wide * (wide + vision.out_hidden_size)

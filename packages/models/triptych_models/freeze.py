@@ -1,0 +1,39 @@
+"""Parts of a model by name: which parameters they hold, and switching their training off."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from torch import nn
+
+
+class HasParts(Protocol):
+    """A family: an nn.Module that names its parts."""
+
+    def parts(self) -> dict[str, list[nn.Module]]: ...
+
+
+def freeze(model: HasParts, parts: Iterable[str]) -> None:
+    """Let the named parts keep their weights; ValueError for a part the model does not have.
+
+    A part with nothing trainable before it then leaves no autograd graph.
+    """
+    known = model.parts()
+    for part in parts:
+        if part not in known:
+            raise ValueError(
+                f"model.freeze: parts must be among {sorted(known)}, got {part!r}; correct the name"
+            )
+        for module in known[part]:
+            module.requires_grad_(False)
+
+
+def parameter_parts(model: HasParts) -> dict[str, str]:
+    """Part of each parameter, by the name `model.named_parameters()` gives it."""
+    assert isinstance(model, nn.Module)
+    part_of = {
+        id(parameter): part
+        for part, modules in model.parts().items()
+        for module in modules
+        for parameter in module.parameters()
+    }
+    return {name: part_of[id(parameter)] for name, parameter in model.named_parameters()}

@@ -1,0 +1,39 @@
+"""Rotary frequencies in fp32 whatever is done to the rest of the model."""
+
+import torch
+from torch import Tensor, nn
+
+
+def restore_rotary(model: nn.Module) -> None:
+    """Recompute the rotary frequencies of a Qwen3-VL model in fp32, on the device they are on.
+
+    Casting a module (`model.bfloat16()`, which DeepSpeed does) casts its buffers too, and
+    building one under `deepspeed.zero.Init` rounds them on the way; bf16 frequencies are off by
+    up to 0.4 %, which is whole turns at long positions.
+    """
+    text, vision = model.config.text_config, model.config.vision_config
+    assign(
+        model.model.language_model.rotary_emb,
+        inverse_frequencies(text.head_dim, text.rope_parameters["rope_theta"]),
+    )
+    rope = getattr(vision, "rope_parameters", None) or {}  # fixed at 10000 before transformers 5.6
+    assign(
+        model.model.visual.rotary_pos_emb,
+        inverse_frequencies(
+            vision.hidden_size // vision.num_heads // 2, rope.get("rope_theta", 10000.0)
+        ),
+    )
+
+
+def inverse_frequencies(dim: int, theta: float) -> Tensor:
+    """theta^(-2i/dim) for i < dim/2: (dim / 2,) fp32."""
+    exponents = torch.arange(0, dim, 2).float() / dim  # float() after: zero.Init rounds float arange
+    return 1.0 / theta**exponents
+
+
+def assign(rotary: nn.Module, inv_freq: Tensor) -> None:
+    """Put inv_freq into the buffers that hold frequencies."""
+    for name in ("inv_freq", "original_inv_freq"):
+        buffer = getattr(rotary, name, None)
+        if buffer is not None:
+            setattr(rotary, name, inv_freq.to(buffer.device))

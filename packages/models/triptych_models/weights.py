@@ -1,0 +1,149 @@
+"""Fill a model's weights, at random or from safetensors, whole or sharded over ranks.
+
+A parameter may live in pieces on many ranks (ZeRO-3). `gather` makes parameters whole for the time
+of a `with` block and keeps what rank 0 wrote into them; every rank runs the same blocks.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+
+TIED = ("lm_head.weight", "model.language_model.embed_tokens.weight")
+
+
+def whole(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+    """The gather of parameters that are whole already."""
+    return nullcontext()
+
+
+def own_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, nn.Parameter]]]:
+    """Each module with the parameters it holds itself, by full name; a tied one comes once."""
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        own = {
+            f"{prefix}.{name}": parameter
+            for name, parameter in module.named_parameters(recurse=False)
+            if id(parameter) not in seen
+        }
+        seen.update(id(parameter) for parameter in own.values())
+        if own:
+            yield module, own
+
+
+@torch.no_grad()
+def initialize(hf: nn.Module, seed: int, gather: Gather = whole) -> None:
+    """Draw weights by transformers' rule: normal(0, initializer_range), biases 0, norms 1.
+
+    Drawn in fp32 on the host from one generator, then cast: the same seed gives bit-identical
+    weights for any device, number of ranks and sharding.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vision_ids = {id(module) for module in hf.model.visual.modules()}
+    for module, own in own_parameters(hf):
+        config = hf.config.vision_config if id(module) in vision_ids else hf.config.text_config
+        with gather(list(own.values())):
+            for name, parameter in own.items():
+                parameter.copy_(
+                    initial_value(module, name, parameter, config.initializer_range, generator)
+                )
+
+
+def initial_value(
+    module: nn.Module, name: str, parameter: Tensor, std: float, generator: torch.Generator
+) -> Tensor:
+    """First value of a parameter, fp32 on the host; the rule of PreTrainedModel._init_weights."""
+    if name.endswith(".bias"):
+        return constant(0.0, parameter)
+    if "Norm" in type(module).__name__:
+        return constant(1.0, parameter)
+    # torch.normal, because zero.Init redirects torch.randn, zeros, full … to its own device and dtype
+    value = torch.normal(0.0, std, parameter.shape, generator=generator, device="cpu")
+    padding = getattr(module, "padding_idx", None)
+    if padding is not None:
+        value[padding] = 0.0
+    return value
+
+
+def constant(value: float, like: Tensor) -> Tensor:
+    return torch.full_like(like, value, dtype=torch.float32, device="cpu")
+
+
+@torch.no_grad()
+def load_weights(hf: nn.Module, directory: Path, gather: Gather = whole) -> None:
+    """Read model.safetensors, or its shards by index, into the model, one module at a time.
+
+    Names are those of the Hugging Face checkpoint. Raises ValueError that lists tensors missing,
+    unexpected or of another shape.
+    """
+    files = weight_files(directory)
+    modules = [own for _, own in own_parameters(hf)]
+    misfits = []
+    with ExitStack() as stack:
+        readers = {
+            file: stack.enter_context(safe_open(file, framework="pt"))
+            for file in sorted(set(files.values()))
+        }
+        check_names(directory, {name for own in modules for name in own}, files, readers, hf)
+        for own in modules:
+            with gather(list(own.values())):
+                for name, parameter in own.items():
+                    stored = readers[files[name]].get_tensor(name)
+                    if stored.shape == parameter.shape:
+                        parameter.copy_(stored)
+                    else:
+                        misfits.append(f"{name} {list(stored.shape)} ≠ {list(parameter.shape)}")
+    if misfits:
+        raise ValueError(
+            f"{directory}: shapes in the files must equal the model's, got {', '.join(misfits)}; "
+            "check that config.json belongs to these weights"
+        )
+
+
+def weight_files(directory: Path) -> dict[str, Path]:
+    """File of each stored tensor; ValueError if the directory has no safetensors."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = json.loads(index.read_text())["weight_map"]
+        return {name: directory / file for name, file in weight_map.items()}
+    single = directory / "model.safetensors"
+    if not single.is_file():
+        raise ValueError(
+            f"model.path: must hold model.safetensors or its index, got {directory}; "
+            "set model.init=random to start without weights"
+        )
+    with safe_open(single, framework="pt") as reader:
+        return dict.fromkeys(reader.keys(), single)
+
+
+def check_names(
+    directory: Path,
+    wanted: set[str],
+    files: dict[str, Path],
+    readers: dict[Path, Any],
+    hf: nn.Module,
+) -> None:
+    """ValueError unless exactly the wanted tensors are stored; a tied head may be stored twice."""
+    head, embedding = TIED
+    stored = set(files)
+    if hf.config.tie_word_embeddings and {head, embedding} <= stored:
+        copies = [readers[files[name]].get_tensor(name) for name in TIED]
+        if not torch.equal(*copies):
+            raise ValueError(
+                f"{directory}: {head} must equal {embedding} when tie_word_embeddings is true, "
+                "got two values; set tie_word_embeddings to false in config.json"
+            )
+        stored.remove(head)
+    if stored != wanted:
+        raise ValueError(
+            f"{directory}: tensors must be those of the model, got missing "
+            f"{sorted(wanted - stored)} and unexpected {sorted(stored - wanted)}; "
+            "check that config.json belongs to these weights"
+        )

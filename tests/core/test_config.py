@@ -1,0 +1,98 @@
+"""Configuration: defaults, overrides, and mistakes that must never reach a GPU."""
+
+import subprocess
+import sys
+
+import pytest
+
+from triptych_core.config import StageConfig, dump_config, load_config, parse_args, render_help
+
+
+def load(*overrides: str) -> StageConfig:
+    return load_config(StageConfig, None, overrides)
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("optim: {lr: 0.5, weight_decay: 0.3}\nrun: {steps: 7}\n")
+    config = load_config(StageConfig, path, ["optim.lr=1e-5"])
+    assert config.optim.lr == 1e-5  # YAML alone reads 1e-5 as a string
+    assert config.optim.weight_decay == 0.3
+    assert config.run.steps == 7
+    assert config.optim.beta1 == 0.9
+
+
+def test_dump_and_load_are_inverse(tmp_path):
+    config = load("optim.lr_by_part={vision: 1e-6}", "schedule.kind=wsd", "run.steps=50")
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(StageConfig, path) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.ler=1", "optim.ler: must be a key of optim, got 'ler'; did you mean 'lr'?"),
+        ("optmi.lr=1", "did you mean 'optim'?"),
+        ("optim.lr=fast", "optim.lr: must be a valid number"),
+        ("run.steps=0", "run.steps: must be greater than or equal to 1, got 0"),
+        ("engine.zero.stage=4", "engine.zero.stage: must be 0, 1, 2 or 3, got 4"),
+        ("optim.lr.x=1", "optim.lr"),
+        ("engine.zero=3", "engine.zero"),
+        ("schedule.warmup_steps=2000", "warmup_steps + decay_steps must be at most run.steps"),
+    ],
+)
+def test_a_wrong_override_is_refused_by_its_dotted_path(override, message):
+    with pytest.raises(ValueError, match=r"must|mean") as caught:
+        load(override)
+    assert message in str(caught.value)
+
+
+def test_all_mistakes_are_reported_at_once():
+    with pytest.raises(ValueError, match="ler") as caught:
+        load("optim.ler=1", "run.stepz=2")
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_combinations_deepspeed_would_compute_wrongly_are_refused():
+    with pytest.raises(ValueError, match=r"set engine\.zero\.stage=1"):
+        load("engine.zero.stage=0", "engine.gradient_accumulation_steps=2")
+    with pytest.raises(ValueError, match=r"engine\.zero\.offload_params"):
+        load("engine.zero.stage=2", "engine.zero.offload_params=true")
+    load("engine.zero.stage=0", "engine.gradient_accumulation_steps=2", "engine.precision=fp32")
+
+
+def test_a_broken_file_is_named(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("optim: {lr: [")
+    with pytest.raises(ValueError, match=r"run\.yaml: must be YAML"):
+        load_config(StageConfig, path)
+    with pytest.raises(ValueError, match="must be an existing YAML file"):
+        load_config(StageConfig, tmp_path / "absent.yaml")
+
+
+def test_the_launchers_local_rank_is_accepted():
+    config = parse_args(StageConfig, ["--local_rank=1", "optim.lr=0.1", "--local_rank", "0"])
+    assert config.optim.lr == 0.1
+
+
+def test_help_names_every_key_with_its_default():
+    text = render_help(StageConfig)
+    assert "optim.lr: float = 0.0001" in text
+    assert "engine.zero.stage: 0|1|2|3 = 3" in text
+
+
+def test_mistakes_exit_with_two_and_print_config_prints(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_args(StageConfig, ["optim.ler=1"])
+    assert caught.value.code == 2
+    assert "error: optim.ler" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        parse_args(StageConfig, ["--print-config", "optim.lr=0.25"])
+    assert caught.value.code == 0
+    assert "lr: 0.25" in capsys.readouterr().out
+
+
+def test_config_does_not_import_torch():
+    code = "import sys, triptych_core.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

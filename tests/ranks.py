@@ -1,0 +1,90 @@
+"""Run a function on several gloo ranks: forked processes, so imports are paid once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+# Forking is safe only while no OpenMP or autograd threads run in the parent.
+torch.set_num_threads(1)
+
+
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 180
+) -> list[Any]:
+    """Call `function(*args)` on `world_size` ranks of one job; returns each rank's result.
+
+    A rank that raises fails the caller with that rank's traceback; a job that hangs is killed.
+    """
+    context = multiprocessing.get_context("fork")
+    port = _free_port()
+    pipes, processes = [], []
+    for rank in range(world_size):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_rank_main, args=(sender, rank, world_size, port, function, args)
+        )
+        process.start()
+        sender.close()
+        pipes.append(receiver)
+        processes.append(process)
+    try:
+        return [_receive(pipe, rank, timeout) for rank, pipe in enumerate(pipes)]
+    finally:
+        for process in processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+
+
+def _receive(pipe: Connection, rank: int, timeout: float) -> Any:
+    if not pipe.poll(timeout):
+        raise TimeoutError(f"rank {rank} gave no result within {timeout} s")
+    try:
+        ok, value = pipe.recv()
+    except EOFError:
+        raise RuntimeError(f"rank {rank} died without a word") from None
+    if not ok:
+        raise RuntimeError(f"rank {rank} failed:\n{value}")
+    return value
+
+
+def _rank_main(
+    pipe: Connection,
+    rank: int,
+    world_size: int,
+    port: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+    }
+    try:
+        pipe.send((True, function(*args)))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+    pipe.close()
+    sys.stdout.flush()
+    # No interpreter shutdown: a peer that failed must not leave this rank waiting in a destructor.
+    os._exit(0)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,51 @@
+"""The shipped tiny model directory is what its maker writes, and it loads."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "stages/configs/qwen3_vl_tiny"
+
+
+def test_shipped_directory_is_what_the_maker_writes(tmp_path: Path) -> None:
+    # The maker ends by loading the directory with transformers and running one forward pass.
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/make_tiny_model.py", tmp_path],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "parameters" in done.stdout
+    for path in sorted(tmp_path.iterdir()):
+        if path.name == "tokenizer.json":  # its layout changes with the tokenizers version
+            made, shipped = (Tokenizer.from_file(str(d / path.name)) for d in (tmp_path, SHIPPED))
+            assert made.get_vocab() == shipped.get_vocab()
+        else:
+            assert path.read_text() == (SHIPPED / path.name).read_text(), path.name
+
+
+def test_special_tokens_have_the_ids_of_the_config() -> None:
+    config = json.loads((SHIPPED / "config.json").read_text())
+    tokenizer = Tokenizer.from_file(str(SHIPPED / "tokenizer.json"))
+    for key, token in (
+        ("image_token_id", "<|image_pad|>"),
+        ("video_token_id", "<|video_pad|>"),
+        ("vision_start_token_id", "<|vision_start|>"),
+        ("vision_end_token_id", "<|vision_end|>"),
+    ):
+        assert config[key] == tokenizer.token_to_id(token)
+    assert config["text_config"]["eos_token_id"] == tokenizer.token_to_id("<|im_end|>")
+    assert tokenizer.get_vocab_size() <= config["text_config"]["vocab_size"]
+    rope = config["text_config"]["rope_parameters"]
+    assert sum(rope["mrope_section"]) * 2 == config["text_config"]["head_dim"]
+
+
+def test_text_survives_the_tokenizer() -> None:
+    tokenizer = Tokenizer.from_file(str(SHIPPED / "tokenizer.json"))
+    text = "<|im_start|>user\nIt's 12 + 30, naïve 数字 …\n\n  yes<|im_end|>\n"
+    ids = tokenizer.encode(text).ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text

@@ -1,0 +1,238 @@
+"""Write the tiny Qwen3-VL that the CPU demo and the tests use: a model directory without weights.
+
+    python tools/make_tiny_model.py [OUT_DIR]        (default: stages/configs/qwen3_vl_tiny)
+
+The directory is what `model.path` names: stock transformers loads its config, tokenizer and
+processor, and builds the model with random weights. Sizes that differ in the real models differ
+here too (heads * head_dim != hidden_size, fewer kv heads than heads, two DeepStack layers), so that
+a mix-up shows. The same versions give the same bytes; nothing is downloaded.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from make_digits import WORDINGS
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
+
+DEFAULT_DIR = Path(__file__).parent.parent / "stages/configs/qwen3_vl_tiny"
+VOCAB_SIZE = 512  # rows of the embedding; the tokenizer may fill fewer, as Qwen's does
+PATCH_SIZE, MERGE_SIZE, TEMPORAL_PATCH_SIZE = 8, 2, 2
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+# Qwen's own rule for cutting text before the BPE: words with their leading space, single digits.
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHAT_TEMPLATE = """\
+{%- macro render(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- else -%}
+        {%- for part in content -%}
+            {%- if part.type == 'image' -%}
+                {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+            {%- elif part.type == 'video' -%}
+                {{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
+            {%- elif part.type == 'text' -%}
+                {{- part.text -}}
+            {%- else -%}
+                {{- raise_exception('chat template: unknown content type ' ~ part.type) -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+    {{- '<|im_start|>' ~ message.role ~ '\\n' ~ render(message.content) ~ '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+
+@click.command()
+@click.argument("out_dir", default=DEFAULT_DIR, type=click.Path(file_okay=False, path_type=Path))
+def main(out_dir: Path) -> None:
+    """Write the model directory, then load it with transformers and run it once."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer()
+    ids = tokenizer.get_vocab()
+    tokenizer.save(str(out_dir / "tokenizer.json"))
+    (out_dir / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    for name, content in (
+        ("config.json", model_config(ids)),
+        ("generation_config.json", generation_config(ids)),
+        ("tokenizer_config.json", tokenizer_config()),
+        ("preprocessor_config.json", image_config()),
+        ("video_preprocessor_config.json", video_config()),
+    ):
+        (out_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    check(out_dir)
+
+
+def train_tokenizer() -> Tokenizer:
+    """Train a byte-level BPE on the demo's own words; the special tokens come last, as in Qwen."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
+    return tokenizer
+
+
+def corpus() -> list[str]:
+    """The demo's questions and answers, and the words of a chat."""
+    questions = [w.format(a="\n", b="\n") for group in WORDINGS.values() for w in group]
+    answers = ["yes", "no", "It is", "The digit is", "The answer is"]
+    return [*questions, *answers, "system\nYou are a helpful assistant.", "user\n", "assistant\n"]
+
+
+def model_config(ids: dict[str, int]) -> dict[str, Any]:
+    """config.json: a Qwen3-VL of about 3.8 M parameters."""
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "tie_word_embeddings": True,
+        "text_config": {
+            "model_type": "qwen3_vl_text",
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": 192,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,  # every attention kernel knows 64
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "rms_norm_eps": 1e-06,
+            "max_position_embeddings": 8192,
+            "initializer_range": 0.02,
+            "tie_word_embeddings": True,
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_interleaved": True,
+                "mrope_section": [12, 10, 10],  # time, height, width; together head_dim / 2
+            },
+        },
+        "vision_config": {
+            "model_type": "qwen3_vl_vision",
+            "depth": 4,
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_heads": 2,
+            "hidden_act": "gelu_pytorch_tanh",
+            "in_channels": 3,
+            "patch_size": PATCH_SIZE,
+            "spatial_merge_size": MERGE_SIZE,
+            "temporal_patch_size": TEMPORAL_PATCH_SIZE,
+            "out_hidden_size": 192,
+            "num_position_embeddings": 64,  # an 8 by 8 grid: a digit of 64 by 64 pixels
+            "deepstack_visual_indexes": [1, 2],
+            "initializer_range": 0.02,
+        },
+    }
+
+
+def generation_config(ids: dict[str, int]) -> dict[str, Any]:
+    """generation_config.json: greedy, ends at the turn's end."""
+    return {
+        "do_sample": False,
+        "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
+        "pad_token_id": ids["<|endoftext|>"],
+    }
+
+
+def tokenizer_config() -> dict[str, Any]:
+    """tokenizer_config.json, as Qwen ships it."""
+    return {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "processor_class": "Qwen3VLProcessor",
+        "add_prefix_space": False,
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+        "clean_up_tokenization_spaces": False,
+        "errors": "replace",
+        "model_max_length": 8192,
+        "split_special_tokens": False,
+    }
+
+
+def image_config() -> dict[str, Any]:
+    """preprocessor_config.json; "size" counts pixels per image, from 32 by 32 to 128 by 128."""
+    return {
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "processor_class": "Qwen3VLProcessor",
+        "size": {"shortest_edge": 32 * 32, "longest_edge": 128 * 128},
+        "patch_size": PATCH_SIZE,
+        "merge_size": MERGE_SIZE,
+        "temporal_patch_size": TEMPORAL_PATCH_SIZE,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+
+
+def video_config() -> dict[str, Any]:
+    """video_preprocessor_config.json; "size" counts pixels over all frames."""
+    frame = {key: value for key, value in image_config().items() if key != "image_processor_type"}
+    size = {"shortest_edge": 4 * 32 * 32, "longest_edge": 32 * 128 * 128}
+    return {"video_processor_type": "Qwen3VLVideoProcessor", **frame, "size": size}
+
+
+def check(path: Path) -> None:
+    """Load the directory as a user would, run one forward pass, print the parameter counts."""
+    import torch
+    from PIL import Image
+    from transformers import AutoConfig, AutoProcessor, Qwen3VLForConditionalGeneration
+
+    torch.manual_seed(0)
+    model = Qwen3VLForConditionalGeneration(AutoConfig.from_pretrained(path))
+    processor = AutoProcessor.from_pretrained(path)
+    content = [{"type": "image"}, {"type": "text", "text": "Which digit is this?"}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    inputs = processor(text=[text], images=[Image.new("RGB", (64, 64))], return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    vision = sum(p.numel() for p in model.model.visual.parameters())
+    total = sum(p.numel() for p in model.parameters())
+    click.echo(
+        f"{path}: {total:,} parameters ({vision:,} vision, {total - vision:,} language), "
+        f"{len(processor.tokenizer)} tokens, logits {tuple(logits.shape)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
