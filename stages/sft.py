@@ -9,23 +9,13 @@ Measured on: two CPU ranks (`make demo`) and one H100 (README, Results).
 """
 
 import sys
+from functools import partial
 
 from pydantic import Field
 
-from triptych_core.config import Section, StageConfig, parse_args
+from triptych_core.config import StageConfig, parse_args
 from triptych_data.config import DataConfig
 from triptych_models.config import ModelConfig
-
-
-class EvaluationConfig(Section):
-    """Held-out samples: their loss, and greedy answers compared with the expected ones."""
-
-    shards: list[str] = Field(default_factory=list, description="held-out shards; empty = none")
-    every: int = Field(0, ge=0, description="steps between evaluations; 0 = only before and after")
-    max_new_tokens: int = Field(32, ge=1, description="longest answer, in tokens")
-    batch_size: int = Field(32, ge=1, description="questions answered at once, per rank")
-    max_questions: int = Field(2000, ge=0, description="how many questions to answer")
-    num_examples: int = Field(48, ge=0, description="answers kept with images for the report")
 
 
 class SftConfig(StageConfig):
@@ -33,23 +23,101 @@ class SftConfig(StageConfig):
 
     model: ModelConfig
     data: DataConfig
-    evaluation: EvaluationConfig = EvaluationConfig()
     export: bool = Field(True, description="write run.dir/export, a Hugging Face directory")
 
 
 def main(config: SftConfig) -> None:
-    """Wire data, model and engine together and train."""
+    """Wire data, model and engine together, train, evaluate, export."""
     # Not at the top: the configuration is checked before torch is imported.
-    from triptych_core.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-    from triptych_core.engine import build_engine, compute_dtype, gather_parameters, sharded_init
-    from triptych_core.launch import launch
+    from triptych_core.checkpoint import resume, save_if_due
+    from triptych_core.engine import (
+        build_engine,
+        compute_dtype,
+        gather_parameters,
+        read_parameters,
+        sharded_init,
+    )
+    from triptych_core.evaluate import evaluate_if_due
+    from triptych_core.launch import launch, shutdown
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
     from triptych_core.optim import build_adamw, parameter_groups
-    from triptych_core.report import write_report
     from triptych_core.run import close_run, open_run
+    from triptych_data.heldout import Heldout
     from triptych_data.loader import PackLoader
     from triptych_data.processor import Processor
-    from triptych_models.build import build_model
-    from triptych_models.parts import count_parameters, part_of
-    from triptych_models.weights import export
+    from triptych_models.export import export
+    from triptych_models.families import build_model
+    from triptych_models.freeze import count_parameters, parameter_parts
+    from triptych_models.generate import generate
+
+    runtime = launch(config.run)
+    ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
+
+    # Data: shards → packs of whole documents, the same global stream on any number of ranks.
+    processor = Processor.from_directory(
+        config.model.path, min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels
+    )
+    batches = PackLoader(config.data, processor, **ranks)
+    heldout = None
+    if config.evaluation.shards:
+        heldout = Heldout(
+            config.evaluation.shards,
+            processor,
+            seq_len=config.data.seq_len,
+            limit=config.evaluation.max_questions,
+            **ranks,
+        )
+
+    # Model: born in pieces under ZeRO-3, filled part by part.
+    dtype = compute_dtype(config.engine)
+    with sharded_init(config.engine, runtime.world_size):
+        model = build_model(config.model, dtype=dtype, gather=gather_parameters(config.engine))
+    part_of = parameter_parts(model).__getitem__
+    groups = parameter_groups(model.named_parameters(), config.optim, part_of)
+    optimizer = build_adamw(groups, config.optim)
+    open_run(config, runtime, {"parameters": count_parameters(model)})
+    engine = build_engine(model, optimizer, config.engine, config.optim, runtime.world_size)
+    start_step = resume(engine, config, batches)
+
+    def answer(questions: list[int]) -> list[str]:
+        assert heldout is not None
+        tokens = generate(
+            model,
+            [heldout.prompt(question) for question in questions],
+            max_new_tokens=config.evaluation.max_new_tokens,
+            eos_token_id=processor.eos_token_id,
+            pad_token_id=processor.pad_token_id,
+            synced=config.engine.zero.stage == 3,
+        )
+        return [processor.decode(row) for row in tokens]
+
+    with Metrics(config, start_step=start_step, **ranks) as metrics:
+        test = partial(evaluate_if_due, engine, config, heldout, answer, metrics)
+        save = partial(save_if_due, engine, config, batches, metrics)
+        if start_step == 0:
+            test(0)
+        train(
+            engine,
+            iter(batches),
+            config,
+            flops=model.flops,
+            metrics=metrics,
+            start_step=start_step,
+            on_step=[test, save],
+        )
+    if config.export:
+        export(
+            model.hf,
+            config.run.dir / "export",
+            config.model.path,
+            dtype=dtype,
+            gather=read_parameters(config.engine),
+            is_main=runtime.is_main,
+        )
+    close_run(config, runtime)
+    shutdown()
+
+
+if __name__ == "__main__":
+    main(parse_args(SftConfig, sys.argv[1:], __doc__ or ""))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import sys
 import traceback
@@ -49,7 +50,7 @@ def _receive(pipe: Connection, rank: int, timeout: float) -> Any:
     if not pipe.poll(timeout):
         raise TimeoutError(f"rank {rank} gave no result within {timeout} s")
     try:
-        ok, value = pipe.recv()
+        ok, value = pickle.loads(pipe.recv_bytes())
     except EOFError:
         raise RuntimeError(f"rank {rank} died without a word") from None
     if not ok:
@@ -75,9 +76,12 @@ def _rank_main(
         "DS_ACCELERATOR": "cpu",
     }
     try:
-        pipe.send((True, function(*args)))
+        result = (True, function(*args))
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        result = (False, traceback.format_exc())
+    # Plain pickle, not Connection.send: torch would pass tensors by a shared memory that dies
+    # with this process.
+    pipe.send_bytes(pickle.dumps(result))
     pipe.close()
     sys.stdout.flush()
     # No interpreter shutdown: a peer that failed must not leave this rank waiting in a destructor.

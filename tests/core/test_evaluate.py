@@ -7,7 +7,6 @@ from tests.ranks import run_ranks
 from triptych_core.evaluate import (
     Answer,
     Evaluation,
-    Question,
     answer_questions,
     append_evaluation,
     count_kinds,
@@ -33,7 +32,7 @@ def answer_on_a_rank(num_questions: int) -> tuple[list[Answer], int]:
     from triptych_core.launch import launch
 
     launch(RunConfig(device="cpu"))
-    questions = [Question(i, "echo", str(i), prompt=i) for i in range(num_questions)]
+    questions = [Answer(i, "echo", str(i), "") for i in range(num_questions)]
     calls = []
 
     def generate(prompts: list[int]) -> list[str]:

@@ -31,7 +31,7 @@ def lines(config: StageConfig) -> list[dict]:
 
 
 def test_every_step_is_written_once_the_last_one_on_leaving(config):
-    with Metrics(config, is_main=True, world_size=2) as metrics:
+    with Metrics(config, rank=0, world_size=2) as metrics:
         for step in (1, 2, 3):
             metrics.record(record(step))
             assert [line["step"] for line in lines(config)] == list(range(1, step))
@@ -39,7 +39,7 @@ def test_every_step_is_written_once_the_last_one_on_leaving(config):
 
 
 def test_derived_figures(config):
-    with Metrics(config, is_main=True, world_size=2) as metrics:
+    with Metrics(config, rank=0, world_size=2) as metrics:
         metrics.record(record(1, loss=2.5))
     (line,) = lines(config)
     assert line["loss"] == 2.5
@@ -50,18 +50,18 @@ def test_derived_figures(config):
 
 
 def test_a_resumed_run_replaces_the_steps_it_takes_again_and_a_torn_line(config):
-    with Metrics(config, is_main=True, world_size=1) as metrics:
+    with Metrics(config, rank=0, world_size=1) as metrics:
         for step in (1, 2, 3):
             metrics.record(record(step))
     with (config.run.dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
-    with Metrics(config, is_main=True, world_size=1, start_step=2) as metrics:
+    with Metrics(config, rank=0, world_size=1, start_step=2) as metrics:
         metrics.record(record(3, loss=9.0))
     assert [(line["step"], line["loss"]) for line in lines(config)] == [(1, 1), (2, 1), (3, 9)]
 
 
 def test_other_ranks_write_nothing(config):
-    with Metrics(config, is_main=False, world_size=2) as metrics:
+    with Metrics(config, rank=1, world_size=2) as metrics:
         metrics.record(record(1))
     assert not (config.run.dir / "metrics.jsonl").exists()
 
@@ -70,6 +70,6 @@ def test_wandb_offline_writes_a_run(config, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     offline = config.model_copy(update={"log": config.log.model_copy(update={"wandb": "offline"})})
-    with Metrics(offline, is_main=True, world_size=1) as metrics:
+    with Metrics(offline, rank=0, world_size=1) as metrics:
         metrics.record(record(1))
     assert list((config.run.dir / "wandb").glob("offline-run-*/*.wandb"))

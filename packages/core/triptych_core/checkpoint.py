@@ -13,7 +13,7 @@ import os
 import random
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 import numpy as np
@@ -21,9 +21,17 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from triptych_core.config import StageConfig
+from triptych_core.config import StageConfig, is_due
+from triptych_core.metrics import Metrics
 
 _TAG = "engine"
+
+
+class Resumable(Protocol):
+    """The data iterator's half of the contract."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -61,6 +69,29 @@ def save_checkpoint(
             shutil.rmtree(old)
     dist.barrier()
     return final
+
+
+def save_if_due(
+    engine: Any, config: StageConfig, batches: Resumable, metrics: Metrics, step: int
+) -> None:
+    """Save every `checkpoint.every` steps and after the last."""
+    if is_due(step, config.checkpoint.every, config.run.steps):
+        path = save_checkpoint(engine, config, step, batches.state_dict())
+        metrics.note(f"step {step}  saved {path}")
+        metrics.restart_clock()
+
+
+def resume(engine: Any, config: StageConfig, batches: Resumable) -> int:
+    """Go on from the run's newest checkpoint, if there is one and `checkpoint.resume` allows.
+
+    Returns the last step already taken; 0 for a fresh start.
+    """
+    path = latest_checkpoint(config.run.dir)
+    if path is None or config.checkpoint.resume == "never":
+        return 0
+    step, data_state = load_checkpoint(engine, config, path)
+    batches.load_state_dict(data_state)
+    return step
 
 
 def load_checkpoint(engine: Any, config: StageConfig, path: Path) -> tuple[int, dict[str, Any]]:

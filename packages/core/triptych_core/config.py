@@ -113,6 +113,17 @@ class CheckpointConfig(Section):
     )
 
 
+class EvaluationConfig(Section):
+    """Held-out samples: their loss, and greedy answers compared with the expected ones."""
+
+    shards: list[str] = Field(default_factory=list, description="held-out shards; empty = none")
+    every: int = Field(0, ge=0, description="steps between evaluations; 0 = only before and after")
+    max_new_tokens: int = Field(32, ge=1, description="longest answer, in tokens")
+    batch_size: int = Field(32, ge=1, description="questions answered at once, per rank")
+    max_questions: int = Field(2000, ge=0, description="how many questions to answer; 0 = none")
+    num_examples: int = Field(48, ge=0, description="answers kept with images for the report")
+
+
 class LogConfig(Section):
     """What is written while a run goes on."""
 
@@ -133,6 +144,7 @@ class StageConfig(Section):
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
@@ -206,6 +218,11 @@ def load_config(
         return cls.model_validate(tree)
     except ValidationError as error:
         raise ValueError("\n".join(_one_line(item) for item in error.errors())) from None
+
+
+def is_due(step: int, every: int, last_step: int) -> bool:
+    """Whether something done every so many steps (0 = never) and at the end is due after `step`."""
+    return step == last_step or (every > 0 and step % every == 0)
 
 
 def dump_config(config: BaseModel) -> str:

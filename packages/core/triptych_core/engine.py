@@ -51,9 +51,10 @@ def sharded_init(config: EngineConfig, world_size: int) -> AbstractContextManage
     """A context in which modules are born partitioned over ranks (ZeRO-3), or as they are."""
     if config.zero.stage != 3:
         return nullcontext()
+    # No `dtype=`: on a device without fp16 DeepSpeed 0.19.8 ignores it and takes bf16 (an operator
+    # precedence slip in zero.Init._set_dtype); the config's precision it does follow.
     return deepspeed.zero.Init(
-        config_dict_or_path=deepspeed_config(config, max_grad_norm=0.0, world_size=world_size),
-        dtype=compute_dtype(config),
+        config_dict_or_path=deepspeed_config(config, max_grad_norm=0.0, world_size=world_size)
     )
 
 

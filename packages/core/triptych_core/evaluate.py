@@ -7,22 +7,25 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
+from triptych_core.config import EvaluationConfig, StageConfig, is_due
 from triptych_core.loop import Batch, to_device
+from triptych_core.metrics import Metrics
 
 
-@dataclass
-class Question:
-    """One held-out question: its kind, what is asked, what is expected, and its number."""
+class Question(Protocol):
+    """One held-out question; whoever encodes and shows it knows it by its index."""
 
-    index: int
-    kind: str
-    expected: str
-    prompt: Any
+    @property
+    def index(self) -> int: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def expected(self) -> str: ...
 
 
 @dataclass
@@ -52,6 +55,75 @@ class Evaluation:
     examples: list[dict[str, Any]] = field(default_factory=list)
 
 
+class HeldoutSet(Protocol):
+    """Held-out samples, as a stage's data package gives them."""
+
+    @property
+    def questions(self) -> Sequence[Question]:
+        """All questions, the same on every rank."""
+
+    def batches(self) -> Iterable[Batch]:
+        """This rank's packs; equally many on every rank."""
+
+    def describe(self, index: int) -> dict[str, Any]:
+        """What the report shows of a question: key, prompt, images."""
+
+
+def evaluate_if_due(
+    engine: Any,
+    config: StageConfig,
+    heldout: HeldoutSet | None,
+    answer: Callable[[list[int]], list[str]],
+    metrics: Metrics,
+    step: int,
+) -> None:
+    """Evaluate before the first step, every `evaluation.every` steps and after the last.
+
+    `answer` turns numbers of questions into the model's answers. Every rank takes part; the main
+    one adds a line to `evaluation.jsonl`.
+    """
+    if heldout is None or not (
+        step == 0 or is_due(step, config.evaluation.every, config.run.steps)
+    ):
+        return
+    metrics.note(f"step {step}  evaluating")
+    evaluation = evaluate(engine, config.evaluation, heldout, answer, step)
+    if dist.get_rank() == 0:
+        append_evaluation(config.run.dir, evaluation)
+    scores = "  ".join(f"{kind} {share:.1%}" for kind, share in evaluation.exact_match.items())
+    metrics.note(f"step {step}  held-out loss {evaluation.heldout_loss:.4f}  {scores}")
+    metrics.restart_clock()
+
+
+def evaluate(
+    engine: Any,
+    config: EvaluationConfig,
+    heldout: HeldoutSet,
+    answer: Callable[[list[int]], list[str]],
+    step: int,
+) -> Evaluation:
+    """Held-out loss and exact match; every rank takes part and gets the result."""
+    loss = heldout_loss(engine, heldout.batches())
+    answers = answer_questions(heldout.questions, answer, batch_size=config.batch_size)
+    stride = max(1, len(answers) // max(1, config.num_examples))
+    return Evaluation(
+        step=step,
+        heldout_loss=loss,
+        exact_match=score(answers),
+        majority=majority_baseline(answers),
+        counts=count_kinds(answers),
+        examples=[
+            {
+                **heldout.describe(given.index),
+                "question": given.kind,
+                "expected": given.expected,
+                "answer": given.answer,
+            }
+            for given in answers[::stride][: config.num_examples]
+        ],
+    )
+
+
 @torch.no_grad()
 def heldout_loss(engine: Any, batches: Iterable[Batch]) -> float:
     """Summed loss over all target tokens of all ranks, divided by their number.
@@ -72,14 +144,13 @@ def heldout_loss(engine: Any, batches: Iterable[Batch]) -> float:
 
 def answer_questions(
     questions: Sequence[Question],
-    generate: Callable[[list[Any]], list[str]],
+    answer: Callable[[list[int]], list[str]],
     *,
     batch_size: int,
-    on_batch: Callable[[int], None] = lambda done: None,
 ) -> list[Answer]:
     """Answer all questions, split over ranks; every rank gets all answers, in order.
 
-    Every rank calls `generate` equally often, with at least one prompt each time, since under
+    Every rank calls `answer` equally often, with at least one prompt each time, since under
     ZeRO-3 a forward is a collective.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -88,10 +159,9 @@ def answer_questions(
     for start in range(0, len(questions), stride):
         group = questions[start : start + stride][rank::world_size]
         # A rank with nothing left repeats a question, to stay in step with the others.
-        texts = generate([question.prompt for question in group or questions[:1]])
+        texts = answer([question.index for question in group or questions[:1]])
         for question, text in zip(group, texts, strict=False):
             mine.append(Answer(question.index, question.kind, question.expected, text))
-        on_batch(min(start + stride, len(questions)))
     gathered: list[list[Answer]] = [[] for _ in range(world_size)]
     dist.all_gather_object(gathered, mine)
     return sorted((answer for part in gathered for answer in part), key=lambda a: a.index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+import warnings
 from dataclasses import dataclass
 
 import deepspeed
@@ -35,6 +36,8 @@ def launch(config: RunConfig) -> Runtime:
 
     CPU, CUDA and NPU take one path: DeepSpeed's accelerator names the device and the backend.
     """
+    # DeepSpeed's collectives carry their old names in newer torch: nothing a user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if config.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
@@ -62,6 +65,12 @@ def launch(config: RunConfig) -> Runtime:
         local_rank=local_rank,
         device=device,
     )
+
+
+def shutdown() -> None:
+    """Wait for all ranks and leave the process group, so that nothing is torn down under a peer."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def seed_everything(seed: int) -> None:

@@ -41,9 +41,11 @@ class Metrics:
     device. Only the main rank writes.
     """
 
-    def __init__(self, config: StageConfig, *, is_main: bool, world_size: int, start_step: int = 0):
+    def __init__(
+        self, config: StageConfig, *, rank: int, world_size: int, start_step: int = 0
+    ) -> None:
         self._config = config
-        self._is_main = is_main
+        self._is_main = is_main = rank == 0
         self._peak = peak_flops(config) * world_size
         self._pending: StepRecord | None = None
         self._flushed_at = time.perf_counter()
@@ -91,9 +93,13 @@ class Metrics:
         self._write(record, loss, seconds)
 
     def note(self, text: str) -> None:
-        """Print one line above the progress bar, on the main rank."""
+        """Print one line below those of the steps so far, on the main rank."""
+        self.flush()
         if self._is_main:
-            self._console.print(text, highlight=False, markup=False)
+            self._say(text)
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _open(self, start_step: int) -> None:
         config = self._config
@@ -148,7 +154,7 @@ class Metrics:
         if self._progress is not None:
             self._progress.update(self._task, completed=line["step"], status=status)
         elif line["step"] % self._config.log.every == 0 or line["step"] == self._config.run.steps:
-            self.note(f"step {line['step']}/{self._config.run.steps}  {status}")
+            self._say(f"step {line['step']}/{self._config.run.steps}  {status}")
 
 
 def peak_flops(config: StageConfig) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 WIDTH, HEIGHT = 520, 230  # SVG units; a card is about this many pixels wide
-LEFT, RIGHT, TOP, BOTTOM = 58, 508, 12, 190  # the plotting area inside
+LEFT, RIGHT, TOP, BOTTOM = 58, 500, 12, 190  # the plotting area inside
 MAX_POINTS = 2000  # per line; longer runs keep the extremes of each interval
 LOG_RATIO = 50.0  # a curve that falls further than this is drawn on a log scale
 PEAK_RATIO = 4.0  # a few peaks this far above nearly all values leave the axis alone
@@ -48,7 +48,6 @@ class Axis:
 
 def draw_chart(
     lines: Sequence[Line],
-    last_step: int,
     *,
     from_zero: bool,
     top: float | None = None,
@@ -58,7 +57,6 @@ def draw_chart(
 
     Args:
         lines: what to draw, the first at the back.
-        last_step: right end of the horizontal axis, the same for all charts of a run.
         from_zero: whether the vertical axis starts at zero; a log scale is used only where not.
         top: the largest value there can be, e.g. 100 for a percentage.
         format_value: how a value reads when it is pointed at.
@@ -68,9 +66,9 @@ def draw_chart(
     """
     values = [v for line in lines for v in line.values if v is not None]
     axis, notes = choose_axis(values, from_zero, top)
-    first_step = min((line.steps[0] for line in lines if line.steps), default=0)
-    start = 0 if first_step <= 1 else first_step
-    span = max(last_step - start, 1)
+    first, last = min(line.steps[0] for line in lines), max(line.steps[-1] for line in lines)
+    start = 0 if first <= 1 else first
+    span = max(last - start, 1)
 
     def x(step: float) -> float:
         return round(LEFT + (step - start) / span * (RIGHT - LEFT), 1)
@@ -99,7 +97,7 @@ def choose_axis(values: list[float], from_zero: bool, top: float | None) -> tupl
     usual = sorted(values)[int(0.98 * (len(values) - 1))]  # at least one value in 50 is above
     if len(values) > 20 and usual > 0 and high > PEAK_RATIO * usual:
         cut = 1.25 * usual
-        notes.append(f"{sum(v > cut for v in values)} peaks above the axis, up to {short(high)}")
+        notes.append(f"{sum(v > cut for v in values)} above the axis, up to {short(high)}")
         high = cut
     if from_zero:
         low = min(low, 0.0)
@@ -109,15 +107,16 @@ def choose_axis(values: list[float], from_zero: bool, top: float | None) -> tupl
     step = nice_step((high - low) / 4)
     low, high = math.floor(low / step) * step, math.ceil(high / step - 1e-9) * step
     high = high if top is None else min(high, top)
-    count = round((high - low) / step)
-    return Axis(low, high, [(low + i * step, short(low + i * step, step)) for i in range(count + 1)]), notes
+    marks = [low + i * step for i in range(round((high - low) / step) + 1)]
+    return Axis(low, high, [(mark, short(mark, step)) for mark in marks]), notes
 
 
 def log_axis(low: float, high: float) -> Axis:
-    """An axis over decades, with ticks at 1, 2 and 5 where there are few decades."""
+    """An axis over decades, with more ticks in each where they are few."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    factors = (1, 2, 5) if last - first <= 2 else (1, 3) if last - first <= 3 else (1,)
-    every = max(1, (last - first) // 5)
+    decades = math.log10(high / low)
+    factors = (1, 2, 5) if decades < 1.9 else (1, 3) if decades < 3.3 else (1,)
+    every = max(1, (last - first) // 6)
     marks = [f * 10.0**e for e in range(first, last + 1, every) for f in factors]
     below = [m for m in marks if m <= low] or [low]
     above = [m for m in marks if m >= high] or [high]
@@ -139,16 +138,16 @@ def short(value: float, step: float | None = None) -> str:
     for scale, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= scale or (step is not None and step >= scale):
             return _trim(value / scale, unit / scale) + suffix
-    if max(abs(value), unit) < 1e-3:
-        exponent = math.floor(math.log10(unit if step is not None else abs(value)))
+    if (step is None and abs(value) < 1e-3) or (step is not None and step < 1e-3):
+        exponent = math.floor(math.log10(abs(value)) + 1e-9)
         return _trim(value / 10.0**exponent, unit / 10.0**exponent) + f"e{exponent}"
     return _trim(value, unit)
 
 
 def smooth(values: Values, radius: int) -> list[float | None]:
-    """Centred moving mean (n,) over up to 2 * radius + 1 values, narrower towards the ends.
+    """Centred moving mean (n,) over up to 2 * radius + 1 values that are there.
 
-    Narrowing keeps the ends honest: the first and last value stay what they are.
+    The window grows from the first value on, so that a steep start is not averaged away.
     """
     sums, counts = [0.0], [0]
     for value in values:
@@ -156,8 +155,8 @@ def smooth(values: Values, radius: int) -> list[float | None]:
         counts.append(counts[-1] + (value is not None))
     result: list[float | None] = []
     for i in range(len(values)):
-        reach = min(radius, i, len(values) - 1 - i)
-        begin, end = i - reach, i + reach + 1
+        reach = min(radius, i)
+        begin, end = i - reach, min(i + reach + 1, len(values))
         count = counts[end] - counts[begin]
         result.append((sums[end] - sums[begin]) / count if count else None)
     return result

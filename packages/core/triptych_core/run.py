@@ -14,6 +14,7 @@ from deepspeed.accelerator import get_accelerator
 
 from triptych_core.config import StageConfig, dump_config
 from triptych_core.launch import Runtime
+from triptych_core.report import write_report
 
 _PACKAGES = ("triptych-core", "torch", "deepspeed", "transformers", "flash-attn-4", "triton")
 
@@ -44,12 +45,12 @@ def open_run(config: StageConfig, runtime: Runtime, facts: dict[str, Any]) -> No
     )
 
 
-def close_run(config: StageConfig, runtime: Runtime, summary: dict[str, Any]) -> None:
-    """Note in `run.json` that the run is complete, with its summary."""
-    if not runtime.is_main:
-        return
-    path = config.run.dir / "run.json"
-    _write(path, json.loads(path.read_text()) | {"finished": _now(), "summary": summary})
+def close_run(config: StageConfig, runtime: Runtime) -> None:
+    """Note in `run.json` when the run was complete, and write its report."""
+    if runtime.is_main:
+        path = config.run.dir / "run.json"
+        _write(path, json.loads(path.read_text()) | {"finished": _now()})
+        write_report(config.run.dir)
 
 
 def device_name() -> str:

@@ -17,6 +17,12 @@ _MARKS = re.compile(f"[{_QUOTED}{_TRAINED}{_END}]")
 _SPANS = re.compile(f"([{_QUOTED}{_TRAINED}])([^{_QUOTED}{_TRAINED}{_END}]*){_END}")
 
 
+_CUT_TEXT = (
+    "the chat template must print every message's text in one piece, got it cut; it may treat "
+    "some words of this sample (such as </think>) specially: use a template that does not"
+)
+
+
 class ChatTokens(NamedTuple):
     """A tokenised chat: `input_ids (L,) int64`, and `trained (L,) bool` where a loss is taken."""
 
@@ -34,7 +40,7 @@ class ChatTokenizer:
 
     Ids equal `tokenizer.apply_chat_template(messages, tokenize=True)` of transformers wherever no
     message quotes a special token; a quoted one is ordinary text here. The template must print
-    each text unchanged or trimmed.
+    each text in one piece, trimmed or not.
 
     Raises ValueError for a template that prints no special token after an assistant's text.
     """
@@ -107,11 +113,7 @@ class ChatTokenizer:
             )
             if _MARKS.sub("", marked) == plain:
                 return _split_spans(marked)
-        raise ValueError(
-            "the chat template must print every message's text as it is or trimmed, got other "
-            "text; it may treat some words of this sample (such as </think>) specially: use a "
-            "template that does not"
-        )
+        raise ValueError(_CUT_TEXT)
 
     def _apply_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError
@@ -160,7 +162,7 @@ class ChatTokenizer:
         return ChatTokens(np.array(ids, dtype=np.int64), np.array(trained, dtype=bool))
 
     def _encode_stretch(self, stretch: list[_Span], ids: list[int], trained: list[bool]) -> None:
-        """Encode neighbouring spans as one string, as stock does: tokens may cross their borders."""
+        """Encode neighbouring spans as one string, as stock does: tokens may cross borders."""
         text = "".join(span.text for span in stretch)
         if not text:
             return
@@ -225,8 +227,5 @@ def _split_spans(marked: str) -> list[_Span]:
     spans.append(_Span(marked[end:], None))
     # A template that splits a text leaves half a pair behind; half-known spans are worse than none.
     if any(_MARKS.search(span.text) for span in spans if span.kind is None):
-        raise ValueError(
-            "the chat template must print every message's text in one piece, got pieces; it may "
-            "treat some words of this sample (such as </think>) specially: use one that does not"
-        )
+        raise ValueError(_CUT_TEXT)
     return spans

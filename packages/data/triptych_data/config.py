@@ -20,11 +20,11 @@ class DataConfig(BaseModel):
     seq_len: int = Field(ge=8, description="Tokens in every pack (T of a batch), padding included.")
     min_pixels: Pixels | None = Field(
         default=None,
-        description="Smaller images are enlarged to this many pixels; null: as the model folder says.",
+        description="Smaller images are enlarged to this many pixels; null: as model.path says.",
     )
     max_pixels: Pixels | None = Field(
         default=None,
-        description="Larger images are shrunk to this many pixels; null: as the model folder says.",
+        description="Larger images are shrunk to this many pixels; null: as model.path says.",
     )
     num_workers: int = Field(
         default=2,

@@ -5,6 +5,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from io import BytesIO
 from typing import NamedTuple
 
@@ -109,7 +110,6 @@ def decode_image(data: bytes) -> Tensor:
         *BROKEN,
         struct.error,
         zlib.error,
-        RuntimeError,
         Image.DecompressionBombError,
     ) as error:
         raise ValueError(
@@ -141,7 +141,8 @@ def _decode(data: bytes) -> Tensor:
         if fast is not None and "transparency" not in image.info:
             # torch.frombuffer wants writable bytes; a copy of the compressed file is cheap.
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            pixels = fast(encoded, mode=io.ImageReadMode.RGB)
+            with suppress(RuntimeError):  # Pillow, which checked the shards, decides what is broken
+                pixels = fast(encoded, mode=io.ImageReadMode.RGB)
         if pixels is None or pixels.dtype != torch.uint8:  # 16-bit PNG: Pillow takes the high byte
             pixels = transforms.pil_to_tensor(_flatten(image))
     return _orient(pixels, orientation)

@@ -2,13 +2,14 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
 
-class Packs(NamedTuple):
-    """Packs as one array: pack p holds `items[starts[p]:starts[p + 1]]`.
+@dataclass(frozen=True)
+class Packs:
+    """Packs as one array: pack p, `packs[p]`, is `items[starts[p]:starts[p + 1]]`.
 
     `items (N,) int64` are indices into the packed lengths, `starts (num_packs + 1,) int64`.
     """
@@ -18,6 +19,9 @@ class Packs(NamedTuple):
 
     def __len__(self) -> int:
         return len(self.starts) - 1
+
+    def __getitem__(self, pack: int) -> np.ndarray:
+        return self.items[self.starts[pack] : self.starts[pack + 1]]
 
 
 def pack_lengths(

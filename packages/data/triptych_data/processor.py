@@ -131,13 +131,11 @@ class Processor:
     def measure(self, record: dict[str, Any], image_sizes: np.ndarray) -> Measures:
         """Return what `encode` would make of a sample, without decoding its images.
 
-        `image_sizes (num_media, 2)` holds width and height after EXIF orientation, by media index.
-        Raises ValueError as `encode` does, except for damaged images, and names no sample.
+        `image_sizes (num_images, 2)` holds width and height after EXIF orientation, in the order
+        in which the text meets the images. Raises ValueError as `encode` does, except for damaged
+        images, and names no sample.
         """
-        grids = [
-            image_grid(int(image_sizes[i][0]), int(image_sizes[i][1]), self._rules)
-            for i in image_indexes(record)
-        ]
+        grids = [image_grid(int(width), int(height), self._rules) for width, height in image_sizes]
         tokens = self._tokenize(record["messages"], grids)
         num_targets = int(tokens.trained[1:].sum())
         return Measures(len(tokens.input_ids), num_targets, sum(t * h * w for t, h, w in grids))
@@ -228,8 +226,8 @@ def _image_rules(
     if not rules.min_pixels <= rules.max_pixels or rules.max_pixels < token_area:
         raise ValueError(
             f"data.max_pixels: must be at least min_pixels and one token's {token_area} pixels, "
-            f"got min_pixels={rules.min_pixels}, max_pixels={rules.max_pixels}; change data.min_pixels "
-            f"or data.max_pixels (defaults are in {where})"
+            f"got min_pixels={rules.min_pixels}, max_pixels={rules.max_pixels}; change "
+            f"data.min_pixels or data.max_pixels (defaults are in {where})"
         )
     return rules
 

@@ -125,7 +125,8 @@ class Shards:
 
     def _pread(self, shard: int, row: int, offset: int, size: int, crc32: int) -> bytes:
         path = self.paths[shard]
-        data = os.pread(self._open(path).fd, size, offset)
+        file = self._open(path)  # holding it keeps it open, even if the cache drops it meanwhile
+        data = os.pread(file.fd, size, offset)
         if zlib.crc32(data) != crc32:
             raise ValueError(
                 f"{path}: sample {self.indexes[shard].key(row)}: the {size} bytes from {offset} "

@@ -1,13 +1,17 @@
 """The index of tars made elsewhere: one pass that reads, checks and measures every sample."""
 
+import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
-from triptych_data.index import IndexRows, ShardIndex
+from triptych_data.index import IndexRows, ShardIndex, index_paths, read_index, write_index
 from triptych_data.probe import SUFFIXES, probe_image
 from triptych_data.sample import check_sample, image_indexes, load_json, text_bytes
 from triptych_data.tar import Member, walk
+from triptych_data.workers import begin_worker
 
 
 def build_index(tar: str | Path) -> ShardIndex:
@@ -32,6 +36,42 @@ def build_index(tar: str | Path) -> ShardIndex:
     if not seen:
         raise ValueError(f"{tar}: a shard must hold a sample, got none; leave the file out")
     return rows.finish(end, Path(tar).stat().st_size)
+
+
+def index_shards(
+    tars: Sequence[Path], *, overwrite: bool = False, num_workers: int = 1
+) -> Generator[tuple[Path, tuple[ShardIndex, bool]], None, None]:
+    """`index_or_verify` for each of `tars`, in order."""
+    work = partial(index_or_verify, overwrite=overwrite)
+    num_workers = min(num_workers, len(tars))
+    if num_workers == 1:
+        yield from zip(tars, map(work, tars), strict=True)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, context, initializer=begin_worker) as pool:
+        try:
+            yield from zip(tars, pool.map(work, tars), strict=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def index_or_verify(tar: str | Path, *, overwrite: bool = False) -> tuple[ShardIndex, bool]:
+    """The index of `tar` and whether it was written: one that exists is compared with the bytes.
+
+    An index is not replaced unless `overwrite`: it may be the only witness of damage. Raises
+    ValueError as `build_index`, and when the tar is not what its index says.
+    """
+    if overwrite or not index_paths(tar)[1].exists():
+        index = build_index(tar)
+        write_index(tar, index)
+        return index, True
+    known = read_index(tar)
+    if build_index(tar).fingerprint != known.fingerprint:
+        raise ValueError(
+            f"{tar}: the shard must be as it was indexed, got other bytes; restore it, or accept "
+            "the change with --overwrite"
+        )
+    return known, False
 
 
 def _groups(members: Iterable[Member], tar: str) -> Iterator[tuple[str, list[Member], int]]:

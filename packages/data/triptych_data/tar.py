@@ -54,7 +54,6 @@ def header(name: str, size: int) -> bytes:
     block[148:156] = b" " * 8  # the checksum counts itself as spaces
     block[156:157] = FILE
     block[257:265] = b"ustar\x0000"
-    block[329:345] = b"0000000\0" * 2  # device numbers
     block[148:156] = b"%06o\0 " % sum(block)
     return bytes(block)
 

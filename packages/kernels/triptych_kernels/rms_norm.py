@@ -1,9 +1,12 @@
 """RMSNorm: y = weight * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich, arXiv 1910.07467)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .dispatch import choose
+from .dispatch import choose, is_traced
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | None = None) -> Tensor:
@@ -20,9 +23,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | Non
             f"rms_norm: weight must be ({x.shape[-1]},), the last dimension of x, got "
             f"{tuple(weight.shape)}; build the norm with the width of its input"
         )
-    if choose("rms_norm", x, backend) == "triton":
+    if choose("rms_norm", x, backend) == "reference":
+        return rms_norm_ref(x, weight, eps)
+    if is_traced(x):
         return _rms_norm(x, weight, eps)[0]
-    return rms_norm_ref(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps)
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -30,6 +35,25 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
     x_hat = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (weight * x_hat.to(x.dtype)).to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The eager path: the same kernels as the custom op's, without its cost per call."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        from .triton_ops import rms_norm as kernels
+
+        y, rstd = kernels.forward(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        from .triton_ops import rms_norm as kernels
+
+        return (*kernels.backward(dy, *ctx.saved_tensors), None)
 
 
 @torch.library.custom_op("triptych::rms_norm", mutates_args=())
@@ -60,13 +84,13 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tens
     return x.new_empty(x.shape), torch.empty_like(weight)
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _ = inputs
     ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx, dy: Tensor, _):  # type: ignore[no-untyped-def]
+def _differentiate(ctx: Any, dy: Tensor, d_rstd: Tensor) -> tuple[Tensor, Tensor, None]:
     dx, dweight = _rms_norm_backward(dy, *ctx.saved_tensors)
     return dx, dweight, None
 

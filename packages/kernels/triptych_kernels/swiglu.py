@@ -1,10 +1,13 @@
 """SwiGLU: silu(gate) * up, with silu(x) = x / (1 + exp(-x)) (Shazeer, arXiv 2002.05202)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .dispatch import choose
+from .dispatch import choose, is_traced
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
@@ -21,14 +24,32 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
             f"swiglu: gate and up must have one shape and dtype, got {tuple(gate.shape)} "
             f"{gate.dtype} and {tuple(up.shape)} {up.dtype}; make them the same"
         )
-    if choose("swiglu", gate, backend) == "triton":
-        return _swiglu(gate, up)
-    return swiglu_ref(gate, up)
+    if choose("swiglu", gate, backend) == "reference":
+        return swiglu_ref(gate, up)
+    return _swiglu(gate, up) if is_traced(gate) else _SwiGLU.apply(gate, up)
 
 
 def swiglu_ref(gate: Tensor, up: Tensor) -> Tensor:
     """`swiglu` in plain torch."""
     return F.silu(gate) * up
+
+
+class _SwiGLU(torch.autograd.Function):
+    """The eager path: the same kernels as the custom op's, without its cost per call."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        from .triton_ops import swiglu as kernels
+
+        ctx.save_for_backward(gate, up)
+        return kernels.forward(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        from .triton_ops import swiglu as kernels
+
+        return kernels.backward(dy, *ctx.saved_tensors)
 
 
 @torch.library.custom_op("triptych::swiglu", mutates_args=())
@@ -55,11 +76,11 @@ def _(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
     return _swiglu_backward(dy, *ctx.saved_tensors)
 
 

@@ -1,1 +1,1 @@
-"""Model families as packed-sequence modules with their loss inside. Importing this loads no torch."""
+"""Model families as packed-sequence modules with their loss inside; imports no torch itself."""

@@ -6,7 +6,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
+from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+    Qwen3VLVisionAttention,
+    apply_rotary_pos_emb_vision,
+)
 
 from triptych_kernels import attention
 
@@ -14,7 +17,7 @@ PACKED = "triptych_packed"
 
 
 def register() -> None:
-    """Make `attn_implementation="triptych_packed"` known to transformers; calling again is harmless."""
+    """Make `attn_implementation="triptych_packed"` known to transformers; harmless if repeated."""
     AttentionInterface.register(PACKED, packed_attention)
     AttentionMaskInterface.register(PACKED, sdpa_mask)
 
@@ -33,7 +36,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document of one packed row.
 
-    query (1, Hq, T, D), key and value (1, Hkv, T, D), cu_seqlens (num_docs + 1,) int32 → (1, T, Hq, D).
+    query (1, Hq, T, D), key and value (1, Hkv, T, D), cu_seqlens (num_docs + 1,) int32
+    → (1, T, Hq, D).
     Without cu_seqlens the rows are ordinary padded ones (generation with a cache) and
     transformers' sdpa answers, with the mask it made.
     """
@@ -53,7 +57,7 @@ class PackedVisionAttention(nn.Module):
     flash-attn package is installed; this one takes them packed.
     """
 
-    def __init__(self, stock: nn.Module) -> None:
+    def __init__(self, stock: Qwen3VLVisionAttention) -> None:
         super().__init__()
         self.qkv = stock.qkv
         self.proj = stock.proj

@@ -95,7 +95,7 @@ class ShardWriter:
         if count == 1:
             self._file(0).rename(self.directory / "model.safetensors")
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, sizes in enumerate(self.written):
             name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
             self._file(number).rename(self.directory / name)

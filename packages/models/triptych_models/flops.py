@@ -8,6 +8,7 @@ Every row of T counts, the padding tail too.
 """
 
 from collections.abc import Collection, Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
@@ -27,7 +28,8 @@ def qwen3_vl_flops(
 
     trainable names the parts with parameters that train. Backward costs a weight gradient
     (1 × forward) where the part trains and an input gradient (1 × forward; attention 2 ×) where
-    something that trains lies before; a frozen part with nothing trainable before it is forward only.
+    something that trains lies before. A frozen part with nothing trainable before it is forward
+    only.
     """
     bounds = [int(x) for x in batch["cu_seqlens"]]
     grid = batch.get("image_grid_thw")
@@ -41,11 +43,13 @@ def qwen3_vl_flops(
     head = Work(2.0 * text.hidden_size * text.vocab_size * int(batch["num_targets"]), 0.0)
 
     vision_trains = "vision" in trainable
+    projector_trains = "projector" in trainable
     language_trains = "language" in trainable
+    into_projector = vision_trains or projector_trains  # it begins with a norm of its own
     return (
         with_backward(embed, weight=vision_trains, inputs=False)  # pixels need no gradient
         + with_backward(tower, weight=vision_trains, inputs=vision_trains)
-        + with_backward(projector, weight="projector" in trainable, inputs=vision_trains)
+        + with_backward(projector, weight=projector_trains, inputs=into_projector)
         + with_backward(language, weight=language_trains, inputs=bool(trainable))
         + with_backward(head, weight=language_trains, inputs=bool(trainable))
     )
@@ -61,7 +65,7 @@ def language_layers(text: PretrainedConfig, bounds: list[int]) -> Work:
     q_dim = text.num_attention_heads * text.head_dim
     kv_dim = text.num_key_value_heads * text.head_dim
     weights = text.hidden_size * (2 * q_dim + 2 * kv_dim + 3 * text.intermediate_size)
-    lengths = [stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    lengths = [stop - start for start, stop in pairwise(bounds)]
     pairs = sum(n * (n + 1) // 2 for n in lengths)
     layers = text.num_hidden_layers
     return Work(2.0 * layers * weights * bounds[-1], 4.0 * layers * q_dim * pairs)

@@ -37,3 +37,13 @@ def parameter_parts(model: HasParts) -> dict[str, str]:
         for parameter in module.parameters()
     }
     return {name: part_of[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+def count_parameters(model: HasParts) -> dict[str, int]:
+    """Number of parameters of each part, whole ones also where ZeRO-3 left only shards."""
+    assert isinstance(model, nn.Module)
+    part_of = parameter_parts(model)
+    counts = dict.fromkeys(model.parts(), 0)
+    for name, parameter in model.named_parameters():
+        counts[part_of[name]] += getattr(parameter, "ds_numel", parameter.numel())
+    return counts

@@ -1,6 +1,7 @@
 """Swap stock modules of one model instance for ours; parameters and their names stay the same."""
 
 from torch import Tensor, nn
+from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     Qwen3VLTextMLP,
     Qwen3VLTextRMSNorm,
@@ -12,12 +13,12 @@ from triptych_kernels import rms_norm, swiglu
 from .attention import PackedVisionAttention
 
 
-def pack_vision_attention(model: nn.Module) -> None:
+def pack_vision_attention(model: Qwen3VLForConditionalGeneration) -> None:
     """Give every block of the vision tower packed attention."""
     swap(model, Qwen3VLVisionAttention, PackedVisionAttention)
 
 
-def fuse(model: nn.Module) -> None:
+def fuse(model: Qwen3VLForConditionalGeneration) -> None:
     """Give RMSNorm and SwiGLU layers the kernels of triptych_kernels."""
     swap(model, Qwen3VLTextRMSNorm, FusedRMSNorm)
     if model.config.text_config.hidden_act == "silu":
@@ -35,7 +36,7 @@ def swap(model: nn.Module, stock: type[nn.Module], ours: type[nn.Module]) -> Non
 class FusedRMSNorm(nn.Module):
     """RMSNorm over the last dim of x (…, H)."""
 
-    def __init__(self, stock: nn.Module) -> None:
+    def __init__(self, stock: Qwen3VLTextRMSNorm) -> None:
         super().__init__()
         self.weight = stock.weight
         self.eps = stock.variance_epsilon
@@ -47,7 +48,7 @@ class FusedRMSNorm(nn.Module):
 class FusedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)) for x (…, H)."""
 
-    def __init__(self, stock: nn.Module) -> None:
+    def __init__(self, stock: Qwen3VLTextMLP) -> None:
         super().__init__()
         self.gate_proj = stock.gate_proj
         self.up_proj = stock.up_proj

@@ -6,11 +6,11 @@ from torch import Tensor
 
 
 class LossOutput(NamedTuple):
-    """Summed loss of one packed batch; dividing by the targets of the whole window is the loop's."""
+    """Summed loss of one packed batch; dividing by all targets of the window is for the loop."""
 
     loss_sum: Tensor
     """() fp32, summed over the targets, connected to the graph even when there are none."""
     num_targets: int
-    """Targets in the batch (`shift_labels != -100`), an int of the host: reading it costs no sync."""
+    """Targets in the batch (`shift_labels != -100`), known on the host: no sync."""
     metrics: dict[str, Tensor]
     """Further () tensors to log, by name, left on the device."""

@@ -76,9 +76,7 @@ class Qwen3VL(nn.Module):
             fused=fused,
         )
 
-    def forward(
-        self, *, shift_labels: Tensor, num_targets: int, **batch: Any
-    ) -> LossOutput:
+    def forward(self, *, shift_labels: Tensor, num_targets: int, **batch: Any) -> LossOutput:
         """Summed loss of one packed row.
 
         shift_labels (1, T) int64; the rest of the batch as in `hidden_states`.
@@ -157,6 +155,14 @@ class Qwen3VL(nn.Module):
         }
         return qwen3_vl_flops(self.hf.config, batch, trainable)
 
+    def dummy_image(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """A black image that makes one token: grid (1, 3) on the host, uint8 patches on device."""
+        vision = self.hf.config.vision_config
+        m = vision.spatial_merge_size
+        patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        pixels = torch.zeros(m * m, patch_dim, dtype=torch.uint8, device=device)
+        return torch.tensor([[1, m, m]]), pixels
+
     def _image_features(
         self, pixel_values: Tensor, grid_thw: Tensor, cu_seqlens: Tensor, max_seqlen: int
     ) -> tuple[Tensor, list[Tensor]]:
@@ -170,24 +176,25 @@ class Qwen3VL(nn.Module):
         )
 
     def _no_image_features(self, device: torch.device) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Run the tower on one black merge block and keep none of its features.
+        """Run the tower on a dummy image and keep none of its features.
 
         What goes on is empty but still hangs on the graph, so the tower's gradients are zeros
         and its modules ran as on any other rank.
         """
-        vision = self.hf.config.vision_config
-        m = vision.spatial_merge_size
-        patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        grid, pixels = self.dummy_image(device)
+        patches = len(pixels)
         features, deepstack = self._image_features(
-            torch.zeros(m * m, patch_dim, dtype=torch.uint8, device=device),
-            torch.tensor([[1, m, m]]),
-            torch.arange(0, 2 * m * m, m * m, dtype=torch.int32, device=device),  # [0, m * m]
-            m * m,
+            pixels,
+            grid,
+            torch.arange(0, 2 * patches, patches, dtype=torch.int32, device=device),  # [0, patches]
+            patches,
         )
         positions = torch.zeros(0, dtype=torch.int64, device=device)
         return positions, features[:0], [x[:0] for x in deepstack]
 
-    def _run_layer(self, layer: Callable[..., Tensor], hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def _run_layer(
+        self, layer: Callable[..., Tensor], hidden_states: Tensor, **kwargs: Any
+    ) -> Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(  # no dropout inside, so no RNG state (a sync on CUDA) to keep
                 layer, hidden_states, use_reentrant=False, preserve_rng_state=False, **kwargs

@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor, nn
+from transformers import Qwen3VLForConditionalGeneration
 
 
-def restore_rotary(model: nn.Module) -> None:
+def restore_rotary(model: Qwen3VLForConditionalGeneration) -> None:
     """Recompute the rotary frequencies of a Qwen3-VL model in fp32, on the device they are on.
 
     Casting a module (`model.bfloat16()`, which DeepSpeed does) casts its buffers too, and
@@ -27,7 +28,9 @@ def restore_rotary(model: nn.Module) -> None:
 
 def inverse_frequencies(dim: int, theta: float) -> Tensor:
     """theta^(-2i/dim) for i < dim/2: (dim / 2,) fp32."""
-    exponents = torch.arange(0, dim, 2).float() / dim  # float() after: zero.Init rounds float arange
+    exponents = (
+        torch.arange(0, dim, 2).float() / dim
+    )  # float() after: zero.Init rounds float arange
     return 1.0 / theta**exponents
 
 

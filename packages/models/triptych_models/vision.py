@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 RunLayer = Callable[..., Tensor]
 
@@ -35,7 +36,7 @@ def normalize_pixels(pixels: Tensor, mean: Sequence[float], std: Sequence[float]
 
 
 def vision_features(
-    visual: nn.Module,
+    visual: Qwen3VLVisionModel,
     pixels: Tensor,
     grid_thw: Tensor,
     cu_seqlens: Tensor,
@@ -93,7 +94,7 @@ def block_order(height: int, width: int, merge_size: int) -> tuple[Tensor, Tenso
 
 
 def linear_taps(index: Tensor, size: int, side: int) -> tuple[Tensor, Tensor]:
-    """Two neighbours and weights (P, 2) of points spread evenly, ends included, over `side` cells."""
+    """Two neighbours and weights (P, 2) of points spread evenly, ends included, over a side."""
     source = index.float() * (side - 1) / max(size - 1, 1)
     floor = source.floor()
     taps = floor.long()[:, None] + torch.tensor([0, 1])
@@ -102,7 +103,7 @@ def linear_taps(index: Tensor, size: int, side: int) -> tuple[Tensor, Tensor]:
 
 
 def rotary_tables(coordinates: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin (P, head_dim) fp32 of 2-D rotary positions: rows in the first half, then columns."""
+    """cos and sin (P, head_dim) fp32 of 2-D rotary positions: angles of rows, then of columns."""
     angles = (coordinates[:, :, None] * inv_freq.float()).flatten(1)  # (P, head_dim / 2)
     angles = torch.cat((angles, angles), -1)
     return angles.cos(), angles.sin()

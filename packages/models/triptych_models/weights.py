@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import Qwen3VLForConditionalGeneration
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 
@@ -39,7 +40,7 @@ def own_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, nn.P
 
 
 @torch.no_grad()
-def initialize(hf: nn.Module, seed: int, gather: Gather = whole) -> None:
+def initialize(hf: Qwen3VLForConditionalGeneration, seed: int, gather: Gather = whole) -> None:
     """Draw weights by transformers' rule: normal(0, initializer_range), biases 0, norms 1.
 
     Drawn in fp32 on the host from one generator, then cast: the same seed gives bit-identical
@@ -64,7 +65,7 @@ def initial_value(
         return constant(0.0, parameter)
     if "Norm" in type(module).__name__:
         return constant(1.0, parameter)
-    # torch.normal, because zero.Init redirects torch.randn, zeros, full … to its own device and dtype
+    # torch.normal, because zero.Init redirects torch.randn, full … to its own device and dtype
     value = torch.normal(0.0, std, parameter.shape, generator=generator, device="cpu")
     padding = getattr(module, "padding_idx", None)
     if padding is not None:
@@ -77,7 +78,9 @@ def constant(value: float, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def load_weights(hf: nn.Module, directory: Path, gather: Gather = whole) -> None:
+def load_weights(
+    hf: Qwen3VLForConditionalGeneration, directory: Path, gather: Gather = whole
+) -> None:
     """Read model.safetensors, or its shards by index, into the model, one module at a time.
 
     Names are those of the Hugging Face checkpoint. Raises ValueError that lists tensors missing,
@@ -128,7 +131,7 @@ def check_names(
     wanted: set[str],
     files: dict[str, Path],
     readers: dict[Path, Any],
-    hf: nn.Module,
+    hf: Qwen3VLForConditionalGeneration,
 ) -> None:
     """ValueError unless exactly the wanted tensors are stored; a tied head may be stored twice."""
     head, embedding = TIED

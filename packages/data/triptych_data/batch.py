@@ -1,0 +1,71 @@
+"""Encoded samples to the batch of one packed row that a model takes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triptych_data.chat import IGNORE_INDEX
+from triptych_data.processor import EncodedSample
+
+Batch = dict[str, Any]
+
+# Longest lengths are rounded up to multiples of this, so that compiled kernels see few of them.
+_BUCKET = 256
+
+
+def collate(
+    samples: Sequence[EncodedSample], seq_len: int, *, pad_token_id: int, image_token_id: int
+) -> Batch:
+    """Lay samples end to end in one row of `seq_len` tokens (T); none gives a row of padding.
+
+    - `input_ids`, `shift_labels` (1, T) int64, `position_ids` (3, 1, T) int64, restarting with
+      each document; the padding tail is the last document, ignored, with positions from 0
+    - `cu_seqlens (num_docs + 1,)` int32; `max_seqlen` bounds a document, a multiple of 256 or T
+    - `num_targets`: labels that are not -100; `num_tokens`: without padding; `sample_keys`
+    - with images: `pixel_values (num_patches, patch_dim)` uint8, `image_grid_thw (num_images, 3)`
+      int64, `image_positions (num_image_tokens,)` int64 into T, `vision_cu_seqlens
+      (num_frames + 1,)` int32, and `vision_max_seqlen` that bounds a frame's patches
+    """
+    lengths = [len(sample.input_ids) for sample in samples]
+    padding = seq_len - sum(lengths)
+    assert padding >= 0, "packs are planned not to overflow"
+    if padding:
+        lengths.append(padding)
+    input_ids = _row([s.input_ids for s in samples], padding, pad_token_id)
+    batch: Batch = {
+        "input_ids": input_ids,
+        "shift_labels": _row([s.shift_labels for s in samples], padding, IGNORE_INDEX),
+        "position_ids": torch.cat(
+            [*(s.position_ids for s in samples), torch.arange(padding).expand(3, -1)], dim=1
+        ).unsqueeze(1),
+        "cu_seqlens": _offsets(torch.tensor(lengths)),
+        "max_seqlen": min(_bucket(max(lengths)), seq_len),
+        "num_targets": sum(sample.num_targets for sample in samples),
+        "num_tokens": seq_len - padding,
+        "sample_keys": [sample.key for sample in samples],
+    }
+    pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
+    if pixels:
+        grids = torch.cat([sample.image_grid_thw for sample in samples])
+        frames = torch.repeat_interleave(grids[:, 1] * grids[:, 2], grids[:, 0])
+        batch["pixel_values"] = torch.cat(pixels)
+        batch["image_grid_thw"] = grids
+        batch["vision_cu_seqlens"] = _offsets(frames)
+        batch["vision_max_seqlen"] = _bucket(int(frames.max()))
+        batch["image_positions"] = torch.nonzero(input_ids[0] == image_token_id).squeeze(1)
+    return batch
+
+
+def _row(documents: list[Tensor], padding: int, value: int) -> Tensor:
+    return torch.cat([*documents, torch.full((padding,), value)]).unsqueeze(0)
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    """Return (len(lengths) + 1,) int32: where each begins, and where the last ends."""
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def _bucket(length: int) -> int:
+    return -(-length // _BUCKET) * _BUCKET

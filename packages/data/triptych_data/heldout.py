@@ -1,0 +1,78 @@
+"""Held-out samples as questions: what is asked, what is expected, and how to show it."""
+
+import base64
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from triptych_data.batch import Batch
+from triptych_data.chat import message_text
+from triptych_data.loader import eval_batches
+from triptych_data.processor import EncodedSample, Processor
+from triptych_data.reader import Shards
+
+_MAGIC = {b"\xff\xd8\xff": "jpeg", b"\x89PN": "png", b"RIF": "webp"}
+
+
+class Asked(NamedTuple):
+    """A held-out sample seen as a question; `kind` is its `question` key, or "all"."""
+
+    index: int
+    kind: str
+    expected: str
+
+
+class Heldout:
+    """The samples of held-out shards whose last turn is an assistant's answer.
+
+    At most `limit` of them, spread evenly over the shards. Samples are read and decoded when
+    asked for, so a large set costs no memory.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[str | Path],
+        processor: Processor,
+        *,
+        seq_len: int,
+        rank: int,
+        world_size: int,
+        limit: int,
+    ) -> None:
+        self._shards = Shards.open(shards)
+        self._processor = processor
+        self._seq_len = seq_len
+        self._rank = rank
+        self._world_size = world_size
+        count = self._shards.num_samples
+        wanted = [i * count // limit for i in range(limit)] if limit < count else range(count)
+        records = ((i, self._shards.read_json(i)) for i in wanted)
+        self.questions = [
+            Asked(i, str(record.get("question", "all")), message_text(record["messages"][-1]))
+            for i, record in records
+            if record["messages"][-1]["role"] == "assistant"
+        ]
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's packs of all held-out samples; equally many on every rank."""
+        return eval_batches(
+            self._shards.paths, self._processor, self._seq_len, self._rank, self._world_size
+        )
+
+    def prompt(self, index: int) -> EncodedSample:
+        """The sample up to and including the generation prompt, encoded."""
+        return self._processor.encode_prompt(self._shards.read(index))[0]
+
+    def describe(self, index: int) -> dict[str, Any]:
+        """For people: the sample's key, its last question, and its images as data URIs."""
+        raw = self._shards.read(index)
+        return {
+            "key": raw.key,
+            "prompt": message_text(raw.json["messages"][-2]),
+            "images": [data_uri(data) for data in raw.media],
+        }
+
+
+def data_uri(image: bytes) -> str:
+    """An image file's bytes as a `data:` URI, its type told by its first bytes."""
+    return f"data:image/{_MAGIC[image[:3]]};base64,{base64.b64encode(image).decode()}"

@@ -1,0 +1,165 @@
+"""A web page of samples as the loss sees them: each token trained, ignored or special."""
+
+import base64
+import io
+import json
+from collections.abc import Iterable, Iterator
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import NamedTuple
+
+from PIL import Image, ImageOps
+from tokenizers import Tokenizer
+
+from triptych_data.chat import IGNORE_INDEX
+from triptych_data.probe import FORMATS, probe_image
+from triptych_data.processor import EncodedSample, Processor
+from triptych_data.reader import Shards
+from triptych_data.sample import RawSample, image_indexes
+
+LARGEST_SIDE = 800
+"""Larger images are shrunk for the page, so that it stays light; the shards keep them."""
+LONGEST_CHARACTER = 8
+"""Tokens that one character may be cut into before its bytes are shown as they are."""
+
+
+class Piece(NamedTuple):
+    """What is shown as one: a token mostly, or those that share a character or an image."""
+
+    text: str
+    ids: list[int]
+    position: int
+    kinds: tuple[str, ...]
+
+
+def build_page(
+    shards: Shards,
+    model: str | Path,
+    num_samples: int,
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+) -> str:
+    """The HTML of `num_samples` samples, spread evenly over `shards`, under a model folder.
+
+    Self-contained; whatever the samples hold is escaped. A sample the model's chat template
+    refuses is shown with the reason.
+    """
+    processor = Processor.from_directory(model, min_pixels=min_pixels, max_pixels=max_pixels)
+    tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
+    count = min(num_samples, shards.num_samples)
+    chosen = [i * shards.num_samples // count for i in range(count)]
+    template = Template(
+        resources.files("triptych_data").joinpath("preview_template.html").read_text("utf-8")
+    )
+    about = (
+        f"{count} of {shards.num_samples:,} samples in {', '.join(map(str, shards.paths[:3]))}"
+        f"{' …' if len(shards.paths) > 3 else ''}, under {model}"
+    )
+    return template.substitute(
+        title="Samples as the loss sees them",
+        about=escape(about),
+        samples="\n".join(_article(shards.read(i), processor, tokenizer) for i in chosen),
+    )
+
+
+def pieces(encoded: EncodedSample, tokenizer: Tokenizer, image_token_id: int) -> Iterator[Piece]:
+    """The tokens of a sample as text, in order; a target's kinds hold "trained"."""
+    ids, labels = encoded.input_ids.tolist(), encoded.shift_labels.tolist()
+    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    start = 0
+    while start < len(ids):
+        end = start + 1
+        text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+        if ids[start] == image_token_id:
+            while end < len(ids) and ids[end] == image_token_id:
+                end += 1
+            kinds: tuple[str, ...] = ("special", "image")
+        elif ids[start] in special:
+            kinds = ("special",)
+        else:
+            longer = text
+            while "�" in longer and end - start < LONGEST_CHARACTER and end < len(ids):
+                end += 1
+                longer = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+            if "�" in longer:  # never a character: one token by itself
+                end = start + 1
+            else:
+                text = longer
+            kinds = ()
+        trained = start > 0 and labels[start - 1] != IGNORE_INDEX
+        if trained or not kinds:
+            kinds = (*kinds, "trained" if trained else "ignored")
+        yield Piece(text, ids[start:end], start, kinds)
+        start = end
+
+
+def _article(raw: RawSample, processor: Processor, tokenizer: Tokenizer) -> str:
+    try:
+        encoded = processor.encode(raw)
+    except ValueError as error:
+        chat = escape(json.dumps(raw.json, ensure_ascii=False, indent=2))
+        body = f'<p class="error">{escape(str(error))}</p><pre>{chat}</pre>'
+        return f"<article><header><b>{escape(raw.key)}</b></header>{body}</article>"
+    tokens = len(encoded.input_ids)
+    facts = [
+        f"{tokens:,} tokens",
+        f"{encoded.num_targets:,} trained ({encoded.num_targets / tokens:.0%})",
+        f"{len(encoded.image_grid_thw)} images",
+    ]
+    header = f"<b>{escape(raw.key)}</b>" + "".join(f"<span>{fact}</span>" for fact in facts)
+    shown = pieces(encoded, tokenizer, processor.image_token_id)
+    return (
+        f"<article><header>{header}</header>{_figures(raw, encoded, processor.merge_size)}"
+        f"<pre>{_spans(shown)}</pre>{_other_keys(raw)}</article>"
+    )
+
+
+def _figures(raw: RawSample, encoded: EncodedSample, merge_size: int) -> str:
+    figures = []
+    for number, (index, grid) in enumerate(
+        zip(image_indexes(raw.json), encoded.image_grid_thw.tolist(), strict=True)
+    ):
+        data = raw.media[index]
+        info = probe_image(data, raw.where, decode=False)
+        tokens = grid[0] * grid[1] * grid[2] // merge_size**2
+        caption = f"image {number}: {info.width} × {info.height} px, {tokens:,} tokens"
+        figures.append(
+            f'<figure><img src="{_data_uri(data)}" alt="image {number}" loading="lazy">'
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
+    return f'<div class="images">{"".join(figures)}</div>' if figures else ""
+
+
+def _data_uri(data: bytes) -> str:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        kind = "jpeg" if image.format == "MPO" else str(image.format).lower()
+        if max(image.size) > LARGEST_SIDE:
+            small = ImageOps.exif_transpose(image).convert("RGB")
+            small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+            buffer = io.BytesIO()
+            small.save(buffer, "JPEG", quality=85)
+            kind, data = "jpeg", buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _spans(shown: Iterable[Piece]) -> str:
+    spans = []
+    for piece in shown:
+        text = escape(piece.text).replace("\n", "<i>↵</i>\n")
+        if "image" in piece.kinds:
+            text += f" × {len(piece.ids)}"
+        ids = f"{piece.ids[0]} …" if "image" in piece.kinds else ", ".join(map(str, piece.ids))
+        title = f"position {piece.position}, id {ids}, {' '.join(piece.kinds)}"
+        spans.append(f'<span class="{" ".join(piece.kinds)}" title="{title}">{text}</span>')
+    return "".join(spans)
+
+
+def _other_keys(raw: RawSample) -> str:
+    others = {key: value for key, value in raw.json.items() if key != "messages"}
+    if not others:
+        return ""
+    text = escape(json.dumps(others, ensure_ascii=False, indent=2))
+    return f"<details><summary>other keys</summary><pre>{text}</pre></details>"

@@ -1,0 +1,143 @@
+"""What shards hold, in numbers: sizes, texts, images, and under a model tokens and packing."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from triptych_data.reader import Shards
+
+SIDES = (0, 128, 256, 512, 768, 1024, 2048, np.inf)
+"""Bounds of the resolution histogram: the side in pixels of a square of the image's area."""
+BAR = 32
+"""Characters of a histogram's longest possible bar."""
+MOST_ROWS = 12
+
+
+def survey(shards: Shards) -> dict[str, Any]:
+    """Counts and distributions of `shards`, from their indexes alone; ready for JSON."""
+    counts = np.diff(shards.image_start)
+    widths, heights = shards.image_sizes.T.astype(np.float64)
+    side = np.sqrt(widths * heights)
+    aspect = np.maximum(widths, heights) / np.minimum(widths, heights)
+    return {
+        "num_shards": len(shards.paths),
+        "num_samples": shards.num_samples,
+        "num_images": len(shards.image_sizes),
+        "tar_bytes": sum(index.tar_bytes for index in shards.indexes),
+        "fingerprint": shards.fingerprint,
+        "text_bytes": spread(shards.text_bytes),
+        "images_per_sample": {
+            str(n): int(count) for n, count in enumerate(np.bincount(counts)) if count
+        },
+        "image_side": {
+            f"{low}-{high}" if high < np.inf else f"{low}+": int(
+                ((low <= side) & (side < high)).sum()
+            )
+            for low, high in pairwise(SIDES)
+        },
+        "image_aspect_max": round(float(aspect.max()), 2) if len(aspect) else None,
+    }
+
+
+def forecast(
+    shards: Shards,
+    model: str,
+    seq_len: int,
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """What the samples become under the model folder `model`: tokens, targets, packs of `seq_len`.
+
+    Measures every sample once and keeps the lengths beside the shards. Raises ValueError for a
+    sample that the model's chat template refuses.
+    """
+    from triptych_data.lengths import fitting_samples, sample_lengths
+    from triptych_data.plan import Plan
+    from triptych_data.processor import Processor
+
+    processor = Processor.from_directory(model, min_pixels=min_pixels, max_pixels=max_pixels)
+    lengths = sample_lengths(shards, processor, progress=progress)
+    fitting = fitting_samples(shards, lengths, seq_len, None, skip_long=True)
+    plan = Plan(fitting, lengths, seed=0, seq_len=seq_len)
+    plan.pack(0)
+    num_packs = plan.epoch_starts[1]
+    tokens = int(lengths.num_tokens[fitting].sum())
+    return {
+        "tokens": spread(lengths.num_tokens),
+        "targets": spread(lengths.num_targets),
+        "patches": spread(lengths.num_patches),
+        "packing": {
+            "seq_len": seq_len,
+            "num_packs": num_packs,
+            "samples_per_pack": round(len(fitting) / num_packs, 2),
+            "fill": round(tokens / (num_packs * seq_len), 4),
+            "target_share": round(int(lengths.num_targets[fitting].sum()) / tokens, 4),
+            "too_long": shards.num_samples - len(fitting),
+        },
+    }
+
+
+def spread(values: np.ndarray) -> dict[str, float]:
+    """Sum, mean and quantiles of per-sample values (N,)."""
+    low, median, high, top = np.quantile(values, [0, 0.5, 0.99, 1]).tolist()
+    return {
+        "total": int(values.sum()),
+        "mean": round(float(values.mean()), 1),
+        "min": low,
+        "median": median,
+        "p99": round(high, 1),
+        "max": top,
+    }
+
+
+def in_units(size: int) -> str:
+    """Bytes as a short decimal: 12.3 MB."""
+    units = ("bytes", "kB", "MB", "GB", "TB")
+    step = min((len(str(size)) - 1) // 3, len(units) - 1)
+    return f"{size / 1000**step:.4g} {units[step]}"
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """A survey, with a forecast or without, for people."""
+    lines = [
+        f"{report['num_samples']:,} samples, {report['num_images']:,} images: "
+        f"{report['num_shards']:,} shards, {in_units(report['tar_bytes'])}",
+        f"fingerprint {report['fingerprint'][:16]}",
+        "",
+        f"{'per sample':<12}" + "".join(f"{name:>13}" for name in report["text_bytes"]),
+    ]
+    names = {"text_bytes": "text bytes", "tokens": "tokens", "targets": "targets"}
+    for key, name in (names | {"patches": "patches"}).items():
+        if key in report:
+            lines.append(f"{name:<12}" + "".join(f"{v:>13,.6g}" for v in report[key].values()))
+    lines += ["", "images per sample", *_bars(report["images_per_sample"])]
+    if report["num_images"]:
+        title = "image side, pixels (square root of the area); "
+        lines += ["", f"{title}largest aspect ratio {report['image_aspect_max']}"]
+        lines += _bars(report["image_side"])
+    if packing := report.get("packing"):
+        lines += [
+            "",
+            f"packs of {packing['seq_len']:,} tokens: {packing['num_packs']:,} an epoch, "
+            f"{packing['samples_per_pack']:,} samples each, {packing['fill']:.2%} filled, "
+            f"{packing['target_share']:.1%} of tokens are targets",
+        ]
+        if packing["too_long"]:
+            lines.append(f"{packing['too_long']:,} samples are longer than a pack and left out")
+    return "\n".join(lines)
+
+
+def _bars(histogram: dict[str, int]) -> list[str]:
+    rows = [(name, count) for name, count in histogram.items() if count]
+    if len(rows) > MOST_ROWS:  # a long tail of documents with many images
+        tail = rows[MOST_ROWS - 1 :]
+        rows = [*rows[: MOST_ROWS - 1], (f"{tail[0][0]}+", sum(count for _, count in tail))]
+    total = sum(histogram.values())
+    return [
+        f"{name:>12} {count:>12,} {count / total:>7.1%} {'█' * round(BAR * count / total)}".rstrip()
+        for name, count in rows
+    ]

@@ -1,0 +1,105 @@
+"""Greedy decoding through transformers' own `generate`, with a KV cache."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from .qwen3_vl import Qwen3VL
+from .vision import normalize_pixels
+
+
+class Prompt(Protocol):
+    """One encoded prompt; image fields None or empty without images."""
+
+    input_ids: Tensor
+    """(n,) int64."""
+    pixel_values: Tensor | None
+    """(patches, patch_dim) uint8."""
+    image_grid_thw: Tensor | None
+    """(num_images, 3) int64."""
+
+
+def generate(
+    model: Qwen3VL,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    eos_token_id: int | list[int],
+    pad_token_id: int,
+    synced: bool = False,
+) -> list[list[int]]:
+    """Continue each prompt greedily; the new token ids, up to and without the first EOS.
+
+    synced is for ZeRO-3, where weights are gathered by all ranks together: ranks that are done, or
+    have no prompts, keep in step until the last one is done. All ranks must call it.
+    """
+    if not prompts and not synced:
+        return []
+    inputs = left_padded(model, prompts, pad_token_id, force_image=synced)
+    was_training = model.training
+    model.eval()
+    tokens = model.hf.generate(
+        **inputs,
+        synced_gpus=synced,
+        generation_config=GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            max_new_tokens=max_new_tokens if prompts else 1,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+        ),
+    )
+    model.train(was_training)
+    stops = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+    new_tokens = tokens[: len(prompts), inputs["input_ids"].shape[1] :].tolist()
+    return [before_stop(row, stops) for row in new_tokens]
+
+
+def before_stop(tokens: list[int], stops: set[int]) -> list[int]:
+    """The tokens before the first stop."""
+    end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
+    return tokens[:end]
+
+
+def left_padded(
+    model: Qwen3VL, prompts: Sequence[Prompt], pad_token_id: int, *, force_image: bool
+) -> dict[str, Tensor]:
+    """Inputs (B, L) of `generate`, on the model's device.
+
+    With force_image a batch without images gets one: its token stands in the padding, where
+    attention does not look, so the tower runs on every rank as ZeRO-3 needs.
+    """
+    config = model.hf.config
+    rows = [prompt.input_ids.cpu() for prompt in prompts] or [torch.tensor([pad_token_id])]
+    grids = [p.image_grid_thw.cpu() for p in prompts if p.image_grid_thw is not None]
+    pixels = [p.pixel_values.cpu() for p in prompts if p.pixel_values is not None]
+    has_image = any(len(grid) for grid in grids)
+    dummy = force_image and not has_image
+
+    length = max(len(row) for row in rows) + dummy
+    input_ids = torch.full((len(rows), length), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for i, row in enumerate(rows):
+        input_ids[i, length - len(row) :] = row
+        attention_mask[i, length - len(row) :] = 1
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "mm_token_type_ids": (input_ids == config.image_token_id).int(),
+    }
+    if dummy:
+        input_ids[0, 0] = (
+            config.image_token_id
+        )  # after mm_token_type_ids: no position is made of it
+        grid, patches = model.dummy_image()
+        grids, pixels = [grid], [patches]
+    device = next(model.parameters()).device
+    if dummy or has_image:
+        inputs["image_grid_thw"] = torch.cat(grids)
+        patches = normalize_pixels(torch.cat(pixels).to(device), model.image_mean, model.image_std)
+        inputs["pixel_values"] = patches
+    return {name: x.to(device) for name, x in inputs.items()}

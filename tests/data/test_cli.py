@@ -1,0 +1,222 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from tests.data.chats import chat, encoded_image, make_shards, write_chats, write_jsonl
+
+from triptych_data.cli import main
+from triptych_data.index import index_paths
+from triptych_data.reader import Shards
+from triptych_data.survey import survey
+
+MODEL = Path(__file__).parents[2] / "stages" / "configs" / "qwen3_vl_tiny"
+
+
+def run(*arguments: Any, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def read_json(*arguments: Any) -> Any:
+    return json.loads(run(*arguments, "--json").stdout)
+
+
+def test_shard_then_index_then_inspect(tmp_path):
+    folder = tmp_path / "shards"
+    written = read_json("shard", write_chats(tmp_path), folder, "--samples-per-shard", 5)
+    assert written["shards"] == [str(path) for path in sorted(folder.glob("*.tar"))]
+    assert (written["num_samples"], written["num_images"]) == (12, 15)
+    verified = read_json("index", folder)
+    assert [entry["status"] for entry in verified] == ["verified"] * 3
+    assert [entry["num_samples"] for entry in verified] == [5, 5, 2]
+    report = read_json("inspect", folder)
+    assert report == survey(Shards.open([folder]))
+    assert report["images_per_sample"] == {"0": 3, "1": 3, "2": 6}
+    assert report["text_bytes"]["total"] == written["text_bytes"]
+    assert report["tar_bytes"] == written["tar_bytes"]
+    assert report["image_side"]["0-128"] == 15
+
+
+def test_text_for_people(tmp_path):
+    folder = tmp_path / "shards"
+    source = write_chats(tmp_path)
+    with source.open("a") as file:
+        file.write("{\n")
+    result = run("shard", source, folder, "--skip-bad", "--shuffle", "--workers", 1)
+    assert re.search(r"12 samples with 15 images: 1 shards, [\d.]+ kB in ", result.stdout)
+    assert "1 bad lines left out" in result.stdout
+    assert f"skipped {source}:13: must be valid JSON" in result.stderr
+    text = run("inspect", folder).stdout
+    assert "12 samples, 15 images: 1 shards" in text and "████" in text
+
+
+def test_shuffle_follows_its_seed(tmp_path):
+    source = write_chats(tmp_path)
+    for name, options in {"a": ["--seed", "1"], "b": ["--seed", "1"], "c": []}.items():
+        run("shard", source, tmp_path / name, "--shuffle", *options)
+    data = [(tmp_path / name / "shard-000000.tar").read_bytes() for name in "abc"]
+    assert data[0] == data[1] != data[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("9kB", 9000), ("8.2KiB", 8396), ("9000", 9000), ("9000b", 9000)]
+)
+def test_sizes_have_units(tmp_path, text, size):
+    run("shard", write_chats(tmp_path, 20), tmp_path / "shards", "--shard-size", text)
+    sizes = [path.stat().st_size for path in (tmp_path / "shards").glob("*.tar")]
+    assert len(sizes) > 1 and max(sizes) <= size
+
+
+@pytest.mark.parametrize("text", ["big", "1.2.3MB", "MB", ".", "-1", "1TB"])
+def test_sizes_that_are_none_are_refused(tmp_path, text):
+    result = run("shard", "x.jsonl", tmp_path, f"--shard-size={text}", code=2)
+    assert "is no size such as 256MB" in result.stderr
+
+
+def test_index_builds_verifies_and_replaces_only_when_told(tmp_path):
+    shard = make_shards(tmp_path, count=4).shards[0]
+    for path in index_paths(shard):
+        path.unlink()
+    assert read_json("index", shard)[0]["status"] == "written"
+    data = bytearray(shard.read_bytes())
+    data[data.index(b"Nothing")] ^= 1  # valid JSON still: only the index can tell
+    shard.write_bytes(data)
+    result = run("index", shard, code=1)
+    assert "the shard must be as it was indexed, got other bytes" in result.stderr
+    assert read_json("index", "--overwrite", shard)[0]["status"] == "written"
+    assert read_json("index", shard)[0]["status"] == "verified"
+
+
+def test_index_uses_processes_and_reports_the_damaged_shard(tmp_path):
+    shards = make_shards(tmp_path).shards
+    assert len(read_json("index", *shards, "--workers", 2)) == 3
+    os.truncate(shards[1], 2048)
+    for path in index_paths(shards[1]):
+        path.unlink()
+    result = run("index", tmp_path / "shards", "--workers", 2, code=1)
+    assert "shard-000001.tar: byte" in result.stderr
+
+
+def test_errors_are_one_line_and_code_1(tmp_path):
+    bad = write_jsonl(tmp_path / "bad.jsonl", [chat(), {"messages": []}])
+    make_shards(tmp_path)
+    cases = {
+        "bad.jsonl:2: messages must be": ["shard", bad, tmp_path / "out"],
+        "the output folder must be empty": ["shard", bad, tmp_path / "shards"],
+        "must be a JSONL file": ["shard", tmp_path / "none.jsonl", tmp_path / "out"],
+        "must be a shard": ["inspect", tmp_path / "nowhere"],
+        "--model and --seq-len must come together": ["inspect", tmp_path / "shards", "--model=x"],
+        "nowhere/preprocessor_config.json": ["preview", tmp_path / "shards", "--model=nowhere"],
+    }
+    for message, arguments in cases.items():
+        result = run(*arguments, code=1)
+        assert message in result.stderr
+        assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+        assert result.stdout == ""
+
+
+@pytest.mark.parametrize("command", ["shard", "index", "inspect", "preview"])
+def test_help_has_an_example(command):
+    assert re.search(rf"Example:\n +triptych-data {command} ", run(command, "--help").stdout)
+
+
+def test_inspect_forecasts_tokens_and_packs(tmp_path):
+    make_shards(tmp_path)
+    options = ["--model", MODEL, "--seq-len", 128]
+    report = read_json("inspect", tmp_path / "shards", *options)
+    packing, tokens = report["packing"], report["tokens"]
+    assert packing["fill"] == round(tokens["total"] / (128 * packing["num_packs"]), 4)
+    assert 0 < report["targets"]["total"] < tokens["total"]
+    assert packing["too_long"] == 0
+    assert "packs of 128 tokens" in run("inspect", tmp_path / "shards", *options).stdout
+    assert read_json("inspect", tmp_path / "shards", *options[:3], 40)["packing"]["too_long"] > 0
+
+
+def test_preview_shows_what_is_trained_and_escapes_the_rest(tmp_path):
+    (tmp_path / "wide.jpg").write_bytes(encoded_image(1700, 20))
+    (tmp_path / "slim.jpg").write_bytes(encoded_image(1, 900))
+    question = "<script>alert(1)</script> <|im_end|>"
+    records = [
+        chat(image="wide.jpg", answer="Größe 👍<b>") | {"note": "<i>kept</i>"},
+        {
+            "messages": [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": "No."},
+            ]
+        },
+        chat(image="slim.jpg"),
+    ]
+    run("shard", write_jsonl(tmp_path / "x.jsonl", records), tmp_path / "shards")
+    page = tmp_path / "page.html"
+    run("preview", tmp_path / "shards", "--model", MODEL, "-n", 9, "-o", page)
+    html = page.read_text()
+    spans = re.findall(r'<span class="([^"]+)" title="[^"]+">(.*?)</span>', html, re.DOTALL)
+    trained = "".join(text for kinds, text in spans if "trained" in kinds.split())
+    assert trained == "Größe 👍&lt;b&gt;&lt;|im_end|&gt;No.&lt;|im_end|&gt;"
+    ignored = "".join(text for kinds, text in spans if kinds == "ignored")
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &lt;|im_end|&gt;" in ignored
+    assert "<script" not in html and "<i>kept" not in html and "&lt;i&gt;kept" in html
+    assert any(re.fullmatch(r"&lt;\|image_pad\|&gt; × \d+", text) for _, text in spans)
+    assert html.count("data:image/jpeg;base64,") == 1
+    assert "1700 × 20 px" in html
+    assert "must be at most 200 times the shorter" in html, "a refused sample says why"
+    assert not re.search(r"https?://", html)
+
+
+def test_a_real_process_starts_without_torch(tmp_path):
+    """`--help` and the commands that need no model must not load torch or transformers."""
+    source = write_chats(tmp_path, count=4)
+    code = f"""
+import sys
+from triptych_data.cli import main
+for arguments in (["--help"], ["shard", {str(source)!r}, "s"], ["index", "s"], ["inspect", "s"]):
+    main(arguments, standalone_mode=False)
+    light = arguments == ["--help"]
+    heavy = {{"torch", "transformers"}} | ({{"numpy", "PIL", "rich"}} if light else set())
+    assert not heavy & set(sys.modules), (arguments, heavy & set(sys.modules))
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    command = [Path(sys.executable).parent / "triptych-data", "shard", "nowhere.jsonl", "x"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("Error: nowhere.jsonl: ") and "Traceback" not in result.stderr
+
+
+def test_a_killed_run_leaves_no_shard_and_no_process(tmp_path):
+    """The last image is a pipe nobody writes to, so that the kill falls in the middle."""
+    os.mkfifo(tmp_path / "endless.jpg")
+    source = write_chats(tmp_path, count=24)
+    with source.open("a") as file:
+        file.write(json.dumps(chat(image="endless.jpg")) + "\n")
+    command = [Path(sys.executable).parent / "triptych-data", "shard", source, tmp_path / "out"]
+    process = subprocess.Popen([*command, "--samples-per-shard", "4", "--workers", "2"])
+    await_that(lambda: (tmp_path / "out/.partial/shard-000004.tar.idx").exists())
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) >= 2
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".partial"]
+    await_that(lambda: not any(is_running(child) for child in children))
+
+
+def await_that(happens: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not happens():
+        assert time.monotonic() < deadline, "waited for a minute"
+        time.sleep(0.02)
+
+
+def is_running(process: str) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

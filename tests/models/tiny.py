@@ -1,0 +1,159 @@
+"""A tiny Qwen3-VL on disk, documents for it, and packed rows built by hand."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VOCAB, IMAGE, START, END, PAD, EOS = 300, 290, 291, 292, 293, 294
+MERGE, PATCH_DIM = 2, 3 * 2 * 4 * 4
+
+
+def write_model_dir(directory: Path, *, tied: bool = False) -> Path:
+    """config.json and preprocessor_config.json of a model with two layers everywhere."""
+    directory.mkdir(parents=True, exist_ok=True)
+    text = {
+        "model_type": "qwen3_vl_text",
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "initializer_range": 0.1,
+        "tie_word_embeddings": tied,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_interleaved": True,
+            "mrope_section": [4, 2, 2],
+        },
+    }
+    vision = {
+        "model_type": "qwen3_vl_vision",
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_heads": 2,
+        "patch_size": 4,
+        "spatial_merge_size": MERGE,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 25,
+        "deepstack_visual_indexes": [0],
+        "initializer_range": 0.1,
+    }
+    config = {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "text_config": text,
+        "vision_config": vision,
+        "image_token_id": IMAGE,
+        "video_token_id": 295,
+        "vision_start_token_id": START,
+        "vision_end_token_id": END,
+        "tie_word_embeddings": tied,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    preprocessor = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return directory
+
+
+@dataclass
+class Document:
+    """One sample as the data package would encode it; labels shifted, -100 = no target."""
+
+    input_ids: Tensor  # (n,)
+    position_ids: Tensor  # (3, n)
+    shift_labels: Tensor  # (n,)
+    image_grid_thw: Tensor  # (images, 3)
+    pixel_values: Tensor  # (patches, patch_dim) uint8
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def document(seed: int, *, words: int = 7, grids: list[tuple[int, int, int]] = ()) -> Document:
+    """Text, then each image followed by text; every second token is a target."""
+    rng = torch.Generator().manual_seed(seed)
+    ids, positions, at = [], [], 0
+
+    def add_text(tokens: list[int]) -> None:
+        nonlocal at
+        for token in tokens:
+            ids.append(token)
+            positions.append((at, at, at))
+            at += 1
+
+    def some_words() -> list[int]:
+        return torch.randint(0, 280, (words,), generator=rng).tolist()
+
+    add_text(some_words())
+    for t, h, w in grids:
+        add_text([START])
+        for frame in range(t):
+            for row in range(h // MERGE):
+                for column in range(w // MERGE):
+                    ids.append(IMAGE)
+                    positions.append((at + frame, at + row, at + column))
+        at += max(h, w) // MERGE
+        add_text([END, *some_words()])
+
+    input_ids = torch.tensor(ids)
+    shift_labels = torch.cat((input_ids[1:], torch.tensor([-100])))
+    shift_labels[::2] = -100
+    patches = sum(t * h * w for t, h, w in grids)
+    return Document(
+        input_ids,
+        torch.tensor(positions).T,
+        shift_labels,
+        torch.tensor(grids, dtype=torch.int64).view(-1, 3),
+        torch.randint(0, 256, (patches, PATCH_DIM), generator=rng).to(torch.uint8),
+    )
+
+
+def pack(documents: list[Document], seq_len: int) -> dict[str, Any]:
+    """One packed row of seq_len tokens; the padding tail is the last document."""
+    lengths = [len(d.input_ids) for d in documents]
+    tail = seq_len - sum(lengths)
+    assert tail >= 0
+    if tail:
+        nothing = torch.zeros(0, PATCH_DIM, dtype=torch.uint8)
+        padding = Document(
+            torch.full((tail,), PAD),
+            torch.arange(tail).expand(3, tail),
+            torch.full((tail,), -100),
+            torch.zeros(0, 3, dtype=torch.int64),
+            nothing,
+        )
+        documents = [*documents, padding]
+        lengths = [*lengths, tail]
+    input_ids = torch.cat([d.input_ids for d in documents])
+    shift_labels = torch.cat([d.shift_labels for d in documents])
+    batch = {
+        "input_ids": input_ids[None],
+        "shift_labels": shift_labels[None],
+        "position_ids": torch.cat([d.position_ids for d in documents], 1)[:, None],
+        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int(),
+        "max_seqlen": seq_len,
+        "num_targets": int((shift_labels != -100).sum()),
+    }
+    grids = torch.cat([d.image_grid_thw for d in documents])
+    if len(grids):
+        frames = [h * w for t, h, w in grids.tolist() for _ in range(t)]
+        batch |= {
+            "pixel_values": torch.cat([d.pixel_values for d in documents]),
+            "image_grid_thw": grids,
+            "vision_cu_seqlens": torch.tensor([0, *frames]).cumsum(0).int(),
+            "vision_max_seqlen": max(frames),
+            "image_positions": (input_ids == IMAGE).nonzero().flatten(),
+        }
+    return batch
+
+
+def inputs_only(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch without what only the loss reads."""
+    return {k: v for k, v in batch.items() if k not in ("shift_labels", "num_targets")}

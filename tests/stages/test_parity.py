@@ -1,0 +1,188 @@
+"""Gradients of the whole engine against stock transformers, one process, samples one by one.
+
+The same ragged packs are trained on 1 and 2 ranks, under every ZeRO stage, with accumulation; one
+pack has no images, one has no targets. The reference never packs, partitions or accumulates.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.ranks import run_ranks
+from tests.tiny import make_model_dir, make_shards
+
+SEQ_LEN = 512
+# Samples of each pack; their number of images is index % 3. The second pack is text only, the
+# third holds nothing but padding.
+PACKS = [[0, 1, 2], [3, 6, 9], [], [4, 5], [7], [8, 10], [12, 13], [11]]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("parity")
+    make_model_dir(path / "model")
+    make_shards(path / "data", 14)
+    return path
+
+
+def encoded(workspace: Path) -> tuple[Any, list[Any]]:
+    from triptych_data.processor import Processor
+    from triptych_data.reader import Shards
+
+    processor = Processor.from_directory(workspace / "model")
+    shards = Shards.open([workspace / "data/shards"])
+    return processor, [processor.encode(shards.read(i)) for i in range(shards.num_samples)]
+
+
+@pytest.fixture(scope="module")
+def reference(workspace) -> dict[int, tuple[float, dict[str, torch.Tensor]]]:
+    """For 1, 2, 4, 8 packs: loss and gradients by stock transformers in fp64."""
+    from transformers import Qwen3VLForConditionalGeneration
+
+    from triptych_models.config import ModelConfig
+    from triptych_models.export import export
+    from triptych_models.families import build_model
+
+    config = ModelConfig(path=workspace / "model", init="random", seed=3)
+    ours = build_model(config, dtype=torch.float32)
+    export(ours.hf, workspace / "start", workspace / "model", dtype=torch.float32)
+    stock = Qwen3VLForConditionalGeneration.from_pretrained(
+        workspace / "start", dtype=torch.float64, attn_implementation="sdpa"
+    )
+    processor, samples = encoded(workspace)
+    results = {}
+    for num_packs in (1, 2, 4, 8):
+        chosen = [samples[i] for pack in PACKS[:num_packs] for i in pack]
+        stock.zero_grad()
+        num_targets = sum(sample.num_targets for sample in chosen)
+        loss = sum(alone(stock, processor, sample) for sample in chosen) / num_targets
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in stock.named_parameters()}
+        results[num_packs] = (loss.item(), gradients)
+    return results
+
+
+def alone(stock: Any, processor: Any, sample: Any) -> torch.Tensor:
+    """Summed loss of one unpacked sample, with stock positions and stock label shift."""
+    inputs: dict[str, Any] = {"input_ids": sample.input_ids[None]}
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == processor.image_token_id).int()
+    if sample.pixel_values is not None:
+        inputs["pixel_values"] = sample.pixel_values.double() / 127.5 - 1
+        inputs["image_grid_thw"] = sample.image_grid_thw
+    logits = stock(**inputs).logits[0]
+    return torch.nn.functional.cross_entropy(
+        logits, sample.shift_labels, ignore_index=-100, reduction="sum"
+    )
+
+
+def gradients_of_a_step(
+    workspace: Path, stage: int, accumulation: int
+) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """One step of the real loop on this rank's share of the packs."""
+    import torch.distributed as dist
+    from deepspeed.utils import safe_get_full_grad
+
+    from triptych_core.config import StageConfig, load_config
+    from triptych_core.engine import build_engine, gather_parameters, sharded_init
+    from triptych_core.loop import train
+    from triptych_core.metrics import Metrics
+    from triptych_core.optim import build_adamw, parameter_groups
+    from triptych_data.batch import collate
+    from triptych_models.config import ModelConfig
+    from triptych_models.families import build_model
+    from triptych_models.freeze import parameter_parts
+
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    run_dir = workspace / f"run-{stage}-{world_size}-{accumulation}"
+    config = load_config(
+        StageConfig,
+        None,
+        [
+            f"run.dir={run_dir}",
+            "run.steps=1",
+            "run.device=cpu",
+            "engine.precision=fp32",
+            f"engine.zero.stage={stage}",
+            f"engine.gradient_accumulation_steps={accumulation}",
+            "engine.zero.persistence_threshold=0",
+            "engine.zero.bucket_size=5000",
+            "optim.max_grad_norm=0.5",
+        ],
+    )
+    if rank == 0:
+        run_dir.mkdir()
+    with sharded_init(config.engine, world_size):
+        model = build_model(
+            ModelConfig(path=workspace / "model", init="random", seed=3),
+            dtype=torch.float32,
+            gather=gather_parameters(config.engine),
+        )
+    groups = parameter_groups(
+        model.named_parameters(), config.optim, parameter_parts(model).__getitem__
+    )
+    engine = build_engine(
+        model, build_adamw(groups, config.optim), config.engine, config.optim, world_size
+    )
+    gradients: dict[str, torch.Tensor] = {}
+    take_step = engine.step
+
+    def look_then_step() -> None:
+        if engine.is_gradient_accumulation_boundary():
+            for name, parameter in model.hf.named_parameters():
+                gradients[name] = safe_get_full_grad(parameter).clone()
+        take_step()
+
+    engine.step = look_then_step
+    processor, samples = encoded(workspace)
+    mine = PACKS[: world_size * accumulation][rank::world_size]
+    batches = [
+        collate(
+            [samples[i] for i in pack],
+            SEQ_LEN,
+            pad_token_id=processor.pad_token_id,
+            image_token_id=processor.image_token_id,
+        )
+        for pack in mine
+    ]
+    with Metrics(config, rank=rank, world_size=world_size) as metrics:
+        train(engine, iter(batches), config, flops=model.flops, metrics=metrics)
+    engine.destroy()
+    dist.barrier()
+    line = json.loads((run_dir / "metrics.jsonl").read_text())
+    return line["loss"], line["grad_norm"], gradients
+
+
+def on_a_rank(workspace: Path, stage: int) -> dict[int, Any]:
+    from triptych_core.config import RunConfig
+    from triptych_core.launch import launch
+
+    launch(RunConfig(device="cpu"))
+    return {
+        accumulation: gradients_of_a_step(workspace, stage, accumulation)
+        for accumulation in (1, 2, 4)
+    }
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_equal_the_unpacked_single_process_reference(
+    workspace, reference, stage, world_size
+):
+    for result in run_ranks(on_a_rank, world_size, workspace, stage):
+        for accumulation, (loss, norm, gradients) in result.items():
+            wanted_loss, wanted = reference[world_size * accumulation]
+            where = f"stage {stage}, {world_size} ranks, accumulation {accumulation}"
+            assert loss == pytest.approx(wanted_loss, rel=1e-5), where
+            total = torch.stack([g.norm() for g in wanted.values()]).norm().item()
+            assert norm == pytest.approx(total, rel=1e-5), where
+            assert gradients.keys() == wanted.keys()
+            for name, gradient in gradients.items():
+                error = (gradient.double() - wanted[name]).norm().item()
+                # A vision weight's gradient may be tiny beside the rest: relative to itself, or
+                # to a ten-thousandth of the whole.
+                scale = max(wanted[name].norm().item(), 1e-4 * total)
+                assert error <= 1e-5 * scale, f"{where}: {name} off by {error / scale:.1e}"

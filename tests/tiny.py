@@ -1,0 +1,68 @@
+"""A tiny real Qwen3-VL folder and real samples for tests that run the whole engine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = ROOT / "stages/configs/qwen3_vl_tiny"
+
+
+def make_model_dir(path: Path, *, tied: bool = True) -> Path:
+    """The shipped tiny folder with its widths cut down until a step takes milliseconds."""
+    shutil.copytree(SHIPPED, path)
+    config = json.loads((path / "config.json").read_text())
+    config["tie_word_embeddings"] = tied
+    config["text_config"] |= {
+        "tie_word_embeddings": tied,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    config["vision_config"] |= {
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "out_hidden_size": 48,
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def make_chats(path: Path, count: int, seed: int = 0) -> Path:
+    """A JSONL of ragged chats: no image, one or two of several sizes, short and long answers."""
+    path.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    lines = []
+    for number in range(count):
+        content: list[dict] = [{"type": "text", "text": "What is it? " * (1 + number % 4)}]
+        for picture in range(number % 3):
+            name = f"{number}-{picture}.png"
+            width, height = (int(x) for x in generator.integers(30, 90, size=2))
+            pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path / name)
+            content.insert(picture, {"type": "image", "image": name})
+        answer = " ".join(str(n) for n in range(1 + number % 5))
+        messages = [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": answer},
+        ]
+        lines.append(json.dumps({"messages": messages, "question": f"kind {number % 2}"}))
+    (path / "chats.jsonl").write_text("\n".join(lines) + "\n")
+    return path / "chats.jsonl"
+
+
+def make_shards(path: Path, count: int, seed: int = 0) -> Path:
+    """Shards of `make_chats`."""
+    from triptych_data.shards import write_shards
+
+    write_shards(make_chats(path / "raw", count, seed), path / "shards", samples_per_shard=7)
+    return path / "shards"
