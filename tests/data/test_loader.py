@@ -236,7 +236,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("killer", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "killer", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_workers_end_with_the_parent(shards, tmp_path, killer):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)

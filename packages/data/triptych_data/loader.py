@@ -16,7 +16,7 @@ from triptych_data.packing import pack_lengths
 from triptych_data.plan import Plan
 from triptych_data.processor import Processor
 from triptych_data.reader import Shards
-from triptych_data.workers import begin_worker, worker_context
+from triptych_data.workers import begin_worker, start_server, worker_context
 
 
 class PackLoader:
@@ -40,6 +40,8 @@ class PackLoader:
         progress: Progress | None = None,
     ) -> None:
         assert 0 <= rank < world_size
+        if config.num_workers:
+            start_server()
         self.position = 0
         self.shards = Shards.open(config.shards)
         lengths = sample_lengths(self.shards, processor, progress=progress)

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 
@@ -16,8 +17,15 @@ def worker_context() -> BaseContext:
     The server imports them once, so that a further worker takes a fraction of a second.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["triptych_data.loader", "transformers"])
+    tokenizers = "transformers.models.auto.tokenization_auto"
+    context.set_forkserver_preload(["triptych_data.loader", tokenizers])
     return context
+
+
+def start_server() -> None:
+    """Start the server process already, so that it imports while the caller does other things."""
+    worker_context()
+    forkserver.ensure_running()
 
 
 def begin_worker(_worker_id: int = 0) -> None:

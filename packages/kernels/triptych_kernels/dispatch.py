@@ -113,8 +113,8 @@ def choose(op: str, x: torch.Tensor, backend: str | None = None) -> str:
 def is_traced(x: torch.Tensor) -> bool:
     """Whether the op must be one node of a graph (torch.compile, fake tensors) for a tensor `x`.
 
-    Only then is the torch.library op called: it takes 0.3 ms of host time more per forward and
-    backward than an autograd.Function on the same kernels, which 100 norms per step would show.
+    Only then is the torch.library op called: beside an H100 it took 0.2 ms of host time more per
+    forward and backward than an autograd.Function on the same kernels (0.75 against 0.55 ms).
     """
     return torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter)
 
