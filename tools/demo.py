@@ -26,6 +26,8 @@ from rich.table import Table
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "stages/configs/sft_tiny.yaml"
 BIN = Path(sys.executable).parent
+# The demo shrinks digits to four tokens each; anything else needs to be seen as it is.
+OWN_IMAGES = ["data.min_pixels=null", "data.max_pixels=null"]
 
 
 @click.command(context_settings={"show_default": True})
@@ -50,10 +52,11 @@ def main(
     run_dir = Path(out)
     forget_finished_run(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    train, test = prepare_data(run_dir, data, heldout)
+    train, test, image_root = prepare_data(run_dir, data, heldout)
     shards = {name: run_dir / "shards" / name for name in ("train", "heldout")}
     for name, jsonl in (("train", train), ("heldout", test)):
-        run(BIN / "triptych-data", "shard", jsonl, shards[name], "--overwrite")
+        root = ["--image-root", image_root] if image_root else []
+        run(BIN / "triptych-data", "shard", jsonl, shards[name], "--overwrite", *root)
     gpus = count_gpus()
     run(
         *launcher(ranks or gpus or 2),
@@ -63,6 +66,7 @@ def main(
         f"data.shards=[{shards['train']}]",
         f"evaluation.shards=[{shards['heldout']}]",
         *(["engine.precision=bf16"] if gpus else []),
+        *(OWN_IMAGES if data else []),
         *overrides,
     )
     summarise(run_dir, time.monotonic() - started)
@@ -75,24 +79,28 @@ def forget_finished_run(run_dir: Path) -> None:
         shutil.rmtree(run_dir)
 
 
-def prepare_data(run_dir: Path, data: str | None, heldout: str | None) -> tuple[Path, Path]:
-    """Training and held-out JSONL: the digits, or the user's own file."""
+def prepare_data(
+    run_dir: Path, data: str | None, heldout: str | None
+) -> tuple[Path, Path, Path | None]:
+    """Training and held-out JSONL, and where image paths start if not beside the JSONL."""
+    raw = run_dir / "raw"
     if data is None:
-        run(sys.executable, ROOT / "tools/make_digits.py", run_dir / "raw")
-        return run_dir / "raw/train.jsonl", run_dir / "raw/heldout.jsonl"
+        run(sys.executable, ROOT / "tools/make_digits.py", raw)
+        return raw / "train.jsonl", raw / "heldout.jsonl", None
     if heldout is not None:
-        return Path(data), Path(heldout)
-    return split_lines(Path(data))
+        return Path(data), Path(heldout), None
+    raw.mkdir(exist_ok=True)
+    return *split_lines(Path(data), raw), Path(data).parent
 
 
-def split_lines(data: Path) -> tuple[Path, Path]:
-    """Every tenth line is held out; both files lie beside `data`, where its image paths hold."""
+def split_lines(data: Path, out: Path) -> tuple[Path, Path]:
+    """Hold out every tenth line of `data`; both files are written to `out`."""
     lines = [line for line in data.read_text().splitlines() if line.strip()]
     if len(lines) < 10:
         raise click.ClickException(
-            f"{data}: must have at least 10 samples, got {len(lines)}; or give --heldout"
+            f"{data}: must have at least 10 samples, got {len(lines)}; add some or give --heldout"
         )
-    train, test = data.with_suffix(".train.jsonl"), data.with_suffix(".heldout.jsonl")
+    train, test = out / "train.jsonl", out / "heldout.jsonl"
     test.write_text("".join(line + "\n" for line in lines[9::10]))
     train.write_text("".join(line + "\n" for i, line in enumerate(lines) if i % 10 != 9))
     return train, test

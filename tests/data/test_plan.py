@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from triptych_data.lengths import Lengths
-from triptych_data.plan import Plan, epoch_order
+from triptych_data.order import epoch_order
+from triptych_data.plan import Plan
 
 FIRST = [7, 0, 8, 2, 3, 1, 6, 9, 4, 5]
 SECOND = [5, 0, 7, 1, 3, 8, 9, 4, 2, 6]

@@ -8,7 +8,7 @@ import pytest
 import webdataset
 from tests.data.chats import chat, encoded_image, make_shards, write_chats, write_jsonl
 
-from triptych_data.intake import scan_lines, shuffled
+from triptych_data.intake import scan_lines
 from triptych_data.reader import Shards
 from triptych_data.shards import write_shards
 from triptych_data.tar import END
@@ -97,17 +97,6 @@ def test_shuffle_permutes_by_the_seed(tmp_path):
         answers[seed] = [sample.json["messages"][-1]["content"] for sample in shards]
     assert answers[None] != answers[0] != answers[1] != answers[None]
     assert sorted(answers[None]) == sorted(answers[0]) == sorted(answers[1])
-
-
-def test_shuffled_is_the_order_of_splitmix64():
-    def splitmix64(x: int) -> int:
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
-        return x ^ x >> 31
-
-    seeds = [((i + 1) * 0x9E3779B97F4A7C15 + 3 * 0xD1342543DE82EF95) % 2**64 for i in range(100)]
-    assert shuffled(100, 3).tolist() == sorted(range(100), key=lambda i: splitmix64(seeds[i]))
-    assert sorted(shuffled(1000, 2**70).tolist()) == list(range(1000))
 
 
 def test_lines_are_numbered_as_an_editor_does(tmp_path):

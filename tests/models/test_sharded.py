@@ -6,9 +6,9 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_grad
-
 from tests.models import tiny
 from tests.ranks import run_ranks
+
 from triptych_models.config import ModelConfig
 from triptych_models.export import export
 from triptych_models.families import build_model
@@ -37,7 +37,9 @@ def gather(parameters: list[torch.nn.Parameter]) -> deepspeed.zero.GatheredParam
 
 
 def build_sharded(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Qwen3VL:
-    with deepspeed.zero.Init(config_dict_or_path=ZERO_3, dtype=dtype):
+    # by config: zero.Init's dtype argument is ignored where fp16 is not supported, as on the CPU
+    precision = {"bf16": {"enabled": dtype == torch.bfloat16}}
+    with deepspeed.zero.Init(config_dict_or_path=ZERO_3 | precision):
         return build_model(config, dtype=dtype, gather=gather)
 
 

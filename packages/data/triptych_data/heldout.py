@@ -1,20 +1,20 @@
 """Held-out samples as questions: what is asked, what is expected, and how to show it."""
 
-import base64
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from triptych_data.batch import Batch
 from triptych_data.chat import message_text
 from triptych_data.loader import eval_batches
+from triptych_data.preview import data_uri
 from triptych_data.processor import EncodedSample, Processor
 from triptych_data.reader import Shards
 
-_MAGIC = {b"\xff\xd8\xff": "jpeg", b"\x89PN": "png", b"RIF": "webp"}
 
-
-class Asked(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Asked:
     """A held-out sample seen as a question; `kind` is its `question` key, or "all"."""
 
     index: int
@@ -71,8 +71,3 @@ class Heldout:
             "prompt": message_text(raw.json["messages"][-2]),
             "images": [data_uri(data) for data in raw.media],
         }
-
-
-def data_uri(image: bytes) -> str:
-    """An image file's bytes as a `data:` URI, its type told by its first bytes."""
-    return f"data:image/{_MAGIC[image[:3]]};base64,{base64.b64encode(image).decode()}"

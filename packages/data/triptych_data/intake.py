@@ -80,19 +80,6 @@ def scan_lines(path: Path) -> Lines:
     return Lines(path, *columns)
 
 
-def shuffled(count: int, seed: int) -> np.ndarray:
-    """A permutation of `count`, (count,) int64: the order of splitmix64's hashes, on every machine.
-
-    Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA 2014.
-    """
-    with np.errstate(over="ignore"):
-        x = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        x += np.uint64(seed % 2**64) * np.uint64(0xD1342543DE82EF95)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.argsort(x ^ (x >> np.uint64(31)), kind="stable")
-
-
 def prepare_all(
     lines: Lines, order: np.ndarray, image_root: Path, num_workers: int
 ) -> Generator[Prepared | Rejected, None, None]:

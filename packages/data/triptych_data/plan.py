@@ -5,6 +5,7 @@ from bisect import bisect_right
 import numpy as np
 
 from triptych_data.lengths import Lengths
+from triptych_data.order import epoch_order
 from triptych_data.packing import Packs, pack_lengths
 
 
@@ -66,22 +67,3 @@ class Plan:
         if epoch == len(self.epoch_starts) - 1:
             self.epoch_starts.append(self.epoch_starts[epoch] + len(self._epochs[epoch]))
         return self._epochs[epoch]
-
-
-def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """Return a permutation (num_samples,) int64 that depends on seed and epoch only.
-
-    Samples are sorted by a hash, which no two share; unlike `Generator.permutation`, whose stream
-    may change between versions of numpy, this order is ours to keep. 10M samples take ~3 s.
-    """
-    golden = np.uint64(0x9E3779B97F4A7C15)  # the odd step of splitmix64
-    state = _mix(np.array([seed], dtype=np.uint64) + golden)
-    state = _mix(state + np.array([epoch], dtype=np.uint64) * golden)
-    return np.argsort(_mix(np.arange(num_samples, dtype=np.uint64) * golden + state))
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """Return splitmix64's bijective finaliser of each uint64 (Steele et al., OOPSLA 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

@@ -127,13 +127,14 @@ def _figures(raw: RawSample, encoded: EncodedSample, merge_size: int) -> str:
         tokens = grid[0] * grid[1] * grid[2] // merge_size**2
         caption = f"image {number}: {info.width} × {info.height} px, {tokens:,} tokens"
         figures.append(
-            f'<figure><img src="{_data_uri(data)}" alt="image {number}" loading="lazy">'
+            f'<figure><img src="{data_uri(data)}" alt="image {number}" loading="lazy">'
             f"<figcaption>{caption}</figcaption></figure>"
         )
     return f'<div class="images">{"".join(figures)}</div>' if figures else ""
 
 
-def _data_uri(data: bytes) -> str:
+def data_uri(data: bytes) -> str:
+    """An image as a `data:` URI, shrunk to at most LARGEST_SIDE pixels a side."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         kind = "jpeg" if image.format == "MPO" else str(image.format).lower()
         if max(image.size) > LARGEST_SIDE:

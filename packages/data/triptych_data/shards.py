@@ -13,7 +13,8 @@ from typing import BinaryIO
 import numpy as np
 
 from triptych_data.index import IndexRows, write_index, write_whole
-from triptych_data.intake import Prepared, Rejected, prepare_all, scan_lines, shuffled
+from triptych_data.intake import Prepared, Rejected, prepare_all, scan_lines
+from triptych_data.order import epoch_order
 from triptych_data.tar import END, header, padded
 
 SHARD_SIZE = 256_000_000
@@ -71,7 +72,9 @@ def write_shards(
         )
     lines = scan_lines(source)
     order = (
-        shuffled(len(lines), shuffle_seed) if shuffle_seed is not None else np.arange(len(lines))
+        epoch_order(len(lines), shuffle_seed, epoch=0)
+        if shuffle_seed is not None
+        else np.arange(len(lines))
     )
     root = Path(image_root) if image_root is not None else source.parent
     with (

@@ -23,6 +23,8 @@ def build_model(config: ModelConfig, *, dtype: torch.dtype, gather: Gather = who
         gradient_checkpointing=config.gradient_checkpointing == "full",
         fused=config.fuse,
     )
+    found = {parameter.dtype for parameter in model.parameters()}
+    assert found == {dtype}, f"zero.Init must be told to keep {dtype}, made {found}"
     if config.init == "random":
         initialize(model.hf, config.seed, gather)
     else:
