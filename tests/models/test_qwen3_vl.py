@@ -4,6 +4,8 @@ from tests.models import tiny
 from tests.models.conftest import Build
 from tests.models.stock import stock_logits, stock_loss, stock_twin
 
+from triptych_models.generate import generate
+
 SEQ_LEN = 96
 
 
@@ -105,6 +107,23 @@ def test_gradient_checkpointing_changes_nothing(
         model(**batch).loss_sum.backward()
     for (name, p), q in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad), name
+
+
+@pytest.mark.slow
+def test_compiled_layers_change_nothing(build: Build, documents: list[tiny.Document]) -> None:
+    plain, compiled = build(), build(compile="layers")
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    for chosen in (documents, documents[:1], documents[1:]):
+        batch = tiny.pack(chosen, SEQ_LEN)
+        losses = [model(**batch).loss_sum for model in (plain, compiled)]
+        torch.testing.assert_close(*losses)
+        for loss in losses:
+            loss.backward()
+    for (name, p), q in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        difference = (p.grad - q.grad).norm()
+        assert difference <= 1e-4 * p.grad.norm() + 1e-6, name
+    settings = {"max_new_tokens": 4, "eos_token_id": tiny.EOS, "pad_token_id": tiny.PAD}
+    assert generate(compiled, documents, **settings) == generate(plain, documents, **settings)
 
 
 @pytest.mark.parametrize("cast_afterwards", [False, True])

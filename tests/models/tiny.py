@@ -1,7 +1,8 @@
 """A tiny Qwen3-VL on disk, documents for it, and packed rows built by hand."""
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,9 @@ class Document:
     shift_labels: Tensor  # (n,)
     image_grid_thw: Tensor  # (images, 3)
     pixel_values: Tensor  # (patches, patch_dim) uint8
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
-def document(seed: int, *, words: int = 7, grids: list[tuple[int, int, int]] = ()) -> Document:
+def document(seed: int, *, words: int = 7, grids: Sequence[tuple[int, int, int]] = ()) -> Document:
     """Text, then each image followed by text; every second token is a target."""
     rng = torch.Generator().manual_seed(seed)
     ids, positions, at = [], [], 0

@@ -74,8 +74,8 @@ def save_checkpoint(
 def save_if_due(
     engine: Any, config: StageConfig, batches: Resumable, metrics: Metrics, step: int
 ) -> None:
-    """Save every `checkpoint.every` steps and after the last."""
-    if is_due(step, config.checkpoint.every, config.run.steps):
+    """Save every `checkpoint.every` steps and after the last, unless `checkpoint.save` is off."""
+    if config.checkpoint.save and is_due(step, config.checkpoint.every, config.run.steps):
         path = save_checkpoint(engine, config, step, batches.state_dict())
         metrics.note(f"step {step}  saved {path}")
         metrics.restart_clock()

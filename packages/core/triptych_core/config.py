@@ -106,6 +106,7 @@ class EngineConfig(Section):
 class CheckpointConfig(Section):
     """When the state is saved and what is kept."""
 
+    save: bool = Field(True, description="save at all; false for measurements")
     every: int = Field(500, ge=0, description="steps between saves; 0 = only the last step")
     keep: int = Field(2, ge=1, description="how many checkpoints stay on disk")
     resume: Literal["auto", "never"] = Field(

@@ -47,8 +47,8 @@ class Metrics:
         self._config = config
         self._is_main = is_main = rank == 0
         self._peak = peak_flops(config) * world_size
-        self._pending: StepRecord | None = None
-        self._flushed_at = time.perf_counter()
+        self._pending: tuple[StepRecord, float] | None = None
+        self._recorded_at = time.perf_counter()
         self._progress: Progress | None = None
         self._wandb: Any = None
         if is_main:
@@ -73,24 +73,26 @@ class Metrics:
             self._wandb.finish()
 
     def record(self, record: StepRecord) -> None:
-        """Keep this step, write the one before."""
+        """Keep this step, write the one before.
+
+        A step lasts from one call to the next; each call waits for the step before, so on a busy
+        device that is the device's time.
+        """
         self.flush()
-        self._pending = record
+        now = time.perf_counter()
+        self._pending = record, now - self._recorded_at
+        self._recorded_at = now
 
     def restart_clock(self) -> None:
         """Leave out of step times what happened since the last step: evaluation, saving."""
         self.flush()
-        self._flushed_at = time.perf_counter()
+        self._recorded_at = time.perf_counter()
 
     def flush(self) -> None:
         """Write the pending step; waits for the device to finish it."""
-        record, self._pending = self._pending, None
-        if record is None or not self._is_main:
-            return
-        loss = float(record.loss)  # the one wait
-        now = time.perf_counter()
-        seconds, self._flushed_at = now - self._flushed_at, now
-        self._write(record, loss, seconds)
+        pending, self._pending = self._pending, None
+        if pending is not None and self._is_main:
+            self._write(*pending)
 
     def note(self, text: str) -> None:
         """Print one line below those of the steps so far, on the main rank."""
@@ -123,7 +125,8 @@ class Metrics:
         if config.log.wandb != "off":
             self._wandb = _start_wandb(config, config.log.wandb)
 
-    def _write(self, record: StepRecord, loss: float, seconds: float) -> None:
+    def _write(self, record: StepRecord, seconds: float) -> None:
+        loss = float(record.loss)  # the one wait
         num_targets, num_tokens, flops = (int(value) for value in record.counts.tolist())
         norm = None if record.grad_norm is None else float(record.grad_norm)
         line = {

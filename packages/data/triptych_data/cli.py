@@ -73,7 +73,13 @@ _max_pixels = click.option("--max-pixels", type=int, help="Replaces the model fo
 @click.option("--samples-per-shard", type=click.IntRange(1), help="Most samples.")
 @click.option("--image-root", type=click.Path(path_type=Path), help="Default: folder of INPUT.")
 @click.option("--shuffle", is_flag=True, help="Write the samples in a random, repeatable order.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of --shuffle.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Seed of --shuffle.",
+)
 @click.option("--skip-bad", is_flag=True, help="Leave bad lines out, list them in skipped.jsonl.")
 @click.option("--overwrite", is_flag=True, help="Replace the shards in OUTPUT, nothing else there.")
 @_workers

@@ -31,6 +31,11 @@ class ModelConfig(BaseModel):
         default="none",
         description="full: keep only each layer's input and recompute the layer in backward",
     )
+    compile: Literal["none", "layers"] = Field(
+        default="none",
+        description="layers: torch.compile each layer on its own (not with ZeRO-3, whose hooks "
+        "inside a layer break its graph)",
+    )
     fuse: bool = Field(
         default=True, description="RMSNorm and SwiGLU through triptych_kernels instead of stock"
     )

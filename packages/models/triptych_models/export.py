@@ -36,7 +36,7 @@ def export(
     is_main: bool = True,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write config, tokenizer and processor files of source_dir with this model's weights.
+    """Write config, tokenizer and processor files of source_dir with hf's weights.
 
     Every rank must call it, since gather is collective; only is_main writes. Written beside
     out_dir and renamed, so out_dir is complete or absent. At most one shard is in memory. Raises

@@ -30,4 +30,6 @@ def build_model(config: ModelConfig, *, dtype: torch.dtype, gather: Gather = who
     else:
         load_weights(model.hf, config.path, gather)
     freeze(model, config.freeze)
+    if config.compile == "layers":
+        model.compile_layers()
     return model

@@ -41,18 +41,16 @@ def generate(
     inputs = left_padded(model, prompts, pad_token_id, force_image=synced)
     was_training = model.training
     model.eval()
-    tokens = model.hf.generate(
-        **inputs,
-        synced_gpus=synced,
-        generation_config=GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            max_new_tokens=max_new_tokens if prompts else 1,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-        ),
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        max_new_tokens=max_new_tokens if prompts else 1,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
     )
+    with torch.compiler.set_stance("force_eager"):  # or layers would compile again for the cache
+        tokens = model.hf.generate(**inputs, synced_gpus=synced, generation_config=settings)
     model.train(was_training)
     stops = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     new_tokens = tokens[: len(prompts), inputs["input_ids"].shape[1] :].tolist()

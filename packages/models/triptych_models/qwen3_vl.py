@@ -146,6 +146,13 @@ class Qwen3VL(nn.Module):
             "language": [self.hf.model.language_model, self.hf.lm_head],
         }
 
+    def compile_layers(self) -> None:
+        """Compile every layer in place; the tower's for any number of patches."""
+        for layer in self.hf.model.language_model.layers:
+            layer.compile()
+        for block in self.hf.model.visual.blocks:
+            block.compile(dynamic=True)
+
     def flops(self, batch: Mapping[str, Any]) -> float:
         """Forward and backward FLOPs of one packed row; see triptych_models.flops."""
         trainable = {

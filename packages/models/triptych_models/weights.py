@@ -47,14 +47,14 @@ def initialize(hf: Qwen3VLForConditionalGeneration, seed: int, gather: Gather = 
     weights for any device, number of ranks and sharding.
     """
     generator = torch.Generator().manual_seed(seed)
+    config = hf.config
     vision_ids = {id(module) for module in hf.model.visual.modules()}
     for module, own in own_parameters(hf):
-        config = hf.config.vision_config if id(module) in vision_ids else hf.config.text_config
+        section = config.vision_config if id(module) in vision_ids else config.text_config
+        std = section.initializer_range
         with gather(list(own.values())):
             for name, parameter in own.items():
-                parameter.copy_(
-                    initial_value(module, name, parameter, config.initializer_range, generator)
-                )
+                parameter.copy_(initial_value(module, name, parameter, std, generator))
 
 
 def initial_value(
