@@ -42,7 +42,7 @@ def main(config: SftConfig) -> None:
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
     from triptych_core.optim import build_adamw, parameter_groups
-    from triptych_core.run import close_run, open_run
+    from triptych_core.run import close_run, describe_run, open_run
     from triptych_data.heldout import Heldout
     from triptych_data.loader import PackLoader
     from triptych_data.processor import Processor
@@ -73,10 +73,12 @@ def main(config: SftConfig) -> None:
     dtype = compute_dtype(config.engine)
     with sharded_init(config.engine, runtime.world_size):
         model = build_model(config.model, dtype=dtype, gather=gather_parameters(config.engine))
+    model.check_processor(processor)
     part_of = parameter_parts(model).__getitem__
     groups = parameter_groups(model.named_parameters(), config.optim, part_of)
     optimizer = build_adamw(groups, config.optim)
-    open_run(config, runtime, {"parameters": count_parameters(model)})
+    facts = {"parameters": count_parameters(model), "data": batches.describe()}
+    open_run(config, runtime, facts)
     engine = build_engine(model, optimizer, config.engine, config.optim, runtime.world_size)
     start_step = resume(engine, config, batches)
 
@@ -93,6 +95,7 @@ def main(config: SftConfig) -> None:
         return [processor.decode(row) for row in tokens]
 
     with Metrics(config, start_step=start_step, **ranks) as metrics:
+        metrics.note(describe_run(config, runtime, facts, start_step))
         test = partial(evaluate_if_due, engine, config, heldout, answer, metrics)
         save = partial(save_if_due, engine, config, batches, metrics)
         if start_step == 0:
@@ -114,6 +117,7 @@ def main(config: SftConfig) -> None:
             dtype=dtype,
             gather=read_parameters(config.engine),
             is_main=runtime.is_main,
+            overwrite=True,  # this run's own, from before it was continued
         )
     close_run(config, runtime)
     shutdown()

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 VARIANTS = {
     "zero3_checkpointing": ["engine.zero.stage=3", "model.gradient_checkpointing=full"],
     "zero1_checkpointing": ["engine.zero.stage=1", "model.gradient_checkpointing=full"],
+    "zero1": ["engine.zero.stage=1", "model.gradient_checkpointing=none"],
     "zero3_stock_ops": [
         "engine.zero.stage=3",
         "model.gradient_checkpointing=full",

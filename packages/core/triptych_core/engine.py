@@ -84,13 +84,13 @@ def build_engine(
     The optimizer's groups keep their `name` and `peak_lr`; floating-point buffers keep their
     dtype (rotary frequencies in bf16 would move every position).
     """
-    buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    buffers = {name: buffer.dtype for name, buffer in model.named_buffers(remove_duplicate=False)}
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
         config=deepspeed_config(config, optim.max_grad_norm, world_size),
     )
-    for name, buffer in engine.module.named_buffers():
+    for name, buffer in engine.module.named_buffers(remove_duplicate=False):
         assert buffer.dtype == buffers[name], f"{name}: became {buffer.dtype}, was {buffers[name]}"
     return engine
 

@@ -36,12 +36,27 @@ def open_run(config: StageConfig, runtime: Runtime, facts: dict[str, Any]) -> No
         {
             "started": _now(),
             "finished": None,
-            "command": " ".join(sys.argv),
+            "command": _command(),
             "world_size": runtime.world_size,
             "device": device_name(),
             "versions": {"python": platform.python_version(), **_versions()},
             **facts,
         },
+    )
+
+
+def describe_run(
+    config: StageConfig, runtime: Runtime, facts: dict[str, Any], start_step: int
+) -> str:
+    """Two lines that say what is about to run, and from where it goes on."""
+    engine = config.engine
+    parts = ", ".join(f"{name} {_short(count)}" for name, count in facts["parameters"].items())
+    data = ", ".join(f"{count:,} {name}" for name, count in facts["data"].items())
+    goes_on = f"; goes on after step {start_step}" if start_step else ""
+    return (
+        f"{runtime.world_size} × {device_name()}, ZeRO-{engine.zero.stage}, {engine.precision}, "
+        f"{config.run.steps} steps of {runtime.world_size * engine.gradient_accumulation_steps} "
+        f"packs{goes_on}\nparameters: {parts}; data: {data}"
     )
 
 
@@ -61,6 +76,20 @@ def device_name() -> str:
 
         return str(torch.cuda.get_device_name())
     return f"{accelerator.device_name()} ({platform.machine()})"
+
+
+def _short(count: int) -> str:
+    """1,234,567 as 1.23M."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.2f}{unit}"
+    return str(count)
+
+
+def _command() -> str:
+    """What was typed, without what the launcher added, with paths as seen from here."""
+    words = [word for word in sys.argv if not word.startswith("--local_rank")]
+    return " ".join(words).replace(f"{Path.cwd()}/", "")
 
 
 def _versions() -> dict[str, str]:

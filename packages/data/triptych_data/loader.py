@@ -80,6 +80,15 @@ class PackLoader:
                 self.position = expected = expected + self._world_size
                 yield batch
 
+    def describe(self) -> dict[str, int]:
+        """Counts for people: samples and packs of the first epoch, and samples left out."""
+        self.plan.pack(0)  # plans the first epoch
+        counts = {
+            "samples": len(self.plan.samples),
+            "packs an epoch": self.plan.epoch_starts[1],
+        }
+        return counts | ({"samples too long": self.num_skipped} if self.num_skipped else {})
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs: the position, and what gives it its meaning."""
         starts = self.plan.epoch_starts

@@ -35,16 +35,17 @@ def export(
     gather: Gather = whole,
     is_main: bool = True,
     max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
 ) -> None:
     """Write config, tokenizer and processor files of source_dir with hf's weights.
 
     Every rank must call it, since gather is collective; only is_main writes. Written beside
     out_dir and renamed, so out_dir is complete or absent. At most one shard is in memory. Raises
-    ValueError if out_dir exists.
+    ValueError if out_dir exists, unless overwrite says to replace it.
     """
     partial = out_dir.with_name(f".{out_dir.name}.partial")
     if is_main:
-        if out_dir.exists():
+        if out_dir.exists() and not overwrite:
             raise ValueError(f"export: directory must not exist, got {out_dir}; name a new one")
         shutil.rmtree(partial, ignore_errors=True)  # of an export that was cut off
         partial.mkdir(parents=True)
@@ -57,6 +58,8 @@ def export(
                     writer.add(name, parameter.detach().to("cpu", dtype, copy=True))
     if writer is not None:
         writer.finish()
+        if out_dir.exists():
+            shutil.rmtree(out_dir)
         partial.rename(out_dir)
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,15 @@ from .head import LossHead
 from .output import LossOutput
 from .rotary import restore_rotary
 from .vision import normalize_pixels, vision_features
+
+
+class HasImageRules(Protocol):
+    """What of a data processor must agree with the model."""
+
+    patch_size: int
+    merge_size: int
+    temporal_patch_size: int
+    image_token_id: int
 
 
 class Qwen3VL(nn.Module):
@@ -136,6 +145,23 @@ class Qwen3VL(nn.Module):
                 features = deepstack[index].to(hidden_states.dtype)[None]
                 hidden_states = hidden_states.index_add(1, positions, features)
         return language.norm(hidden_states)
+
+    def check_processor(self, processor: HasImageRules) -> None:
+        """Raise ValueError unless the data's processor cuts images as this model expects."""
+        config = self.hf.config
+        expected = {
+            "patch_size": config.vision_config.patch_size,
+            "merge_size": config.vision_config.spatial_merge_size,
+            "temporal_patch_size": config.vision_config.temporal_patch_size,
+            "image_token_id": config.image_token_id,
+        }
+        for name, value in expected.items():
+            given = getattr(processor, name)
+            if given != value:
+                raise ValueError(
+                    f"model.path: {name} of the processor files must be config.json's {value}, "
+                    f"got {given}; take all files of the folder from one model"
+                )
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """Modules of each part; every parameter is in exactly one."""

@@ -1,0 +1,57 @@
+"""The contracts between packages that never import each other."""
+
+import inspect
+
+import pytest
+import torch
+from tests.tiny import make_model_dir, make_shards
+
+from triptych_core.loop import HOST_KEYS, LABEL_KEYS
+from triptych_data.config import DataConfig
+from triptych_data.loader import PackLoader
+from triptych_data.processor import Processor
+from triptych_models.qwen3_vl import Qwen3VL
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory):
+    path = tmp_path_factory.mktemp("contract")
+    processor = Processor.from_directory(make_model_dir(path / "model"))
+    shards = str(make_shards(path / "data", 9))
+    config = DataConfig(shards=[shards], seq_len=256, num_workers=0)
+    loader = PackLoader(config, processor, rank=0, world_size=1)
+    return [batch for batch, _ in zip(loader, range(8), strict=False)]
+
+
+def test_every_key_of_a_batch_is_taken_by_forward_or_dropped_by_the_loop(batches):
+    taken = set(inspect.signature(Qwen3VL.forward).parameters)
+    taken |= set(inspect.signature(Qwen3VL.hidden_states).parameters)
+    made = {key for batch in batches for key in batch}
+    assert "pixel_values" in made
+    assert made - taken == LABEL_KEYS
+    assert made >= HOST_KEYS
+
+
+def test_shapes_and_types_are_those_of_the_readme(batches):
+    for batch in batches:
+        length = batch["input_ids"].shape[1]
+        assert batch["input_ids"].shape == batch["shift_labels"].shape == (1, length)
+        assert batch["position_ids"].shape == (3, 1, length)
+        assert batch["cu_seqlens"].dtype == torch.int32
+        assert batch["cu_seqlens"][0] == 0
+        assert batch["cu_seqlens"][-1] == length
+        assert batch["num_targets"] == int((batch["shift_labels"] != -100).sum())
+        documents = len(batch["sample_keys"]) + (batch["num_tokens"] < length)
+        assert len(batch["cu_seqlens"]) == documents + 1
+        if "pixel_values" in batch:
+            assert batch["pixel_values"].dtype == torch.uint8
+            patches = int(batch["image_grid_thw"].prod(dim=1).sum())
+            assert len(batch["pixel_values"]) == patches == int(batch["vision_cu_seqlens"][-1])
+
+
+def test_minus_100_is_ignored_everywhere():
+    from triptych_data.chat import IGNORE_INDEX
+    from triptych_kernels import linear_cross_entropy
+
+    default = inspect.signature(linear_cross_entropy).parameters["ignore_index"].default
+    assert IGNORE_INDEX == default == -100
