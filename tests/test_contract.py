@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 import torch
-from tests.tiny import make_model_dir, make_shards
 
+from tests.tiny import make_model_dir, make_shards
 from triptych_core.loop import HOST_KEYS, LABEL_KEYS
 from triptych_data.config import DataConfig
 from triptych_data.loader import PackLoader

@@ -37,8 +37,8 @@ def test_the_tree_names_every_tool_and_package():
 
 
 def test_make_targets_named_in_the_readme_exist():
-    makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"\bmake (\w+)", (ROOT / "README.md").read_text())):
+    makefile, readme = ((ROOT / name).read_text() for name in ("Makefile", "README.md"))
+    for target in set(re.findall(r"(?:^|`)make (\w+)", readme, flags=re.M)):
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
 
 

@@ -3,7 +3,6 @@
 import json
 
 from tests.ranks import run_ranks
-
 from triptych_core.evaluate import (
     Answer,
     Evaluation,

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from tests.data.chats import encoded_image, write_jsonl
-
 from triptych_data.config import DataConfig
 from triptych_data.processor import Processor
 from triptych_data.shards import write_shards

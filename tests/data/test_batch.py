@@ -1,7 +1,7 @@
 import pytest
 import torch
-from tests.data.packs import tiny_processor, write_mixture
 
+from tests.data.packs import tiny_processor, write_mixture
 from triptych_data.batch import collate
 from triptych_data.reader import Shards
 

@@ -3,9 +3,9 @@ import random
 import shutil
 
 import pytest
-from tests.data.packs import MODEL
 from transformers import AutoTokenizer
 
+from tests.data.packs import MODEL
 from triptych_data.chat import ChatTokenizer, shift_targets
 
 TEMPLATE = (MODEL / "chat_template.jinja").read_text()

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from tests.data.chats import chat, encoded_image, make_shards, write_chats, write_jsonl
 
+from tests.data.chats import chat, encoded_image, make_shards, write_chats, write_jsonl
 from triptych_data.cli import main
 from triptych_data.index import index_paths
 from triptych_data.reader import Shards

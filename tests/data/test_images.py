@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from tests.data.chats import encoded_image
 from transformers import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
+from tests.data.chats import encoded_image
 from triptych_data.images import ImageRules, decode_image, encode_image, image_grid, patchify
 
 RULES = ImageRules(14, 2, 2, 56 * 56, 28 * 28 * 64)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from tests.data.chats import chat, encoded_image, make_shards
 
+from tests.data.chats import chat, encoded_image, make_shards
 from triptych_data.index import DTYPES, index_paths, read_index, write_index
 from triptych_data.reader import Shards
 from triptych_data.sample import dump_json

@@ -3,9 +3,9 @@ import stat
 
 import numpy as np
 import pytest
+
 from tests.data.chats import chat, write_jsonl
 from tests.data.packs import MODEL, tiny_processor, write_mixture
-
 from triptych_data import lengths as module
 from triptych_data.lengths import Lengths, fitting_samples, sample_lengths
 from triptych_data.processor import Processor

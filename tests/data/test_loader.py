@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tests.data.chats import chat as make_chat
 from tests.data.chats import encoded_image
 from tests.data.packs import MODEL, tiny_config, tiny_processor, write_mixture
-
 from triptych_data.index import write_index
 from triptych_data.loader import PackLoader, eval_batches
 from triptych_data.processor import Processor

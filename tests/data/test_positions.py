@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from tests.data.packs import MODEL
 from transformers import AutoConfig, Qwen3VLModel
 
+from tests.data.packs import MODEL
 from triptych_data.positions import mrope_positions
 
 

@@ -3,8 +3,8 @@ import warnings
 
 import pytest
 from PIL import Image
-from tests.data.chats import encoded_image
 
+from tests.data.chats import encoded_image
 from triptych_data.probe import ImageInfo, probe_image
 
 

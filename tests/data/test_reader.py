@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.data.chats import make_shards
 
+from tests.data.chats import make_shards
 from triptych_data.index import read_index
 from triptych_data.reader import OPEN_FILES, Shards, find_shards
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from tests.data.chats import chat, encoded_image, make_shards, write_chats, write_jsonl
 
+from tests.data.chats import chat, encoded_image, make_shards, write_chats, write_jsonl
 from triptych_data.intake import scan_lines
 from triptych_data.reader import Shards
 from triptych_data.shards import write_shards

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.models import tiny
 
+from tests.models import tiny
 from triptych_models.config import ModelConfig
 from triptych_models.families import build_model
 from triptych_models.qwen3_vl import Qwen3VL

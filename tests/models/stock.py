@@ -2,10 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from tests.models.tiny import IMAGE, Document
 from torch import Tensor
 from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 
+from tests.models.tiny import IMAGE, Document
 from triptych_models.qwen3_vl import Qwen3VL
 
 

@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
 from tests.models import tiny
 from tests.models.conftest import Build
 from tests.models.stock import stock_logits
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
 from triptych_models.export import export
 
 SHIPPED = Path(__file__).parents[2] / "stages/configs/qwen3_vl_tiny"

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from tests.models import tiny
-from tests.models.conftest import Build
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.models import tiny
+from tests.models.conftest import Build
 from triptych_models.qwen3_vl import Qwen3VL
 
 ATTENTION = "scaled_dot_product"

@@ -1,8 +1,8 @@
 import pytest
 import torch
+
 from tests.models import tiny
 from tests.models.conftest import Build
-
 from triptych_models.freeze import freeze, parameter_parts
 
 

@@ -2,10 +2,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tests.models import tiny
-from tests.models.conftest import Build
 from torch import distributed
 
+from tests.models import tiny
+from tests.models.conftest import Build
 from triptych_models.generate import generate, left_padded
 from triptych_models.qwen3_vl import Qwen3VL
 

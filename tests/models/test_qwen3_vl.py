@@ -1,9 +1,9 @@
 import pytest
 import torch
+
 from tests.models import tiny
 from tests.models.conftest import Build
 from tests.models.stock import stock_logits, stock_loss, stock_twin
-
 from triptych_models.generate import generate
 
 SEQ_LEN = 96

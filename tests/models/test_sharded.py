@@ -6,9 +6,9 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_grad
+
 from tests.models import tiny
 from tests.ranks import run_ranks
-
 from triptych_models.config import ModelConfig
 from triptych_models.export import export
 from triptych_models.families import build_model

@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from tests.models import tiny
 from tests.models.conftest import Build
 from tests.models.stock import stock_twin
-
 from triptych_models.config import ModelConfig
 from triptych_models.export import export
 from triptych_models.families import build_model

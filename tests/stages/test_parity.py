@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tests.ranks import run_ranks
 from tests.tiny import make_model_dir, make_shards
 

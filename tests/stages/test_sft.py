@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+
 from tests.ranks import run_ranks
 from tests.tiny import ROOT, make_model_dir, make_shards
 
