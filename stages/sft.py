@@ -10,12 +10,13 @@ Measured on: two CPU ranks (`make demo`) and one H100 (README, Results).
 
 import sys
 from functools import partial
+from typing import Self, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from triptych_core.config import StageConfig, parse_args
+from triptych_core.config import StageConfig, did_you_mean, parse_args, run_main
 from triptych_data.config import DataConfig
-from triptych_models.config import ModelConfig
+from triptych_models.config import ModelConfig, Part
 
 
 class SftConfig(StageConfig):
@@ -25,9 +26,35 @@ class SftConfig(StageConfig):
     data: DataConfig
     export: bool = Field(True, description="write run.dir/export, a Hugging Face directory")
 
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        trained = [part for part in get_args(Part) if part not in self.model.freeze]
+        if not trained:
+            raise ValueError("model.freeze: must leave a part to train, got all; name fewer")
+        for part in self.optim.lr_by_part:
+            if part not in trained:
+                raise ValueError(
+                    f"optim.lr_by_part.{part}: must be a part that trains, got '{part}'"
+                    f"{did_you_mean(part, trained)}"
+                )
+        if self.model.compile == "layers" and self.engine.zero.stage == 3:
+            raise ValueError(
+                "model.compile: must be none with engine.zero.stage=3, got layers; DeepSpeed's "
+                "hooks inside a layer break its graph, take a lower stage"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _share_seed(self) -> Self:
+        for section in (self.model, self.data):
+            if "seed" not in section.model_fields_set:
+                section.seed = self.run.seed
+        return self
+
 
 def main(config: SftConfig) -> None:
     """Wire data, model and engine together, train, evaluate, export."""
+    config.model.check_path()
     # Not at the top: the configuration is checked before torch is imported.
     from triptych_core.checkpoint import resume, save_if_due
     from triptych_core.engine import (
@@ -77,10 +104,10 @@ def main(config: SftConfig) -> None:
     part_of = parameter_parts(model).__getitem__
     groups = parameter_groups(model.named_parameters(), config.optim, part_of)
     optimizer = build_adamw(groups, config.optim)
-    facts = {"parameters": count_parameters(model), "data": batches.describe()}
-    open_run(config, runtime, facts)
     engine = build_engine(model, optimizer, config.engine, config.optim, runtime.world_size)
     start_step = resume(engine, config, batches)
+    facts = {"parameters": count_parameters(model), "data": batches.describe()}
+    open_run(config, runtime, facts, start_step)
 
     def answer(questions: list[int]) -> list[str]:
         assert heldout is not None
@@ -124,4 +151,4 @@ def main(config: SftConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(SftConfig, sys.argv[1:], __doc__ or ""))
+    run_main(main, parse_args(SftConfig, sys.argv[1:], __doc__ or ""))

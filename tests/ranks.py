@@ -7,9 +7,10 @@ import os
 import pickle
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -38,24 +39,33 @@ def run_ranks(
         pipes.append(receiver)
         processes.append(process)
     try:
-        return [_receive(pipe, rank, timeout) for rank, pipe in enumerate(pipes)]
+        return _collect(pipes, timeout)
     finally:
         for process in processes:
             process.join(5)
             if process.is_alive():
                 process.kill()
+                process.join()
 
 
-def _receive(pipe: Connection, rank: int, timeout: float) -> Any:
-    if not pipe.poll(timeout):
-        raise TimeoutError(f"rank {rank} gave no result within {timeout} s")
-    try:
-        ok, value = pickle.loads(pipe.recv_bytes())
-    except EOFError:
-        raise RuntimeError(f"rank {rank} died without a word") from None
-    if not ok:
-        raise RuntimeError(f"rank {rank} failed:\n{value}")
-    return value
+def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
+    """Every rank's result; the first failure to arrive is the one raised, as it is the cause."""
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout
+    while len(results) < len(pipes):
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError(f"ranks {set(range(len(pipes))) - set(results)} gave no result")
+        for pipe in ready:
+            rank = pipes.index(pipe)
+            try:
+                ok, results[rank] = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                raise RuntimeError(f"rank {rank} died without a word") from None
+            if not ok:
+                raise RuntimeError(f"rank {rank} failed:\n{results[rank]}")
+    return [results[rank] for rank in range(len(pipes))]
 
 
 def _rank_main(

@@ -33,7 +33,7 @@ WARM_UP = 6
 @click.argument("shards")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--gpus", default=1, help="ranks")
-@click.option("--steps", default=30, help="optimizer steps a variant")
+@click.option("--steps", default=30, type=click.IntRange(WARM_UP + 2), help="steps a variant")
 @click.option("--seq-len", default=16384, help="tokens a pack")
 @click.option("--variant", "names", multiple=True, type=click.Choice(list(VARIANTS)))
 @click.argument("overrides", nargs=-1)

@@ -50,8 +50,7 @@ def main(
         raise click.UsageError("--heldout: must come with --data, got it alone; give both")
     started = time.monotonic()
     run_dir = Path(out)
-    forget_finished_run(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    open_folder(run_dir, f"{data} {heldout}" if data else "digits")
     train, test, image_root = prepare_data(run_dir, data, heldout)
     shards = {name: run_dir / "shards" / name for name in ("train", "heldout")}
     for name, jsonl in (("train", train), ("heldout", test)):
@@ -72,11 +71,22 @@ def main(
     summarise(run_dir, time.monotonic() - started)
 
 
-def forget_finished_run(run_dir: Path) -> None:
-    """Start afresh after a complete run, go on after an interrupted one."""
-    facts = run_dir / "run.json"
-    if facts.exists() and json.loads(facts.read_text())["finished"]:
-        shutil.rmtree(run_dir)
+def open_folder(run_dir: Path, data: str) -> None:
+    """Start afresh after a complete demo or with other data, go on after an interrupted one.
+
+    Only a folder that this tool made is ever emptied: it carries a `demo.json`.
+    """
+    marker, facts = run_dir / "demo.json", run_dir / "run.json"
+    if marker.exists():
+        finished = facts.exists() and json.loads(facts.read_text())["finished"]
+        if finished or json.loads(marker.read_text())["data"] != data:
+            shutil.rmtree(run_dir)
+    elif run_dir.exists() and any(run_dir.iterdir()):
+        raise click.ClickException(
+            f"--out: must be a new folder or an earlier demo's, got {run_dir}; name another"
+        )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    marker.write_text(json.dumps({"data": data}) + "\n")
 
 
 def prepare_data(
@@ -129,13 +139,18 @@ def run(*command: Any) -> None:
     process = subprocess.Popen(words, env=environment, start_new_session=True)
     try:
         code = process.wait()
-    except KeyboardInterrupt:
+    except BaseException:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait()
-        click.echo("interrupted; the same command goes on from the last checkpoint", err=True)
-        sys.exit(130)
+        raise
     if code != 0:
         sys.exit(code)
+
+
+def stop(signum: int, frame: object) -> None:
+    """End as after Ctrl-C, also when a terminal closes or a scheduler cancels."""
+    click.echo("interrupted; the same command goes on from the last checkpoint", err=True)
+    sys.exit(128 + signum)
 
 
 def relative(word: str) -> str:
@@ -179,4 +194,6 @@ def summarise(run_dir: Path, seconds: float) -> None:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
     main()

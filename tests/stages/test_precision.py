@@ -1,86 +1,20 @@
-"""bf16 with fp32 masters, and offloading: the same run as plain fp32, up to bf16's rounding."""
+"""bf16 with fp32 masters, and offloading: losses follow fp32, updates are exactly AdamW's."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
 from tests.ranks import run_ranks
 from tests.tiny import make_model_dir, make_shards
 
-STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("precision")
-    make_model_dir(path / "model")
-    make_shards(path / "train", 24)
-    return path
-
-
-def train_all(workspace: Path, cases: dict[str, list[str]]) -> dict[str, list[float]]:
-    """Train once per case in this process; the losses of each."""
-    import torch
-
-    from triptych_core.config import StageConfig, load_config
-    from triptych_core.engine import build_engine, compute_dtype, gather_parameters, sharded_init
-    from triptych_core.launch import launch
-    from triptych_core.loop import train
-    from triptych_core.metrics import Metrics
-    from triptych_core.optim import build_adamw, parameter_groups
-    from triptych_data.config import DataConfig
-    from triptych_data.loader import PackLoader
-    from triptych_data.processor import Processor
-    from triptych_models.config import ModelConfig
-    from triptych_models.families import build_model
-    from triptych_models.freeze import parameter_parts
-
-    losses = {}
-    for name, words in cases.items():
-        run_dir = workspace / "runs" / name
-        common = [f"run.dir={run_dir}", f"run.steps={STEPS}", "run.device=cpu", "optim.lr=1e-2"]
-        config = load_config(StageConfig, None, [*common, *words])
-        runtime = launch(config.run)
-        if runtime.is_main:
-            run_dir.mkdir(parents=True)
-        processor = Processor.from_directory(workspace / "model")
-        data = DataConfig(shards=[str(workspace / "train/shards")], seq_len=256, num_workers=0)
-        batches = PackLoader(data, processor, rank=runtime.rank, world_size=runtime.world_size)
-        with sharded_init(config.engine, runtime.world_size):
-            model = build_model(
-                ModelConfig(path=workspace / "model", init="random"),
-                dtype=compute_dtype(config.engine),
-                gather=gather_parameters(config.engine),
-            )
-        groups = parameter_groups(
-            model.named_parameters(), config.optim, parameter_parts(model).__getitem__
-        )
-        engine = build_engine(
-            model,
-            build_adamw(groups, config.optim),
-            config.engine,
-            config.optim,
-            runtime.world_size,
-        )
-        with Metrics(config, rank=runtime.rank, world_size=runtime.world_size) as metrics:
-            train(engine, iter(batches), config, flops=model.flops, metrics=metrics)
-        for state in (
-            engine.optimizer.optimizer.state.values()
-            if hasattr(engine.optimizer, "optimizer")
-            else []
-        ):
-            assert state["exp_avg"].dtype == torch.float32, name
-        engine.destroy()
-        torch.distributed.barrier()
-        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-        losses[name] = [json.loads(line)["loss"] for line in lines]
-    return losses
-
-
+STEPS = 3
 CASES = {
-    "fp32": ["engine.precision=fp32", "engine.zero.stage=0"],
+    "fp32-0": ["engine.precision=fp32", "engine.zero.stage=0"],
     "fp32-offload": [
         "engine.precision=fp32",
         "engine.zero.stage=3",
@@ -95,10 +29,127 @@ CASES = {
 }
 
 
-def test_losses_follow_the_fp32_run(workspace):
-    losses, _ = run_ranks(train_all, 2, workspace, CASES)
-    wanted = losses["fp32"]
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    path = tmp_path_factory.mktemp("precision")
+    make_model_dir(path / "model")
+    make_shards(path / "train", 24)
+    return run_ranks(train_all, 2, path)[0]
+
+
+def train_all(workspace: Path) -> dict[str, dict[str, Any]]:
+    return {name: train_one(workspace, name, words) for name, words in CASES.items()}
+
+
+def train_one(workspace: Path, name: str, words: list[str]) -> dict[str, Any]:
+    """Train a few steps; losses, and how far masters are from plain AdamW on the same gradients."""
+    from triptych_core.config import StageConfig, load_config
+    from triptych_core.engine import build_engine, compute_dtype, gather_parameters, sharded_init
+    from triptych_core.launch import launch
+    from triptych_core.loop import train
+    from triptych_core.metrics import Metrics
+    from triptych_core.optim import build_adamw, parameter_groups
+    from triptych_data.config import DataConfig
+    from triptych_data.loader import PackLoader
+    from triptych_data.processor import Processor
+    from triptych_models.config import ModelConfig
+    from triptych_models.families import build_model
+    from triptych_models.freeze import parameter_parts
+
+    run_dir = workspace / "runs" / name
+    common = [f"run.dir={run_dir}", f"run.steps={STEPS}", "run.device=cpu", "optim.lr=1e-2"]
+    plain = ["optim.max_grad_norm=0", "optim.weight_decay=0.1", "schedule.kind=constant"]
+    config = load_config(StageConfig, None, [*common, *plain, *words])
+    runtime = launch(config.run)
+    if runtime.is_main:
+        run_dir.mkdir(parents=True)
+    processor = Processor.from_directory(workspace / "model")
+    data = DataConfig(shards=[str(workspace / "train/shards")], seq_len=256, num_workers=0)
+    batches = PackLoader(data, processor, rank=runtime.rank, world_size=runtime.world_size)
+    with sharded_init(config.engine, runtime.world_size):
+        model = build_model(
+            ModelConfig(path=workspace / "model", init="random"),
+            dtype=compute_dtype(config.engine),
+            gather=gather_parameters(config.engine),
+        )
+    groups = parameter_groups(
+        model.named_parameters(), config.optim, parameter_parts(model).__getitem__
+    )
+    decays = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    decay_of = {n: decays[id(p)] for n, p in model.named_parameters()}
+    optimizer = build_adamw(groups, config.optim)
+    engine = build_engine(model, optimizer, config.engine, config.optim, runtime.world_size)
+
+    wanted = {n: m.double().clone().requires_grad_() for n, m in masters(engine).items()}
+    start = {n: w.detach().clone() for n, w in wanted.items()}
+    plain_adamw = torch.optim.AdamW(
+        [{"params": [w], "weight_decay": decay_of[n]} for n, w in wanted.items()],
+        lr=config.optim.lr,
+        betas=(config.optim.beta1, config.optim.beta2),
+        eps=config.optim.eps,
+    )
+    take_step = engine.step
+
+    def step_both() -> None:
+        for parameter_name, gradient in gradients(engine).items():
+            wanted[parameter_name].grad = gradient.double()
+        plain_adamw.step()
+        take_step()
+
+    engine.step = step_both
+    with Metrics(config, rank=runtime.rank, world_size=runtime.world_size) as metrics:
+        train(engine, iter(batches), config, flops=model.flops, metrics=metrics)
+    ours = masters(engine)
+    update = max((wanted[n] - start[n]).abs().max().item() for n in wanted)
+    off = max((ours[n].double() - wanted[n]).abs().max().item() for n in wanted)
+    dtypes = {str(m.dtype) for m in ours.values()}
+    engine.destroy()
+    torch.distributed.barrier()
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return {
+        "losses": [json.loads(line)["loss"] for line in lines],
+        "off": off / update,
+        "dtypes": dtypes,
+    }
+
+
+def masters(engine: Any) -> dict[str, torch.Tensor]:
+    """The fp32 weights the optimizer really updates, whole."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_groups") and hasattr(optimizer, "fp16_groups"):  # ZeRO-0 in bf16
+        by_id = {
+            id(half): master
+            for halves, singles in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+            for half, master in zip(halves, singles, strict=True)
+        }
+        found = {n: by_id[id(p)] for n, p in engine.module.named_parameters()}
+    elif engine.zero_optimization_stage() == 0:
+        found = dict(engine.module.named_parameters())
+    else:
+        found = {n: safe_get_full_fp32_param(p) for n, p in engine.module.named_parameters()}
+    return {n: m.detach().clone() for n, m in found.items()}
+
+
+def gradients(engine: Any) -> dict[str, torch.Tensor]:
+    """The gradients of this step, averaged over ranks, whole."""
+    from deepspeed.utils import safe_get_full_grad
+
+    if engine.zero_optimization_stage() == 0:
+        return {n: p.grad for n, p in engine.module.named_parameters()}
+    return {n: safe_get_full_grad(p) for n, p in engine.module.named_parameters()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_follow_the_fp32_run(results, name):
+    wanted = results["fp32-0"]["losses"]
     assert wanted[-1] < wanted[0] - 0.5
-    for name, values in losses.items():
-        tolerance = 1e-5 if name.startswith("fp32") else 2e-2
-        assert values == pytest.approx(wanted, rel=tolerance), name
+    tolerance = 1e-5 if name.startswith("fp32") else 2e-2
+    assert results[name]["losses"] == pytest.approx(wanted, rel=tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_masters_move_as_plain_adamw_moves_them(results, name):
+    assert results[name]["dtypes"] == {"torch.float32"}
+    assert results[name]["off"] < 1e-4  # of the largest update, after three steps

@@ -120,6 +120,40 @@ def test_resuming_on_other_ranks_or_data_is_refused_by_name(workspace, finished)
         run_ranks(run_stage, 2, [*words, "data.seq_len=320"])
 
 
+def test_a_resume_takes_its_own_optimizer_settings_and_never_a_stale_state(workspace, finished):
+    run_dir = workspace / "runs/changed"
+    shutil.copytree(finished, run_dir)
+    words = overrides(workspace, run_dir, "engine.gradient_accumulation_steps=2")
+    with pytest.raises(RuntimeError, match="must be auto where a run has checkpoints"):
+        run_ranks(run_stage, 2, [*words, "checkpoint.resume=never"])
+    with pytest.raises(RuntimeError, match="must be at least the 6 steps"):
+        run_ranks(run_stage, 2, [*words, "run.steps=5"])
+    with pytest.raises(RuntimeError, match="trainable_parameters must be"):
+        run_ranks(run_stage, 2, [*words, "model.freeze=[vision]"])
+    # None of the refused attempts touched the run's own record.
+    assert json.loads((run_dir / "run.json").read_text())["finished"]
+    changed = [
+        *words,
+        "run.steps=7",
+        "optim.lr=1e-12",
+        "optim.weight_decay=0",
+        "schedule.kind=constant",
+    ]
+    run_ranks(weights_do_not_move, 2, changed, finished)
+
+
+def weights_do_not_move(words: list[str], finished: Path) -> None:
+    """Continue for one step at a rate of 1e-12: the export equals the old one."""
+    from safetensors.torch import load_file
+
+    run_stage(words)
+    config = dict(word.split("=", 1) for word in words)
+    before = load_file(finished / "export/model.safetensors")
+    after = load_file(Path(config["run.dir"]) / "export/model.safetensors")
+    for name, tensor in before.items():
+        assert torch.allclose(tensor, after[name], atol=1e-9, rtol=1e-6), name
+
+
 def test_the_export_answers_like_the_trained_model(workspace, finished):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -170,8 +204,6 @@ def test_every_misspelt_key_is_refused_with_the_nearest_one_before_torch(path, t
     tree = yaml.safe_load(path.read_text())
     cases = []
     for dotted in leaves(tree):
-        if dotted.startswith("optim.lr_by_part."):
-            continue  # names of parts, checked when the model is known
         *parents, key = dotted.split(".")
         wrong = yaml.safe_load(path.read_text())
         node = wrong
@@ -237,3 +269,19 @@ def test_a_typo_ends_a_launched_run_with_one_line():
     assert result.returncode != 0
     errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert errors == ["error: optim.ler: must be a key of optim, got 'ler'; did you mean 'lr'?"]
+
+
+def test_a_users_mistake_during_the_run_is_one_line(workspace):
+    missing = workspace / "nowhere"
+    words = overrides(workspace, workspace / "runs/mistake", f"data.shards=[{missing}]")
+    result = subprocess.run(
+        [sys.executable, "stages/sft.py", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert str(missing) in line

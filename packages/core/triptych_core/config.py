@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
@@ -22,7 +22,7 @@ Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 class Section(BaseModel):
     """A part of the configuration tree: typed, documented, closed to unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -30,7 +30,11 @@ class RunConfig(Section):
 
     dir: Path = Field(Path("runs/default"), description="run folder; everything written goes here")
     steps: int = Field(1000, ge=1, description="optimizer steps in the whole run")
-    seed: int = Field(0, ge=0, description="seed of weights, order of data and all generators")
+    seed: int = Field(
+        0,
+        ge=0,
+        description="of all generators; and of weights and data, unless they have their own",
+    )
     device: Literal["auto", "cpu"] = Field(
         "auto", description="auto: what DeepSpeed's accelerator finds; cpu: never a GPU"
     )
@@ -80,6 +84,9 @@ class EngineConfig(Section):
 
     precision: Literal["bf16", "fp32"] = Field("bf16", description="of weights and activations")
     gradient_accumulation_steps: int = Field(1, ge=1, description="packs per rank and step")
+    reduce_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="in which gradients cross ranks; bf16 halves the traffic and rounds"
+    )
     zero: ZeroConfig = ZeroConfig()
 
     @model_validator(mode="after")
@@ -110,7 +117,9 @@ class CheckpointConfig(Section):
     every: int = Field(500, ge=0, description="steps between saves; 0 = only the last step")
     keep: int = Field(2, ge=1, description="how many checkpoints stay on disk")
     resume: Literal["auto", "never"] = Field(
-        "auto", description="auto: go on from the run folder's newest checkpoint if there is one"
+        "auto",
+        description="auto: go on from the run folder's newest checkpoint if there is one; "
+        "never: refuse a folder that has any",
     )
 
 
@@ -161,6 +170,9 @@ class StageConfig(Section):
 
 
 Config = TypeVar("Config", bound=BaseModel)
+
+
+Stage = TypeVar("Stage", bound=StageConfig)
 
 
 def parse_args(cls: type[Config], argv: Sequence[str], description: str = "") -> Config:
@@ -259,6 +271,27 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     return f"; known: {', '.join(sorted(known))}"
 
 
+def run_main(main: Callable[[Stage], None], config: Stage) -> None:
+    """Run a stage; a mistake of the user's ends it with one line instead of a traceback.
+
+    By the rule of the house a `ValueError` raised in our packages is something a user can mend;
+    anything else keeps its traceback.
+    """
+    if config.run.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
+    try:
+        main(config)
+    except ValueError as error:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+        if not raised_in.startswith("triptych_"):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        os._exit(2)  # at once: peers may be waiting for this rank in a collective
+
+
 def die(lines: Sequence[str]) -> NoReturn:
     """Print the lines once per machine, not once per rank, and exit with status 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -271,8 +304,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"--config: must be an existing YAML file, got '{path}'; check the path")
     try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: must be YAML, got {' '.join(str(error).split())}") from None
     if tree is None:
         return {}

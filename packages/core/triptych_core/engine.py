@@ -8,6 +8,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from triptych_core.config import EngineConfig, OptimConfig
@@ -39,6 +40,7 @@ def deepspeed_config(
         "bf16": {"enabled": config.precision == "bf16"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": config.reduce_dtype if config.precision == "bf16" else "fp32",
         "steps_per_print": 10**9,
         "zero_optimization": _zero_section(config),
     }
@@ -90,6 +92,7 @@ def build_engine(
         optimizer=optimizer,
         config=deepspeed_config(config, optim.max_grad_norm, world_size),
     )
+    _undo_warm_up_step(engine.optimizer)
     for name, buffer in engine.module.named_buffers(remove_duplicate=False):
         assert buffer.dtype == buffers[name], f"{name}: became {buffer.dtype}, was {buffers[name]}"
     return engine
@@ -111,6 +114,21 @@ def total_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.nn.utils.get_total_norm(list(gradients))
 
 
+@torch.no_grad()
+def _undo_warm_up_step(optimizer: Any) -> None:
+    """Take back the step that DeepSpeed's optimizer for ZeRO-0 in bf16 makes on zero gradients.
+
+    FP16_UnfusedOptimizer (0.19.8) steps once in its constructor to create the states: that decays
+    the weights at full rate and counts as Adam's first step, so bias correction is off.
+    """
+    if not hasattr(optimizer, "fp16_groups") or not hasattr(optimizer, "fp32_groups"):
+        return
+    optimizer.optimizer.state.clear()
+    for halves, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+        for half, master in zip(halves, masters, strict=True):
+            master.copy_(half)
+
+
 def _zero_section(config: EngineConfig) -> dict[str, Any]:
     zero = config.zero
     section: dict[str, Any] = {
@@ -129,8 +147,9 @@ def _zero_section(config: EngineConfig) -> dict[str, Any]:
             "stage3_max_live_parameters": 10**9,
             "stage3_max_reuse_distance": 10**9,
         }
+    pins = get_accelerator().device_name() != "cpu"
     if zero.offload_optimizer:
-        section["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        section["offload_optimizer"] = {"device": "cpu", "pin_memory": pins}
     if zero.offload_params:
-        section["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        section["offload_param"] = {"device": "cpu", "pin_memory": pins}
     return section

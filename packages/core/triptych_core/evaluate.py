@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from triptych_core.config import EvaluationConfig, StageConfig, is_due
+from triptych_core.lines import read_lines, write_lines
 from triptych_core.loop import Batch, to_device
 from triptych_core.metrics import Metrics
 
@@ -193,7 +193,5 @@ def count_kinds(answers: Sequence[Answer]) -> dict[str, int]:
 def append_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
     """Add a line to `evaluation.jsonl`, replacing an earlier one of the same step."""
     path = run_dir / "evaluation.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] != evaluation.step]
-    kept.append(json.dumps(asdict(evaluation)))
-    path.write_text("".join(line + "\n" for line in kept))
+    kept = [item for item in read_lines(path) if item["step"] != evaluation.step]
+    write_lines(path, [*kept, asdict(evaluation)])

@@ -22,8 +22,6 @@ class Runtime:
 
     rank: int
     world_size: int
-    local_rank: int
-    device: torch.device
 
     @property
     def is_main(self) -> bool:
@@ -38,8 +36,6 @@ def launch(config: RunConfig) -> Runtime:
     """
     # DeepSpeed's collectives carry their old names in newer torch: nothing a user could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    if config.device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -47,23 +43,24 @@ def launch(config: RunConfig) -> Runtime:
         os.environ["MASTER_PORT"] = str(_free_port())
     local_rank = int(os.environ["LOCAL_RANK"])
     accelerator = get_accelerator()
+    if config.device == "cpu" and accelerator.device_name() != "cpu":
+        raise ValueError(
+            f"run.device: must be set before deepspeed is imported, got {config.device} on "
+            f"{accelerator.device_name()}; set DS_ACCELERATOR=cpu in the environment"
+        )
     if accelerator.device_name() == "cpu":
         # The shared-memory collective is compiled at first use, for minutes, behind a lock file
         # that a killed build leaves behind for ever. Gloo's own is fast enough.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        device = torch.device("cpu")
         backend = "gloo"
     else:
         accelerator.set_device(local_rank)
-        device = torch.device(accelerator.device_name(local_rank))
         backend = accelerator.communication_backend_name()
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     seed_everything(config.seed)
     return Runtime(
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
-        local_rank=local_rank,
-        device=device,
     )
 
 

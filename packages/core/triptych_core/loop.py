@@ -94,9 +94,16 @@ def count_window(
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """What the model's forward takes, with tensors on `device` except those kept on the host."""
     return {
-        key: value.to(device, non_blocking=True)
+        key: _copy(value, device)
         if isinstance(value, torch.Tensor) and key not in HOST_KEYS
         else value
         for key, value in batch.items()
         if key not in LABEL_KEYS
     }
+
+
+def _copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    # From pageable memory the copy would wait for all work queued on the device.
+    if device.type != "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -16,9 +16,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from triptych_core.config import StageConfig, dump_config
+from triptych_core.lines import keep_steps_until
 
-# Dense bf16 peaks in TFLOP/s, from the vendors' data sheets.
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
+# Dense bf16 peaks in TFLOP/s, from the vendors' data sheets; the first name found counts.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "A100": 312.0,
+    "B200": 2250.0,
+    "L40S": 362.0,
+}
 
 
 @dataclass
@@ -36,6 +45,8 @@ class StepRecord:
 
 class Metrics:
     """Writes `metrics.jsonl` and shows progress; a context manager used on every rank.
+
+    Loss, counts and FLOPs are those of all ranks; memory and waiting for data the main rank's.
 
     A step is written when the next one has been queued, so reading its loss never stalls the
     device. Only the main rank writes.
@@ -86,6 +97,7 @@ class Metrics:
     def restart_clock(self) -> None:
         """Leave out of step times what happened since the last step: evaluation, saving."""
         self.flush()
+        get_accelerator().synchronize()
         self._recorded_at = time.perf_counter()
 
     def flush(self) -> None:
@@ -106,7 +118,7 @@ class Metrics:
     def _open(self, start_step: int) -> None:
         config = self._config
         path = config.run.dir / "metrics.jsonl"
-        _drop_lines_after(path, start_step)
+        keep_steps_until(path, start_step)
         self._file = path.open("a")
         self._console = Console(stderr=False)
         if config.log.progress and self._console.is_terminal:
@@ -142,7 +154,7 @@ class Metrics:
             "data_wait_seconds": record.data_wait_seconds,
             "step_seconds": seconds,
             "packing_fill": num_tokens / record.capacity,
-            "peak_memory_bytes": get_accelerator().max_memory_allocated() or host_peak_bytes(),
+            "peak_memory_bytes": peak_memory_bytes(),
             "time": time.time(),
         }
         self._file.write(json.dumps(line) + "\n")
@@ -172,25 +184,11 @@ def peak_flops(config: StageConfig) -> float:
     return math.nan
 
 
-def host_peak_bytes() -> int:
-    """The peak resident memory of this process, for devices that keep no count."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Forget steps a resumed run will take again, so every step stands in the file once."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except json.JSONDecodeError:
-            break  # the line a killed run was writing
-    path.write_text("".join(line + "\n" for line in kept))
+def peak_memory_bytes() -> int:
+    """The peak this rank ever took: of device memory, or of resident memory on a CPU."""
+    if get_accelerator().device_name() == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(get_accelerator().max_memory_allocated())
 
 
 def _start_wandb(config: StageConfig, mode: Literal["offline", "online"]) -> Any:

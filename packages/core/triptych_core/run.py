@@ -14,22 +14,25 @@ from deepspeed.accelerator import get_accelerator
 
 from triptych_core.config import StageConfig, dump_config
 from triptych_core.launch import Runtime
+from triptych_core.lines import keep_steps_until
 from triptych_core.report import write_report
 
 _PACKAGES = ("triptych-core", "torch", "deepspeed", "transformers", "flash-attn-4", "triton")
 
 
-def open_run(config: StageConfig, runtime: Runtime, facts: dict[str, Any]) -> None:
+def open_run(config: StageConfig, runtime: Runtime, facts: dict[str, Any], start_step: int) -> None:
     """Make the run folder and write `config.yaml` and `run.json`; only the main rank writes.
 
     Args:
         config: the resolved tree.
         runtime: this job.
         facts: what the stage knows of the run, e.g. parameters by part.
+        start_step: the last step already taken; later evaluations are forgotten.
     """
     if not runtime.is_main:
         return
     config.run.dir.mkdir(parents=True, exist_ok=True)
+    keep_steps_until(config.run.dir / "evaluation.jsonl", start_step)
     (config.run.dir / "config.yaml").write_text(dump_config(config))
     _write(
         config.run.dir / "run.json",

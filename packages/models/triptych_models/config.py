@@ -39,3 +39,11 @@ class ModelConfig(BaseModel):
     fuse: bool = Field(
         default=True, description="RMSNorm and SwiGLU through triptych_kernels instead of stock"
     )
+
+    def check_path(self) -> None:
+        """Raise ValueError unless `path` is a directory, before anything heavy is imported."""
+        if not self.path.is_dir():
+            raise ValueError(
+                f"model.path: must be a local Hugging Face directory, got '{self.path}'; "
+                "download the model there or correct the path"
+            )
