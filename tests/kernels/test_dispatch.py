@@ -36,7 +36,7 @@ def test_a_request_that_cannot_be_met_says_why():
 
 
 def test_an_unknown_backend_lists_the_known_ones():
-    with pytest.raises(ValueError, match="one of triton, reference, got 'cute'"):
+    with pytest.raises(ValueError, match="one of triton, reference, torch, got 'cute'"):
         rms_norm(X, X[0], backend="cute")
 
 

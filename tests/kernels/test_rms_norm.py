@@ -50,3 +50,40 @@ def test_module_has_the_state_of_transformers():
 def test_weight_of_another_width_is_refused():
     with pytest.raises(ValueError, match=r"weight must be \(8,\)"):
         rms_norm(torch.ones(2, 8), torch.ones(7))
+
+
+def test_zero_centered_adds_one_to_the_weight_and_rounds_once(check):
+    torch.manual_seed(0)
+    x, weight = torch.randn(63, 76), torch.randn(76) * 0.1
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        check(
+            lambda x, w: rms_norm(x, w, zero_centered=True),
+            lambda x, w: exact_rms_norm(x, 1 + w),
+            x.to(dtype),
+            weight.to(dtype),
+        )
+    got = rms_norm(x.bfloat16(), weight, zero_centered=True)
+    assert torch.equal(got, rms_norm(x.bfloat16().float(), 1 + weight).bfloat16())
+
+
+def test_the_torch_backend_is_the_same_formula_rounded_once(check):
+    torch.manual_seed(0)
+    x, weight = torch.randn(63, 76), torch.rand(76)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        check(
+            lambda x, w: rms_norm(x, w, backend="torch"),
+            exact_rms_norm,
+            x.to(dtype),
+            weight.to(dtype),
+        )
+    with pytest.raises(ValueError, match="zero-centred norm"):
+        rms_norm(x, weight, zero_centered=True, backend="torch")
+
+
+def test_zero_centered_module_starts_as_the_plain_norm():
+    x = torch.randn(2, 3, 8)
+    module = RMSNorm(8, zero_centered=True)
+    assert not module.weight.any()
+    torch.testing.assert_close(module(x), RMSNorm(8)(x))
+    normed, summed = module.add(x, x)
+    assert torch.equal(summed, 2 * x) and torch.equal(normed, module(2 * x))

@@ -9,13 +9,28 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 ENVIRONMENT = "TRIPTYCH_KERNELS_BACKEND"
 
+
+def _has_file(package: str, *path: str) -> bool:
+    """Whether a package that can be imported holds a file; does not import it."""
+    spec = importlib.util.find_spec(package)
+    folders = (spec and spec.submodule_search_locations) or ()
+    return any(Path(folder, *path).is_file() for folder in folders)
+
+
 # Plain constants and not functions: torch.compile traces through `choose`.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_HAS_FLASH2 = _has_file("flash_attn", "flash_attn_interface.py")
+# Its backward on Hopper tells flash-attn-4 from the early form of it that flash-attn 2.8 carries.
+_HAS_FLASH4 = _has_file("flash_attn", "cute", "flash_bwd_sm90.py") and all(
+    importlib.util.find_spec(needed) for needed in ("cutlass", "quack")
+)
+_HAS_FLA = importlib.util.find_spec("fla") is not None
 _INTERPRETS = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 _HALVES = (torch.float16, torch.bfloat16)
 _MAX_NORM_WIDTH = 65536  # one program holds a whole row in registers
@@ -24,11 +39,14 @@ _MAX_NORM_WIDTH = 65536  # one program holds a whole row in registers
 # forward on autograd's own threads, which would not see a context variable.
 _requests: dict[str, str] = {}
 
-# Why a backend cannot take a tensor of this device, dtype and last dimension; "" when it can.
-_Reason = Callable[[torch.device, torch.dtype, int], str]
+# Why a backend cannot take a tensor of this device, dtype and last dimension; "" when it can. A
+# fourth argument, the names of what a call needs (`choose(..., needs=)`), comes when there are any.
+_Reason = Callable[..., str]
 
 
-def _always(device: torch.device, dtype: torch.dtype, width: int) -> str:
+def _always(
+    device: torch.device, dtype: torch.dtype, width: int, needs: tuple[str, ...] = ()
+) -> str:
     return ""
 
 
@@ -50,7 +68,9 @@ def _needs_triton_and_narrow_rows(device: torch.device, dtype: torch.dtype, widt
     return _needs_triton(device, dtype, width)
 
 
-def _needs_flash(device: torch.device, dtype: torch.dtype, width: int) -> str:
+def _needs_flash(
+    device: torch.device, dtype: torch.dtype, width: int, needs: tuple[str, ...] = ()
+) -> str:
     if device.type != "cuda":
         return f"needs a CUDA tensor, got {device.type}"
     if dtype not in _HALVES:
@@ -60,12 +80,124 @@ def _needs_flash(device: torch.device, dtype: torch.dtype, width: int) -> str:
     return ""
 
 
+def _needs_varlen(
+    device: torch.device, dtype: torch.dtype, width: int, needs: tuple[str, ...] = ()
+) -> str:
+    if "softcap" in needs:
+        return "torch.nn.attention.varlen has no softcap"
+    return _needs_flash(device, dtype, width)
+
+
+def _needs_flash2(
+    device: torch.device, dtype: torch.dtype, width: int, needs: tuple[str, ...] = ()
+) -> str:
+    if not _HAS_FLASH2:
+        return "the package flash-attn is not installed"
+    return _needs_flash(device, dtype, width)
+
+
+def _needs_flash4(
+    device: torch.device, dtype: torch.dtype, width: int, needs: tuple[str, ...] = ()
+) -> str:
+    if not _HAS_FLASH4:
+        return "the package flash-attn-4 (or its nvidia-cutlass-dsl or quack-kernels) is missing"
+    if why_not := _needs_flash(device, dtype, width):
+        return why_not
+    if not torch.cuda.is_available():
+        return "needs a CUDA device, there is none"
+    major = torch.cuda.get_device_properties(device).major
+    if major not in (9, 10, 11):
+        return f"needs compute capability 9.x to 11.x, got {major}.x"
+    if major > 9 and width > 128:
+        return f"needs a head_dim of at most 128 on compute capability {major}.x, got {width}"
+    return ""
+
+
+def _needs_fla(device: torch.device, dtype: torch.dtype, width: int) -> str:
+    if not _HAS_FLA:
+        return "the package fla-core (flash-linear-attention) is not installed"
+    if device.type != "cuda":
+        return f"needs a CUDA tensor, got {device.type}"
+    if dtype not in _HALVES:
+        return f"needs float16 or bfloat16, got {dtype}"
+    return ""
+
+
+def _needs_fla_and_narrow_heads(device: torch.device, dtype: torch.dtype, width: int) -> str:
+    if width > 256:
+        return f"needs a head_dim of at most 256, got {width}"
+    return _needs_fla(device, dtype, width)
+
+
+def _needs_fla_and_its_shapes(
+    device: torch.device, dtype: torch.dtype, width: int, needs: tuple[str, ...] = ()
+) -> str:
+    """`needs` say what is wrong with the shapes, which one tensor does not show."""
+    return _needs_fla_and_narrow_heads(device, dtype, width) or "; ".join(needs)
+
+
+def _needs_triton_and_halves(device: torch.device, dtype: torch.dtype, width: int) -> str:
+    if not _INTERPRETS and dtype not in _HALVES:
+        return f"needs float16 or bfloat16, got {dtype}"
+    return _needs_triton(device, dtype, width)
+
+
+def _needs_grouped_mm(device: torch.device, dtype: torch.dtype, width: int) -> str:
+    # On CUDA torch's grouped_mm has a kernel for bfloat16; else it loops and waits for the device.
+    taken = (torch.bfloat16,) if device.type == "cuda" else (*_HALVES, torch.float32)
+    if dtype not in taken:
+        return f"needs {' or '.join(str(d)[6:] for d in taken)}, got {dtype}"
+    if width * dtype.itemsize % 16:
+        return f"needs widths that are multiples of {16 // dtype.itemsize}, got {width}"
+    return ""
+
+
+def _needs_grouped_mm_and_triton(device: torch.device, dtype: torch.dtype, width: int) -> str:
+    return _needs_grouped_mm(device, dtype, width) or _needs_triton(device, dtype, width)
+
+
 # op -> its backends, the preferred first, the plain reference last.
 BACKENDS: dict[str, dict[str, _Reason]] = {
-    "attention": {"varlen": _needs_flash, "reference": _always},
+    # flash4 and flash2 are faster or know more, but have not been run on a GPU here yet: what was
+    # checked comes first.
+    "attention": {
+        "varlen": _needs_varlen,
+        "flash4": _needs_flash4,
+        "flash2": _needs_flash2,
+        "reference": _always,
+    },
     "linear_cross_entropy": {"triton": _needs_triton, "chunked": _always, "reference": _always},
-    "rms_norm": {"triton": _needs_triton_and_narrow_rows, "reference": _always},
+    "rms_norm": {
+        "triton": _needs_triton_and_narrow_rows,
+        "reference": _always,
+        "torch": _always,  # rounds otherwise: on request only
+    },
+    "add_rms_norm": {"triton": _needs_triton_and_narrow_rows, "reference": _always},
+    "gated_rms_norm": {"triton": _needs_triton_and_narrow_rows, "reference": _always},
+    "layer_norm": {
+        "torch": _always,
+        "triton": _needs_triton_and_narrow_rows,
+        "reference": _always,
+    },
     "swiglu": {"triton": _needs_triton, "reference": _always},
+    "geglu": {"triton": _needs_triton, "reference": _always},
+    "rope": {"triton": _needs_triton, "reference": _always},
+    "modulate": {"triton": _needs_triton, "reference": _always},
+    "gate_add": {"triton": _needs_triton, "reference": _always},
+    "causal_conv1d": {"fla": _needs_fla, "reference": _always},
+    "gated_delta_rule": {
+        "fla": _needs_fla_and_narrow_heads,
+        "chunked": _always,
+        "reference": _always,
+    },
+    "native_sparse_attention": {"fla": _needs_fla_and_its_shapes, "reference": _always},
+    "moe_mlp": {
+        "triton": _needs_grouped_mm_and_triton,
+        "grouped": _needs_grouped_mm,
+        "reference": _always,
+    },
+    "newton_schulz": {"triton": _needs_triton_and_halves, "reference": _always},
+    "weighted_sum": {"triton": _needs_triton, "chunked": _always, "reference": _always},
 }
 
 
@@ -88,21 +220,26 @@ def use_backend(name: str | None = None, **per_op: str) -> Iterator[None]:
         _requests = before
 
 
-def choose(op: str, x: torch.Tensor, backend: str | None = None) -> str:
+def choose(
+    op: str, x: torch.Tensor, backend: str | None = None, needs: tuple[str, ...] = ()
+) -> str:
     """Name the backend on which `op` runs for a tensor like `x`.
+
+    `needs` names what this call asks of the op beyond its plain form ("softcap", say); the op's
+    reasons must then take it as their fourth argument.
 
     Raises ValueError when the backend that was asked for does not exist or cannot take `x`.
     """
     name, asked_by = _requested(op, backend)
     if name is None:
-        return _first_able(op, x.device, x.dtype, x.shape[-1])
+        return _first_able(op, x.device, x.dtype, x.shape[-1], needs)
     reasons = BACKENDS[op]
     if name not in reasons:
         raise ValueError(
             f"{asked_by}: the backend of {op} must be one of {', '.join(reasons)}, got {name!r}; "
             f"name one of these, or leave the choice open"
         )
-    if why_not := reasons[name](x.device, x.dtype, x.shape[-1]):
+    if why_not := reasons[name](x.device, x.dtype, x.shape[-1], *([needs] if needs else [])):
         raise ValueError(
             f"{asked_by}: the backend of {op} must be able to run here, got {name!r}, which "
             f"cannot: {why_not}; change that, or leave the choice open"
@@ -143,9 +280,11 @@ def explain(
     return "\n".join(lines)
 
 
-def _first_able(op: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
+def _first_able(
+    op: str, device: torch.device, dtype: torch.dtype, width: int, needs: tuple[str, ...] = ()
+) -> str:
     for name, reason in BACKENDS[op].items():
-        if not reason(device, dtype, width):
+        if not reason(device, dtype, width, *([needs] if needs else [])):
             return name
     raise AssertionError(f"{op} has no reference backend")
 

@@ -2,19 +2,61 @@
 
 loss = sum over targets t of logsumexp(z_t) - z_t[label_t], with z = hidden_states @ weight.T + bias
 
-The scheme (chunks of rows, gradients computed in the forward, logits turned into their gradients
-in place) is that of Liger Kernel (arXiv 2410.10989), with QuACK's large chunks and float32
-accumulation of the weight's gradient.
+and the further terms of cross_entropy_in_place.py. The scheme (chunks of rows, gradients computed
+in the forward, logits turned into their gradients in place) is that of Liger Kernel (arXiv
+2410.10989), with QuACK's large chunks and float32 accumulation of the weight's gradient. z-loss:
+PaLM (arXiv 2204.02311); soft cap: Gemma 2 (arXiv 2408.00118).
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import choose
+from .cross_entropy_in_place import Terms
+from .dispatch import choose, is_traced
+from .linear_cross_entropy_chunks import compute, spread, wide_dtype
+
+
+@overload
+def linear_cross_entropy(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    chunk_rows: int = 4096,
+    num_targets: int | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
+    return_per_token: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    chunk_rows: int = 4096,
+    num_targets: int | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
+    return_per_token: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def linear_cross_entropy(
@@ -26,8 +68,13 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     chunk_rows: int = 4096,
     num_targets: int | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
+    return_per_token: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Sum the cross entropy of the rows whose label is not `ignore_index`.
 
     hidden_states: (N, H); weight: (V, H); labels: (N,) int64; bias: (V,). Returns () float32
@@ -35,30 +82,40 @@ def linear_cross_entropy(
     matrix product. At most (chunk_rows, V) logits are held, in the dtype of hidden_states; the
     gradients are computed here and wait, in the dtypes of their tensors, for the backward.
 
+    softcap: a bound c, through which logits become c * tanh(logit / c). label_smoothing: the share,
+    below 1, of the target that is spread over all V classes. z_loss: adds z_loss * logsumexp^2 to
+    each row. weights: (N,), multiplies each row's loss; it gets no gradient. return_per_token:
+    also return each row's share of the sum, (N,) in the sum's dtype, 0 where ignored, without a
+    gradient.
+
     num_targets is the number of labels that are not ignored. On CUDA give it where it is known:
     counting them waits for the device. A wrong count, or a label outside 0..V-1, raises ValueError
-    on the CPU and trips a device-side assertion on CUDA, as do shapes that do not fit (ValueError).
+    on the CPU and trips a device-side assertion on CUDA, as do shapes and values that do not fit
+    (ValueError). Not differentiable twice.
     """
-    _check_shapes(hidden_states, weight, labels, bias, chunk_rows)
+    terms = Terms(z_loss, softcap, label_smoothing)
+    _check_shapes(hidden_states, weight, labels, bias, weights)
+    _check_values(chunk_rows, terms)
     name = choose("linear_cross_entropy", hidden_states, backend)
-    if name == "reference":
-        return linear_cross_entropy_ref(
-            hidden_states, weight, labels, bias=bias, ignore_index=ignore_index
-        )
-    if torch.is_autocast_enabled(hidden_states.device.type):
+    if torch.is_autocast_enabled(hidden_states.device.type) and name != "reference":
         dtype = torch.get_autocast_dtype(hidden_states.device.type)
         hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
-    _check_labels(labels, weight.shape[0], ignore_index, num_targets)
-    rows = _target_rows(labels, ignore_index, num_targets)
-    # Inside forward() grad mode is always off, so the question is asked here.
-    wants = tuple(
-        torch.is_grad_enabled() and x is not None and x.requires_grad
-        for x in (hidden_states, weight, bias)
-    )
-    return _LinearCrossEntropy.apply(
-        hidden_states, weight, bias, labels, rows, chunk_rows, name, wants
-    )
+    if name == "reference":
+        loss, losses = _reference(hidden_states, weight, labels, bias, weights, ignore_index, terms)
+    else:
+        # Inside forward() grad mode is always off, so the question is asked here.
+        wants = [
+            torch.is_grad_enabled() and x is not None and x.requires_grad
+            for x in (hidden_states, weight, bias)
+        ]
+        settings = (ignore_index, num_targets, chunk_rows, *terms, name, wants)
+        tensors = (hidden_states, weight, bias, labels, weights)
+        if is_traced(hidden_states):
+            loss, losses, *_ = _linear_cross_entropy(*tensors, *settings)
+        else:
+            loss, losses = _LinearCrossEntropy.apply(*tensors, *settings)
+    return (loss, losses) if return_per_token else loss
 
 
 def linear_cross_entropy_ref(
@@ -68,151 +125,188 @@ def linear_cross_entropy_ref(
     *,
     bias: Tensor | None = None,
     ignore_index: int = -100,
-) -> Tensor:
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
+    return_per_token: bool = False,
+) -> Any:
     """`linear_cross_entropy` in plain torch, with all the logits at once."""
+    terms = Terms(z_loss, softcap, label_smoothing)
+    loss, losses = _reference(hidden_states, weight, labels, bias, weights, ignore_index, terms)
+    return (loss, losses) if return_per_token else loss
+
+
+def _reference(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    weights: Tensor | None,
+    ignore_index: int,
+    terms: Terms,
+) -> tuple[Tensor, Tensor]:
     logits = F.linear(hidden_states, weight, bias)  # (N, V)
-    return F.cross_entropy(_widen(logits), labels, ignore_index=ignore_index, reduction="sum")
+    logits = logits.to(wide_dtype(logits.dtype))
+    if terms.softcap is not None:
+        logits = terms.softcap * torch.tanh(logits / terms.softcap)
+    losses = F.cross_entropy(
+        logits,
+        labels,
+        ignore_index=ignore_index,
+        label_smoothing=terms.label_smoothing,
+        reduction="none",
+    )
+    if terms.z_loss:
+        lse = logits.logsumexp(-1)
+        losses = losses + terms.z_loss * lse.square().masked_fill(labels == ignore_index, 0.0)
+    if weights is not None:
+        losses = losses * weights.detach().to(losses.dtype)
+    return losses.sum(), losses.detach()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """The eager path: the same work as the custom op's, without its cost per call."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_states: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        rows: Tensor,
-        chunk_rows: int,
-        name: str,
-        wants: tuple[bool, bool, bool],
-    ) -> Tensor:
-        wide = _wide(hidden_states.dtype)
-        num_chunks = max(1, -(-len(rows) // chunk_rows))
-        # The sum over several chunks is kept in float32; a single product rounds only once anyway.
-        d_weight_dtype = wide if num_chunks > 1 else weight.dtype
-        d_hidden = hidden_states.new_empty(len(rows), weight.shape[1]) if wants[0] else None
-        d_weight = torch.zeros_like(weight, dtype=d_weight_dtype) if wants[1] else None
-        d_bias = weight.new_zeros(weight.shape[0], dtype=wide) if wants[2] else None
-        loss = hidden_states.new_zeros((), dtype=wide)
-        start = 0
-        # Chunks of one size: a short last one would read the whole weight for a few rows.
-        for chunk in rows.split(max(1, -(-len(rows) // num_chunks))):
-            x = hidden_states.index_select(0, chunk)  # (C, H)
-            logits = F.linear(x, weight, bias)  # (C, V)
-            loss += _cross_entropy_in_place(name, logits, labels[chunk], any(wants)).sum()
-            if d_hidden is not None:
-                torch.mm(logits, weight, out=d_hidden[start : start + len(chunk)])
-            if d_weight is not None:
-                _add_product(d_weight, logits, x)
-            if d_bias is not None:
-                d_bias += logits.sum(0, dtype=wide)
-            start += len(chunk)
-            del logits  # or the next chunk's would be computed while these are still held
-        d_weight = d_weight if d_weight is None else d_weight.to(weight.dtype)
-        d_bias = d_bias if d_bias is None or bias is None else d_bias.to(bias.dtype)
-        ctx.save_for_backward(d_hidden, d_weight, d_bias, rows)
+    def forward(ctx: Any, hidden_states: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        result = compute(hidden_states, *arguments)
+        ctx.save_for_backward(result.d_hidden, result.d_weight, result.d_bias, result.rows)
         ctx.num_rows = len(hidden_states)
-        return loss
+        losses = spread(result.losses, result.rows, len(hidden_states))
+        ctx.mark_non_differentiable(losses)
+        return result.loss, losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_loss: Tensor, d_losses: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias, rows = ctx.saved_tensors
         if d_hidden is not None:
-            of_targets = d_hidden * d_loss
-            d_hidden = d_hidden.new_zeros(ctx.num_rows, d_hidden.shape[1])
-            d_hidden.index_copy_(0, rows, of_targets)
+            d_hidden = spread(d_hidden * d_loss, rows, ctx.num_rows)
         d_weight = d_weight if d_weight is None else d_weight * d_loss
         d_bias = d_bias if d_bias is None else d_bias * d_loss
-        return d_hidden, d_weight, d_bias, None, None, None, None, None
+        return d_hidden, d_weight, d_bias, *[None] * 10
 
 
-def _cross_entropy_in_place(
-    name: str, logits: Tensor, labels: Tensor, wants_gradients: bool
-) -> Tensor:
-    """-> loss per row (C,); logits (C, V) become their gradients when these are wanted."""
-    if name == "triton":
-        from .triton_ops import cross_entropy as kernels
+@torch.library.custom_op("triptych::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    weights: Tensor | None,
+    ignore_index: int,
+    num_targets: int | None,
+    chunk_rows: int,
+    z_loss: float,
+    softcap: float | None,
+    label_smoothing: float,
+    name: str,
+    wants: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> loss (), losses (N,), d_hidden (N, H), d_weight, d_bias; empty where not wanted.
 
-        return kernels.cross_entropy_in_place(logits, labels, wants_gradients)
-    wide = _widen(logits)
-    lse = wide.logsumexp(-1, keepdim=True)
-    target = labels[:, None]
-    losses = (lse - wide.gather(1, target)).squeeze(1)
-    if wants_gradients:
-        wide.sub_(lse).exp_().scatter_add_(1, target, wide.new_full(target.shape, -1.0))
-        if wide is not logits:
-            logits.copy_(wide)
-    return losses
+    d_hidden has all the rows here: how many have a target is not known while tracing.
+    """
+    result = compute(
+        hidden_states,
+        weight,
+        bias,
+        labels,
+        weights,
+        ignore_index,
+        num_targets,
+        chunk_rows,
+        z_loss,
+        softcap,
+        label_smoothing,
+        name,
+        wants,
+    )
+    num_rows = len(hidden_states)
+    d_hidden = result.d_hidden
+    if d_hidden is not None:
+        d_hidden = spread(d_hidden, result.rows, num_rows)
+    gradients = (d_hidden, result.d_weight, result.d_bias)
+    losses = spread(result.losses, result.rows, num_rows)
+    d_hidden, d_weight, d_bias = (hidden_states.new_empty(0) if x is None else x for x in gradients)
+    return result.loss, losses, d_hidden, d_weight, d_bias
 
 
-def _add_product(d_weight: Tensor, d_logits: Tensor, x: Tensor) -> None:
-    """d_weight (V, H) += d_logits (C, V).T @ x (C, H), in the dtype of d_weight."""
-    if d_weight.dtype == x.dtype:
-        d_weight.addmm_(d_logits.t(), x)
-    elif x.is_cuda:
-        torch.addmm(d_weight, d_logits.t(), x, out_dtype=d_weight.dtype, out=d_weight)
-    else:  # addmm knows out_dtype on CUDA only
-        d_weight.addmm_(d_logits.t().to(d_weight.dtype), x.to(d_weight.dtype))
+@_linear_cross_entropy.register_fake
+def _(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any
+) -> tuple[Tensor, ...]:
+    wide = wide_dtype(hidden_states.dtype)
+    wants_hidden, wants_weight, wants_bias = settings[-1]
+    nothing = hidden_states.new_empty(0)
+    gradients = (
+        hidden_states.new_empty(hidden_states.shape) if wants_hidden else nothing,
+        torch.empty_like(weight) if wants_weight else nothing.clone(),
+        bias.new_empty(bias.shape) if bias is not None and wants_bias else nothing.clone(),
+    )
+    losses = hidden_states.new_empty(hidden_states.shape[0], dtype=wide)
+    return losses.new_empty(()), losses, *gradients
 
 
-def _target_rows(labels: Tensor, ignore_index: int, num_targets: int | None) -> Tensor:
-    """Indices of the rows that have a target; on CUDA without a sync when their number is known."""
-    is_target = labels != ignore_index
-    if num_targets is None:
-        return is_target.nonzero().squeeze(1)
-    return is_target.nonzero_static(size=num_targets).squeeze(1)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.wants = inputs[-1]
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _differentiate(ctx: Any, d_loss: Tensor, *of_the_rest: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = [
+        gradient * d_loss if wanted else None
+        for gradient, wanted in zip(ctx.saved_tensors, ctx.wants, strict=True)
+    ]
+    return *gradients, *[None] * 10
 
 
-def _widen(x: Tensor) -> Tensor:
-    return x.to(_wide(x.dtype))
+_linear_cross_entropy.register_autograd(_differentiate, setup_context=_save)
 
 
 def _check_shapes(
-    hidden_states: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, chunk_rows: int
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    weights: Tensor | None,
 ) -> None:
     fits = (
         hidden_states.dim() == weight.dim() == 2
         and hidden_states.shape[1] == weight.shape[1]
         and labels.shape == hidden_states.shape[:1]
         and (bias is None or bias.shape == weight.shape[:1])
+        and (weights is None or weights.shape == labels.shape)
     )
     if not fits:
-        shapes = [tuple(x.shape) for x in (hidden_states, weight, labels, bias) if x is not None]
+        tensors = (hidden_states, weight, labels, bias, weights)
+        shapes = [tuple(x.shape) for x in tensors if x is not None]
         raise ValueError(
-            f"linear_cross_entropy: hidden_states, weight, labels, bias must be (N, H), (V, H), "
-            f"(N,), (V,), got {', '.join(map(str, shapes))}; flatten the batch first"
+            f"linear_cross_entropy: hidden_states, weight, labels, bias, weights must be (N, H), "
+            f"(V, H), (N,), (V,), (N,), got {', '.join(map(str, shapes))}; flatten the batch first"
         )
+
+
+def _check_values(chunk_rows: int, terms: Terms) -> None:
     if chunk_rows < 1:
         raise ValueError(
             f"linear_cross_entropy: chunk_rows must be at least 1, got {chunk_rows}; "
             f"leave it at its default"
         )
-
-
-def _check_labels(
-    labels: Tensor, vocabulary: int, ignore_index: int, num_targets: int | None
-) -> None:
-    """Refuse labels that would silently give a wrong loss; on CUDA without a sync."""
-    is_target = labels != ignore_index
-    in_range = (~is_target | ((labels >= 0) & (labels < vocabulary))).all()
-    counted = is_target.sum() == (is_target.sum() if num_targets is None else num_targets)
-    if labels.is_cuda:
-        torch._assert_async(in_range, "linear_cross_entropy: a label lies outside 0..V-1")
-        torch._assert_async(counted, "linear_cross_entropy: num_targets is not the targets' number")
-        return
-    if not in_range:
+    if terms.z_loss < 0:
         raise ValueError(
-            f"linear_cross_entropy: labels must lie in 0..{vocabulary - 1} or be {ignore_index}, "
-            f"got {labels.min().item()}..{labels.max().item()}; check the tokenizer's vocabulary"
+            f"linear_cross_entropy: z_loss must be at least 0, got {terms.z_loss}; "
+            f"it is a small factor, such as 1e-4"
         )
-    if not counted:
+    if terms.softcap is not None and terms.softcap <= 0:
         raise ValueError(
-            f"linear_cross_entropy: num_targets must be the number of labels that are not "
-            f"{ignore_index}, {is_target.sum().item()}, got {num_targets}; count them anew"
+            f"linear_cross_entropy: softcap must be above 0, got {terms.softcap}; "
+            f"leave it out for no cap"
+        )
+    if not 0 <= terms.label_smoothing < 1:
+        raise ValueError(
+            f"linear_cross_entropy: label_smoothing must be at least 0 and below 1, got "
+            f"{terms.label_smoothing}; it is the share that is spread over the classes"
         )

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .autograd import first_order
 from .dispatch import choose, is_traced
 
 
@@ -45,7 +45,7 @@ class _SwiGLU(torch.autograd.Function):
         return kernels.forward(gate, up)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         from .triton_ops import swiglu as kernels
 

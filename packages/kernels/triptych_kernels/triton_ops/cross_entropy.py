@@ -1,21 +1,25 @@
 # mypy: allow-untyped-defs
 # (the arguments of a kernel are typed by Triton)
-"""Cross entropy of a chunk of logits on Triton; the op is in ../linear_cross_entropy.py."""
+"""Cross entropy of a chunk of logits on Triton; the formula is in ../cross_entropy_in_place.py."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..cross_entropy_in_place import Terms
+
 _BLOCK = 8192
 
 
-def cross_entropy_in_place(logits: Tensor, labels: Tensor, wants_gradients: bool) -> Tensor:
+def cross_entropy_in_place(
+    logits: Tensor, labels: Tensor, weights: Tensor | None, terms: Terms, wants_gradients: bool
+) -> Tensor:
     """Return the loss of each row and turn the logits into their gradients, where they lie.
 
-    logits: (C, V), contiguous, overwritten by softmax(logits) - onehot(label) when
-    `wants_gradients`; labels: (C,) int64 within 0..V-1. Returns (C,) float32. The row is read
-    twice (once from HBM, then mostly from L2) and written once.
+    logits: (C, V), contiguous, overwritten when `wants_gradients`; labels: (C,) int64 within
+    0..V-1; weights: (C,) float32. Returns (C,) float32. The row is read twice (once from HBM, then
+    mostly from L2) and written once.
     """
     num_rows, vocabulary = logits.shape
     losses = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
@@ -23,8 +27,16 @@ def cross_entropy_in_place(logits: Tensor, labels: Tensor, wants_gradients: bool
         _cross_entropy_kernel[(num_rows,)](
             logits,
             labels,
+            losses if weights is None else weights,
             losses,
             vocabulary,
+            float(terms.z_loss),
+            float(terms.softcap or 1.0),
+            float(terms.label_smoothing),
+            HAS_WEIGHTS=weights is not None,
+            HAS_Z_LOSS=terms.z_loss != 0,
+            HAS_SOFTCAP=terms.softcap is not None,
+            HAS_SMOOTHING=terms.label_smoothing != 0,
             WANTS_GRADIENTS=wants_gradients,
             BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)),
             num_warps=8,
@@ -33,34 +45,97 @@ def cross_entropy_in_place(logits: Tensor, labels: Tensor, wants_gradients: bool
 
 
 @triton.jit
+def _tanh(x):
+    # No tanh of libdevice: the interpreter has none. exp(-2 |x|) does not overflow.
+    decay = tl.exp(-2.0 * tl.abs(x))
+    size = (1.0 - decay) / (1.0 + decay)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def _load(logits_ptr, col, vocabulary, softcap, HAS_SOFTCAP: tl.constexpr):
+    """The logits of some columns, capped; -inf beyond the last."""
+    x = tl.load(logits_ptr + col, mask=col < vocabulary, other=-float("inf")).to(tl.float32)
+    if HAS_SOFTCAP:
+        x = tl.where(col < vocabulary, softcap * _tanh(x / softcap), -float("inf"))
+    return x
+
+
+@triton.jit
+def _sums(
+    logits_ptr,
+    label,
+    vocabulary,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """-> the largest logit, the sum of exp(logit - largest), the label's logit, all logits' sum."""
+    peak = -3.0e38  # finite, so that exp(-inf - peak) is 0 and not nan for masked logits
+    total = 0.0
+    target = 0.0
+    plain_sum = 0.0
+    for start in range(0, vocabulary, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        x = _load(logits_ptr, col, vocabulary, softcap, HAS_SOFTCAP)
+        new_peak = tl.maximum(peak, tl.max(x, axis=0))
+        total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(x - new_peak), axis=0)
+        target += tl.sum(tl.where(col == label, x, 0.0), axis=0)
+        if HAS_SMOOTHING:
+            plain_sum += tl.sum(tl.where(col < vocabulary, x, 0.0), axis=0)
+        peak = new_peak
+    return peak, total, target, plain_sum
+
+
+@triton.jit
 def _cross_entropy_kernel(
     logits_ptr,
     labels_ptr,
+    weights_ptr,
     losses_ptr,
     vocabulary,
+    z_loss,
+    softcap,
+    smoothing,
+    HAS_WEIGHTS: tl.constexpr,
+    HAS_Z_LOSS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
     WANTS_GRADIENTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * vocabulary
     label = tl.load(labels_ptr + row)
-
-    peak = -3.0e38  # finite, so that exp(-inf - peak) is 0 and not nan for masked logits
-    total = 0.0  # sum of exp(logit - peak)
-    target = 0.0  # the logit of the label
-    for start in range(0, vocabulary, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        x = tl.load(logits_ptr + col, mask=col < vocabulary, other=-float("inf")).to(tl.float32)
-        new_peak = tl.maximum(peak, tl.max(x, axis=0))
-        total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(x - new_peak), axis=0)
-        target += tl.sum(tl.where(col == label, x, 0.0), axis=0)
-        peak = new_peak
-    tl.store(losses_ptr + row, peak + tl.log(total) - target)
+    peak, total, target, plain_sum = _sums(
+        logits_ptr, label, vocabulary, softcap, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK
+    )
+    lse = peak + tl.log(total)
+    weight = 1.0
+    if HAS_WEIGHTS:
+        weight = tl.load(weights_ptr + row)
+    # d loss / d logit = by_softmax * exp(logit - peak) - by_label * onehot - by_class
+    by_softmax = weight / total
+    by_label = weight
+    by_class = 0.0
+    loss = lse - target
+    if HAS_SMOOTHING:
+        loss = lse - (1.0 - smoothing) * target - smoothing / vocabulary * plain_sum
+        by_label = weight * (1.0 - smoothing)
+        by_class = weight * (smoothing / vocabulary)
+    if HAS_Z_LOSS:
+        loss += z_loss * lse * lse
+        by_softmax *= 1.0 + 2.0 * z_loss * lse
+    tl.store(losses_ptr + row, weight * loss)
 
     if WANTS_GRADIENTS:
         for start in range(0, vocabulary, BLOCK):
             col = start + tl.arange(0, BLOCK)
-            x = tl.load(logits_ptr + col, mask=col < vocabulary, other=-float("inf"))
-            probability = tl.exp(x.to(tl.float32) - peak) / total
-            gradient = tl.where(col == label, probability - 1.0, probability)
+            x = _load(logits_ptr, col, vocabulary, softcap, HAS_SOFTCAP)
+            gradient = tl.exp(x - peak) * by_softmax - by_class
+            gradient = tl.where(col == label, gradient - by_label, gradient)
+            if HAS_SOFTCAP:
+                bent = tl.where(col < vocabulary, x / softcap, 0.0)
+                gradient *= 1.0 - bent * bent
             tl.store(logits_ptr + col, gradient, mask=col < vocabulary)

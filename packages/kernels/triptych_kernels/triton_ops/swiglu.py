@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .rows import as_rows
 
 _BLOCK = 1024  # with 4 warps each thread moves 8 elements: 16 bytes of bfloat16 per load
@@ -14,44 +15,35 @@ _BLOCK = 1024  # with 4 warps each thread moves 8 elements: 16 bytes of bfloat16
 
 def forward(gate: Tensor, up: Tensor) -> Tensor:
     """gate, up (..., F) -> (..., F)."""
-    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if y.numel():
         gate_rows, up_rows = as_rows(gate), as_rows(up)
-        _forward_kernel[_grid(gate_rows)](
-            gate_rows,
-            up_rows,
-            y,
-            gate_rows.shape[1],
-            gate_rows.stride(0),
-            up_rows.stride(0),
-            BLOCK=_BLOCK,
+        num_rows, width = gate_rows.shape
+        launch(
+            _forward_kernel,
+            (num_rows, -(-width // _BLOCK), 1),
+            (gate_rows, up_rows, y),
+            (width, gate_rows.stride(0), up_rows.stride(0)),
+            (_BLOCK,),
         )
     return y
 
 
 def backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """-> dgate, dup (..., F)."""
-    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
     dup = torch.empty_like(dgate)
     if dgate.numel():
         dy_rows, gate_rows, up_rows = as_rows(dy), as_rows(gate), as_rows(up)
-        _backward_kernel[_grid(gate_rows)](
-            dy_rows,
-            gate_rows,
-            up_rows,
-            dgate,
-            dup,
-            gate_rows.shape[1],
-            dy_rows.stride(0),
-            gate_rows.stride(0),
-            up_rows.stride(0),
-            BLOCK=_BLOCK,
+        num_rows, width = gate_rows.shape
+        launch(
+            _backward_kernel,
+            (num_rows, -(-width // _BLOCK), 1),
+            (dy_rows, gate_rows, up_rows, dgate, dup),
+            (width, dy_rows.stride(0), gate_rows.stride(0), up_rows.stride(0)),
+            (_BLOCK,),
         )
     return dgate, dup
-
-
-def _grid(rows: Tensor) -> tuple[int, int]:
-    return rows.shape[0], triton.cdiv(rows.shape[1], _BLOCK)
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""The benchmarks behind tools/bench_kernels.py; `registry.OPS` lists them."""

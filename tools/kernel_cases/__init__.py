@@ -1,0 +1,1 @@
+"""The inputs on which tools/check_kernels_gpu.py checks each op; `registry.CASES` lists them."""
