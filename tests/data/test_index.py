@@ -65,8 +65,8 @@ def test_columns_point_at_the_members(shard):
             assert data[begin : begin + size] == tar.extractfile(member).read()
             assert member.name.endswith("." + index.suffixes[index.member_suffix[row]])
     assert [index.key(i) for i in range(6)] == [f"{i:09d}" for i in range(6)]
-    assert index.image_start.tolist() == [0, 0, 1, 3, 5, 5, 6]
-    assert index.image_sizes.tolist() == [[w, w - 8] for w in (17, 18, 18, 19, 19, 21)]
+    assert index.media_start.tolist() == [0, 0, 1, 3, 5, 5, 6]
+    assert index.media_size.tolist() == [[w, w - 8] for w in (17, 18, 18, 19, 19, 21)]
     assert {name: getattr(index, name).dtype for name in DTYPES} == DTYPES
 
 
@@ -134,7 +134,7 @@ def test_each_part_counts_its_image_in_the_order_of_the_text(tmp_path):
     images = [encoded_image(9, 6), encoded_image(20, 10)]
     members = [("a.json", dump_json(record)), ("a.0.jpg", images[0]), ("a.1.jpg", images[1])]
     index = build_index(write_tar(tmp_path / "x.tar", members))
-    assert index.image_sizes.tolist() == [[20, 10], [9, 6], [20, 10]]
+    assert index.media_size.tolist() == [[20, 10], [9, 6], [20, 10]]
 
 
 FOREIGN = {
@@ -143,7 +143,7 @@ FOREIGN = {
         ("b.json", stored_chat()),
         ("a.0.jpg", b""),
     ],
-    "sample v1: images must be named": [  # webdataset would make one sample "v1" of the two
+    "sample v1: media must be named": [  # webdataset would make one sample "v1" of the two
         ("v1.0_img.jpg", encoded_image()),
         ("v1.0_img.json", stored_chat(1)),
         ("v1.1_img.jpg", encoded_image()),
@@ -152,13 +152,13 @@ FOREIGN = {
     "a sample must have a member v2.json, got v2.5_chat.json": [("v2.5_chat.json", stored_chat())],
     "sample b: a sample must have a member b.json": [("a.json", stored_chat()), ("b.0.jpg", b"")],
     "a member must be there once": [("a.json", stored_chat()), ("a.json", stored_chat())],
-    "images must be named <key>.<i>.<ext> with i from 0, got a.jpg": [
+    "media must be named <key>.<i>.<ext> with i from 0, got a.jpg": [
         ("a.json", stored_chat(1)),
         ("a.jpg", encoded_image()),
     ],
     "numbered from 0 without gaps": [("a.json", stored_chat(1)), ("a.1.jpg", encoded_image())],
-    "index must number one of the sample's 0 images": [("a.json", stored_chat(1))],
-    "every image must be used": [("a.json", stored_chat()), ("a.0.jpg", encoded_image())],
+    "index must number one of the sample's 0 media": [("a.json", stored_chat(1))],
+    "every medium must be used": [("a.json", stored_chat()), ("a.0.jpg", encoded_image())],
     "member a.0.jpg: an image must be a whole": [("a.json", stored_chat(1)), ("a.0.jpg", b"jpg")],
     "sample a: must be valid JSON": [("a.json", b"{")],
     "must hold a sample, got none": [],
@@ -249,8 +249,8 @@ def test_a_missing_index_says_how_to_make_it(shard):
 
 def test_an_index_of_a_later_version_is_refused(shard):
     columns = index_paths(shard)[1]
-    columns.write_bytes(columns.read_bytes().replace(rb"\"format\": 1", rb"\"format\": 2"))
-    with pytest.raises(ValueError, match="must be of format 1, got 2"):
+    columns.write_bytes(columns.read_bytes().replace(rb"\"format\": 2", rb"\"format\": 3"))
+    with pytest.raises(ValueError, match="must be of format 2, got 3"):
         read_index(shard)
 
 

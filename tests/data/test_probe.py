@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from tests.data.chats import encoded_image
-from triptych_data.probe import ImageInfo, probe_image
+from triptych_data.probe import MediaInfo, probe_image
 
 
 @pytest.mark.parametrize("decode", [True, False])
@@ -15,14 +15,14 @@ def test_size_is_the_one_pillow_shows(kind, orientation, decode):
     data = encoded_image(30, 20, kind, orientation)
     suffix = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[kind]
     size = (20, 30) if orientation > 4 else (30, 20)
-    assert probe_image(data, "x", decode=decode) == ImageInfo(suffix, *size)
+    assert probe_image(data, "x", decode=decode) == MediaInfo("image", suffix, *size)
 
 
 def test_a_phones_jpeg_with_two_pictures_is_a_jpeg():
     buffer = io.BytesIO()
     picture = Image.new("RGB", (12, 8))
     picture.save(buffer, "MPO", save_all=True, append_images=[picture])
-    assert probe_image(buffer.getvalue(), "x") == ImageInfo("jpg", 12, 8)
+    assert probe_image(buffer.getvalue(), "x") == MediaInfo("image", "jpg", 12, 8)
 
 
 def test_a_bomb_is_refused_before_it_unpacks():

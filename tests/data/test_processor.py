@@ -35,8 +35,7 @@ def test_measure_agrees_with_encode(shards):
     processor = tiny_processor()
     for i in range(shards.num_samples):
         encoded = processor.encode(shards.read(i))
-        sizes = shards.image_sizes[shards.image_start[i] : shards.image_start[i + 1]]
-        measured = processor.measure(shards.read_json(i), sizes)
+        measured = processor.measure(shards.read_json(i), shards.media_of(i))
         patches = 0 if encoded.pixel_values is None else len(encoded.pixel_values)
         assert measured == (len(encoded.input_ids), encoded.num_targets, patches)
 

@@ -40,10 +40,10 @@ def test_shards_read_as_one_sequence(folder):
 
 def test_columns_are_those_of_the_samples(folder):
     shards = Shards.open([folder])
-    assert shards.image_start.tolist() == [0, 0, 1, 3, 5, 5, 6, 8, 10, 10, 11, 13, 15]
-    assert shards.image_sizes[shards.image_start[9] :][:1].tolist() == [[16 + 9, 8 + 9]]
+    assert shards.media_start.tolist() == [0, 0, 1, 3, 5, 5, 6, 8, 10, 10, 11, 13, 15]
+    assert shards.media.size[shards.media_start[9] :][:1].tolist() == [[16 + 9, 8 + 9]]
     assert shards.text_bytes.shape == (12,)
-    assert shards.image_start.dtype == shards.text_bytes.dtype == np.int64
+    assert shards.media_start.dtype == shards.text_bytes.dtype == np.int64
 
 
 def test_paths_may_be_files_folders_and_globs(folder, monkeypatch):

@@ -82,7 +82,7 @@ def test_report_counts(tmp_path):
     report = make_shards(tmp_path)
     shards = Shards.open([tmp_path / "shards"])
     assert report.num_samples == shards.num_samples == 12
-    assert report.num_images == len(shards.image_sizes) == 3 * (1 + 2 + 2)
+    assert report.num_images == len(shards.media.kind) == 3 * (1 + 2 + 2)
     assert report.text_bytes == shards.text_bytes.sum()
     assert [path.name for path in report.shards] == [f"shard-{i:06d}.tar" for i in range(3)]
 
@@ -137,7 +137,7 @@ def test_suffix_and_size_come_from_the_content(tmp_path):
     report = write_shards(write_jsonl(tmp_path / "x.jsonl", records), tmp_path / "shards")
     index = Shards.open(report.shards).indexes[0]
     assert [index.suffixes[code] for code in index.member_suffix] == ["json", "png", "json", "jpg"]
-    assert index.image_sizes.tolist() == [[5, 7], [10, 40]], "EXIF orientation 6 lies on its side"
+    assert index.media_size.tolist() == [[5, 7], [10, 40]], "EXIF orientation 6 lies on its side"
 
 
 def broken(tmp_path: Path) -> dict[str, object]:

@@ -133,6 +133,8 @@ def shard(
                 "shards": [str(path) for path in report.shards],
                 "num_samples": report.num_samples,
                 "num_images": report.num_images,
+                "num_videos": report.num_videos,
+                "num_audios": report.num_audios,
                 "text_bytes": report.text_bytes,
                 "tar_bytes": report.tar_bytes,
                 "skipped": [rejected._asdict() for rejected in report.skipped],

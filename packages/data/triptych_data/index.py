@@ -9,14 +9,19 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-FORMAT = 1
+from triptych_data.probe import MediaInfo
+from triptych_data.sample import KINDS
+
+FORMAT = 2
 """Version of the columns file; a reader refuses any other."""
 DTYPES = {
     "key_bytes": "<u1",
@@ -29,14 +34,46 @@ DTYPES = {
     "member_suffix": "<u1",
     "member_start": "<i8",
     "text_bytes": "<i8",
-    "image_sizes": "<i4",
-    "image_start": "<i8",
+    "media_kind": "<u1",
+    "media_size": "<i4",
+    "media_frames": "<i4",
+    "media_seconds": "<f8",
+    "media_start": "<i8",
 }
+
+
+class MediaColumns(NamedTuple):
+    """What K media measure, a row each."""
+
+    kind: np.ndarray
+    """(K,) uint8 into `sample.KINDS`: 0 image, 1 video, 2 audio"""
+    size: np.ndarray
+    """(K, 2) int32, width and height in pixels as it will be seen, turned; 0 for audio"""
+    frames: np.ndarray
+    """(K,) int32, frames of a video; 0 for others"""
+    seconds: np.ndarray
+    """(K,) float64, duration of a video or audio; 0 for images"""
+
+    def rows(self, first: int, last: int) -> "MediaColumns":
+        return MediaColumns(*(column[first:last] for column in self))
+
+    @classmethod
+    def joined(cls, tables: Sequence["MediaColumns"]) -> "MediaColumns":
+        return cls(*(np.concatenate(columns) for columns in zip(*tables, strict=True)))
+
+    @classmethod
+    def of(cls, media: Sequence[MediaInfo]) -> "MediaColumns":
+        return cls(
+            np.array([KINDS.index(info.kind) for info in media], dtype=np.uint8),
+            np.array([info[2:4] for info in media], dtype=np.int32).reshape(-1, 2),
+            np.array([info.frames for info in media], dtype=np.int32),
+            np.array([info.seconds for info in media], dtype=np.float64),
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
-    """One shard's columns: N samples, M members, K images as the texts meet them.
+    """One shard's columns: N samples, M members, K media as the texts meet them.
 
     Members of a sample are its JSON and then its media 0, 1, …, whatever their order in the tar.
     Starts have one entry more than rows, so row i spans `start[i]:start[i + 1]`.
@@ -62,10 +99,13 @@ class ShardIndex:
     """(N + 1,) int64 into the member columns"""
     text_bytes: np.ndarray
     """(N,) int64, UTF-8 bytes of a sample's text"""
-    image_sizes: np.ndarray
-    """(K, 2) int32, width and height in pixels after EXIF orientation"""
-    image_start: np.ndarray
-    """(N + 1,) int64 into image_sizes"""
+    media_kind: np.ndarray
+    media_size: np.ndarray
+    media_frames: np.ndarray
+    media_seconds: np.ndarray
+    """the columns of `MediaColumns`"""
+    media_start: np.ndarray
+    """(N + 1,) int64 into the media columns"""
     suffixes: tuple[str, ...]
     """what member_suffix counts: "json", "jpg", …"""
     tar_bytes: int
@@ -76,6 +116,10 @@ class ShardIndex:
     @property
     def num_samples(self) -> int:
         return len(self.sample_crc32)
+
+    @property
+    def media(self) -> MediaColumns:
+        return MediaColumns(self.media_kind, self.media_size, self.media_frames, self.media_seconds)
 
     def key(self, sample: int) -> str:
         start, end = self.key_start[sample : sample + 2]
@@ -92,8 +136,8 @@ class IndexRows:
     members: list[tuple[int, int, str]] = field(default_factory=list)
     member_starts: list[int] = field(default_factory=lambda: [0])
     text_bytes: list[int] = field(default_factory=list)
-    image_sizes: list[tuple[int, int]] = field(default_factory=list)
-    image_starts: list[int] = field(default_factory=lambda: [0])
+    media: list[MediaInfo] = field(default_factory=list)
+    media_starts: list[int] = field(default_factory=lambda: [0])
 
     def add(
         self,
@@ -101,12 +145,13 @@ class IndexRows:
         span: memoryview | bytes,
         members: list[tuple[int, int, str]],
         text_bytes: int,
-        image_sizes: list[tuple[int, int]],
+        media: list[MediaInfo],
         start: int,
     ) -> None:
         """The sample that lies at `start`, with bytes `span`, JSON first among its members.
 
-        A member is (offset of its content in the tar, size, suffix).
+        A member is (offset of its content in the tar, size, suffix); `media` are in the order in
+        which the text meets them.
         """
         offset, size, _ = members[0]
         json_crc32 = zlib.crc32(span[offset - start : offset - start + size])
@@ -116,12 +161,13 @@ class IndexRows:
         self.members += members
         self.member_starts.append(len(self.members))
         self.text_bytes.append(text_bytes)
-        self.image_sizes += image_sizes
-        self.image_starts.append(len(self.image_sizes))
+        self.media += media
+        self.media_starts.append(len(self.media))
 
     def finish(self, end: int, tar_bytes: int) -> ShardIndex:
         """The index of a tar of `tar_bytes` bytes whose last sample ends at `end`."""
         suffixes = sorted({suffix for _, _, suffix in self.members})
+        media = MediaColumns.of(self.media)
         columns = {
             "key_bytes": np.frombuffer(b"".join(self.keys), dtype=np.uint8),
             "key_start": np.cumsum([0, *map(len, self.keys)]),
@@ -133,8 +179,11 @@ class IndexRows:
             "member_suffix": [suffixes.index(suffix) for _, _, suffix in self.members],
             "member_start": self.member_starts,
             "text_bytes": self.text_bytes,
-            "image_sizes": np.array(self.image_sizes, dtype=np.int32).reshape(-1, 2),
-            "image_start": self.image_starts,
+            "media_kind": media.kind,
+            "media_size": media.size,
+            "media_frames": media.frames,
+            "media_seconds": media.seconds,
+            "media_start": self.media_starts,
         }
         arrays = {name: np.asarray(columns[name], dtype=dtype) for name, dtype in DTYPES.items()}
         return _sealed(arrays, tuple(suffixes), tar_bytes)
@@ -197,9 +246,9 @@ def _load_columns(path: Path) -> ShardIndex:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = json.loads((file.metadata() or {})["triptych"])
+            if metadata["format"] != FORMAT:
+                raise _stale(path, f"must be of format {FORMAT}", metadata["format"], _tar_of(path))
             arrays = {name: file.get_tensor(name) for name in DTYPES}
-        if metadata["format"] != FORMAT:
-            raise _stale(path, f"must be of format {FORMAT}", metadata["format"], _tar_of(path))
         index = _sealed(arrays, tuple(metadata["suffixes"]), metadata["tar_bytes"])
         sound = index.fingerprint == metadata["fingerprint"]
         sound = sound and index.num_samples == metadata["num_samples"] and _consistent(index)
@@ -216,7 +265,7 @@ def _consistent(index: ShardIndex) -> bool:
     starts = {
         "key_start": len(index.key_bytes),
         "member_start": len(index.member_offset),
-        "image_start": len(index.image_sizes),
+        "media_start": len(index.media_kind),
     }
     whole = all(
         len(start := getattr(index, name)) == n + 1
@@ -226,10 +275,12 @@ def _consistent(index: ShardIndex) -> bool:
         for name, rows in starts.items()
     )
     lengths = {len(index.json_crc32), len(index.text_bytes), len(index.sample_start) - 1}
+    media = {len(index.media_size), len(index.media_frames), len(index.media_seconds)}
     ends = index.member_offset + index.member_size
     return bool(
         whole
         and lengths == {n}
+        and media == {len(index.media_kind)}
         and n > 0
         and (np.diff(index.sample_start) > 0).all()
         and (np.diff(index.member_start) > 0).all()

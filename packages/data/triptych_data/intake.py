@@ -1,4 +1,4 @@
-"""Raw JSONL and image files to checked samples, in any order, by any number of processes."""
+"""Raw JSONL and media files to checked samples, in any order, by any number of processes."""
 
 import base64
 import binascii
@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from triptych_data.probe import probe_image
+from triptych_data.probe import MediaInfo, probe_media
 from triptych_data.sample import dump_json, parse_input, text_bytes
 from triptych_data.workers import begin_worker
 
@@ -35,12 +35,13 @@ UNREADABLE = {
 
 
 class Prepared(NamedTuple):
-    """A checked sample: its JSON as a shard stores it, (suffix, bytes) and size of each image."""
+    """A checked sample: its JSON as a shard stores it, the bytes and measures of its media in the
+    order of their numbers, which in input is that of the text."""
 
     line: int
     json: bytes
-    images: list[tuple[str, bytes]]
-    image_sizes: list[tuple[int, int]]
+    media: list[bytes]
+    measures: list[MediaInfo]
     text_bytes: int
 
 
@@ -120,7 +121,7 @@ def prepare_all(
 def prepare_chunk(
     path: Path, image_root: Path, chunk: list[tuple[int, int, int]]
 ) -> list[Prepared | Rejected]:
-    """Read and check some lines, each given as (number, start, end), with all their images."""
+    """Read and check some lines, each given as (number, start, end), with all their media."""
     results: list[Prepared | Rejected] = []
     with path.open("rb") as file:
         for number, start, end in chunk:
@@ -134,23 +135,22 @@ def prepare_chunk(
 
 def _prepare(line: bytes, number: int, where: str, image_root: Path) -> Prepared:
     sample = parse_input(line, where)
-    images, sizes = [], []
-    for source in sample.images:
-        data = _load(source, where, image_root)
-        info = probe_image(data, f"{where}: image {source[:200]}")
-        images.append((info.suffix, data))
-        sizes.append((info.width, info.height))
-    return Prepared(number, dump_json(sample.json), images, sizes, text_bytes(sample.json))
+    media = [_load(kind, source, where, image_root) for kind, source in sample.media]
+    measures = [
+        probe_media(data, kind, f"{where}: {kind} {source[:200]}")
+        for data, (kind, source) in zip(media, sample.media, strict=True)
+    ]
+    return Prepared(number, dump_json(sample.json), media, measures, text_bytes(sample.json))
 
 
-def _load(source: str, where: str, image_root: Path) -> bytes:
-    """The bytes of an image given by path, `file://` or `data:` URI."""
+def _load(kind: str, source: str, where: str, image_root: Path) -> bytes:
+    """The bytes of a medium given by path, `file://` or `data:` URI."""
     if source.startswith("data:"):
         return _decode_data_uri(source, where)
     name = unquote(source.removeprefix("file://")) if source.startswith("file://") else source
     if "://" in name[:16]:
         raise ValueError(
-            f"{where}: an image must be a local file or a data: URI, got {source[:200]!r}; "
+            f"{where}: {_a(kind)} must be a local file or a data: URI, got {source[:200]!r}; "
             "download it first"
         )
     path = image_root / name
@@ -163,8 +163,8 @@ def _load(source: str, where: str, image_root: Path) -> bytes:
     except ValueError as error:  # a null byte
         reason = str(error)
     raise ValueError(
-        f"{where}: an image must be a readable file, got {str(path)[:200]!r} ({reason}); relative "
-        f"paths start at {image_root}: fix the path or set --image-root"
+        f"{where}: {_a(kind)} must be a readable file, got {str(path)[:200]!r} ({reason}); "
+        f"relative paths start at {image_root}: fix the path or set --image-root"
     )
 
 
@@ -176,6 +176,10 @@ def _decode_data_uri(source: str, where: str) -> bytes:
         return base64.b64decode(payload, validate=True)
     except (ValueError, binascii.Error) as error:
         raise ValueError(
-            f"{where}: a data: URI must be data:image/…;base64,…, got {head[:60]!r} ({error}); "
-            "encode the image anew"
+            f"{where}: a data: URI must be data:…;base64,…, got {head[:60]!r} ({error}); "
+            "encode the file anew"
         ) from error
+
+
+def _a(kind: str) -> str:
+    return f"a {kind}" if kind == "video" else f"an {kind}"

@@ -139,9 +139,8 @@ def _measure(
     """Return (len(samples), 3) int32, the columns of `Lengths`."""
     rows = np.zeros((len(samples), 3), dtype=np.int32)
     for row, sample in enumerate(samples):
-        first, last = shards.image_start[sample : sample + 2]
         try:
-            rows[row] = processor.measure(shards.read_json(sample), shards.image_sizes[first:last])
+            rows[row] = processor.measure(shards.read_json(sample), shards.media_of(sample))
         except ValueError as error:
             raise ValueError(f"{shards.where(sample)}: {error}") from error
         if report is not None and ((row + 1) % _CHUNK == 0 or row + 1 == len(samples)):

@@ -17,7 +17,7 @@ from triptych_data.chat import IGNORE_INDEX
 from triptych_data.probe import FORMATS, probe_image
 from triptych_data.processor import EncodedSample, Processor
 from triptych_data.reader import Shards
-from triptych_data.sample import RawSample, image_indexes
+from triptych_data.sample import RawSample, media_parts
 
 LARGEST_SIDE = 800
 """Larger images are shrunk for the page, so that it stays light; the shards keep them."""
@@ -120,7 +120,11 @@ def _article(raw: RawSample, processor: Processor, tokenizer: Tokenizer) -> str:
 def _figures(raw: RawSample, encoded: EncodedSample, merge_size: int) -> str:
     figures = []
     for number, (index, grid) in enumerate(
-        zip(image_indexes(raw.json), encoded.image_grid_thw.tolist(), strict=True)
+        zip(
+            (index for _, index in media_parts(raw.json)),
+            encoded.image_grid_thw.tolist(),
+            strict=True,
+        )
     ):
         data = raw.media[index]
         info = probe_image(data, raw.where, decode=False)

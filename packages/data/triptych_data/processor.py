@@ -13,8 +13,9 @@ from torch import Tensor
 
 from triptych_data.chat import IGNORE_INDEX, ChatTokenizer, ChatTokens, message_text, shift_targets
 from triptych_data.images import ImageRules, encode_image, image_grid
+from triptych_data.index import MediaColumns
 from triptych_data.positions import mrope_positions
-from triptych_data.sample import RawSample, image_indexes
+from triptych_data.sample import KINDS, RawSample, media_parts
 
 ENCODING_VERSION = 1
 """To be raised whenever the same sample and model folder would give other tokens or patches."""
@@ -128,14 +129,16 @@ class Processor:
         except ValueError as error:
             raise ValueError(f"{raw.where}: {error}") from error
 
-    def measure(self, record: dict[str, Any], image_sizes: np.ndarray) -> Measures:
-        """Return what `encode` would make of a sample, without decoding its images.
+    def measure(self, record: dict[str, Any], media: MediaColumns) -> Measures:
+        """Return what `encode` would make of a sample, without decoding its media.
 
-        `image_sizes (num_images, 2)` holds width and height after EXIF orientation, in the order
-        in which the text meets the images. Raises ValueError as `encode` does, except for damaged
-        images, and names no sample.
+        `media` are the index's rows of the sample, in the order in which the text meets them
+        (`Shards.media_of`). Raises ValueError as `encode` does, except for damaged media, and
+        names no sample.
         """
-        grids = [image_grid(int(width), int(height), self._rules) for width, height in image_sizes]
+        for kind in media.kind.tolist():
+            self._check_kind(KINDS[kind])
+        grids = [image_grid(width, height, self._rules) for width, height in media.size.tolist()]
         tokens = self._tokenize(record["messages"], grids)
         num_targets = int(tokens.trained[1:].sum())
         return Measures(len(tokens.input_ids), num_targets, sum(t * h * w for t, h, w in grids))
@@ -152,7 +155,8 @@ class Processor:
         add_generation_prompt: bool = False,
     ) -> EncodedSample:
         images = []
-        for index in image_indexes({"messages": messages}):
+        for kind, index in media_parts({"messages": messages}):
+            self._check_kind(kind)
             try:
                 images.append(encode_image(raw.media[index], self._rules))
             except ValueError as error:
@@ -173,6 +177,13 @@ class Processor:
             image_grid_thw=torch.from_numpy(grid_array),
             num_targets=int((labels != IGNORE_INDEX).sum()),
         )
+
+    def _check_kind(self, kind: str) -> None:
+        if kind != "image":
+            raise ValueError(
+                f"{self._directory}: a model must take what its samples hold, got {kind} for a "
+                "model of text and images; leave the sample out"
+            )
 
     def _tokenize(
         self,

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from triptych_data.index import ShardIndex, read_index
+from triptych_data.index import MediaColumns, ShardIndex, read_index
 from triptych_data.sample import RawSample
 
 OPEN_FILES = 64
@@ -21,7 +21,7 @@ OPEN_FILES = 64
 
 @dataclass(frozen=True)
 class Shards:
-    """A list of indexed shards read as one sequence of N samples with K images.
+    """A list of indexed shards read as one sequence of N samples with K media.
 
     Reading is stateless and so safe in threads and after fork; a pickled copy opens files anew.
     """
@@ -34,10 +34,10 @@ class Shards:
     """(number of shards + 1,) int64, the global number of each shard's first sample"""
     text_bytes: np.ndarray
     """(N,) int64"""
-    image_sizes: np.ndarray
-    """(K, 2) int32, width and height after EXIF orientation, in the order the texts meet them"""
-    image_start: np.ndarray
-    """(N + 1,) int64: sample i has the images image_start[i] to image_start[i + 1]"""
+    media: MediaColumns
+    """what the K media measure, in the order the texts meet them"""
+    media_start: np.ndarray
+    """(N + 1,) int64: sample i has the media media_start[i] to media_start[i + 1]"""
     _open: Any = field(repr=False, compare=False)
 
     @classmethod
@@ -52,10 +52,9 @@ class Shards:
 
     @classmethod
     def _from(cls, paths: tuple[Path, ...], indexes: tuple[ShardIndex, ...]) -> Self:
-        images = np.cumsum([0, *(len(index.image_sizes) for index in indexes)])
-        image_start = [
-            i.image_start[:-1] + first for i, first in zip(indexes, images, strict=False)
-        ]
+        media = MediaColumns.joined([index.media for index in indexes])
+        first = np.cumsum([0, *(len(index.media_kind) for index in indexes)])
+        starts = [i.media_start[:-1] + at for i, at in zip(indexes, first, strict=False)]
         digest = hashlib.sha256("".join(index.fingerprint for index in indexes).encode())
         return cls(
             paths=paths,
@@ -63,8 +62,8 @@ class Shards:
             fingerprint=digest.hexdigest(),
             sample_start=np.cumsum([0, *(index.num_samples for index in indexes)]),
             text_bytes=np.concatenate([index.text_bytes for index in indexes]),
-            image_sizes=np.concatenate([index.image_sizes for index in indexes]),
-            image_start=np.concatenate([*image_start, images[-1:]]),
+            media=media,
+            media_start=np.concatenate([*starts, first[-1:]]),
             _open=functools.lru_cache(maxsize=OPEN_FILES)(_OpenFile),
         )
 
@@ -81,6 +80,10 @@ class Shards:
     def __iter__(self) -> Iterator[RawSample]:
         """All samples in order."""
         return map(self.read, range(self.num_samples))
+
+    def media_of(self, sample: int) -> MediaColumns:
+        """What the media of sample `sample` measure, in the order in which its text meets them."""
+        return self.media.rows(*self.media_start[sample : sample + 2].tolist())
 
     def keys(self, sample: int) -> str:
         """The key of sample `sample`: unique in its shard, and over all shards of one writer."""

@@ -1,20 +1,35 @@
-"""What a sample is: an OpenAI-style chat whose image parts point at media, and its rules.
+"""What a sample is: an OpenAI-style chat whose media parts point at media, and its rules.
 
-Two forms of one thing. *Input* (a line of JSONL) names images by path, `file://` or `data:` URI,
-in one of three spellings; *shard* form, which everything after `triptych-data shard` sees, names
-them by number: `{"type": "image", "index": i}` is the member `<key>.<i>.<ext>` beside the JSON.
+Two forms of one thing. *Input* (a line of JSONL) names media by path, `file://` or `data:` URI,
+in one of several spellings; *shard* form, which everything after `triptych-data shard` sees, names
+them by number: `{"type": "video", "index": i}` is the member `<key>.<i>.<ext>` beside the JSON.
 """
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-ROLES = ("system", "user", "assistant")
-PLACEHOLDER = "<image>"
-"""In a message whose content is a string it stands for the next of the record's `images`."""
+from triptych_data.tools import check_tools
+
+ROLES = ("system", "user", "assistant", "tool")
+KINDS = ("image", "video", "audio")
+"""Kinds of media, as parts name them; an index counts into this."""
+PLACEHOLDERS = {"<image>": "images", "<video>": "videos", "<audio>": "audios"}
+"""In a message whose content is a string each stands for the next of the record's list."""
+SOURCE_KEYS = {
+    "image": "image",
+    "image_url": "image",
+    "video": "video",
+    "video_url": "video",
+    "audio": "audio",
+    "audio_url": "audio",
+    "input_audio": "audio",
+}
+"""An input part's type, which is also the key of its source, to its kind of media."""
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
-LATER_PARTS = ("video", "video_url", "audio", "audio_url", "input_audio")
+_PLACEHOLDER = re.compile("(" + "|".join(PLACEHOLDERS) + ")")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +48,21 @@ class RawSample:
 
 @dataclass(frozen=True, slots=True)
 class InputSample:
-    """One validated input record: `json` in shard form, `images[i]` the path or URI of image i."""
+    """One validated input record: `json` in shard form, `media[i]` the path or URI of medium i
+    and its kind."""
 
     json: dict[str, Any]
-    images: list[str]
+    media: list[tuple[str, str]]
 
 
 def parse_input(line: str | bytes, where: str) -> InputSample:
     """One line of input JSONL, validated and brought into shard form.
 
-    Images are `{"type": "image", "image": "path"}`, `{"type": "image_url", "image_url": {"url":
-    "path"}}`, or `<image>` inside string contents with `"images": ["path", …]` beside `messages`
-    (as many placeholders as paths). Keys we do not know are kept. Raises ValueError.
+    Media are `{"type": "image", "image": "path"}` or `{"type": "image_url", "image_url": {"url":
+    "path"}}`, the same with video or audio, OpenAI's `{"type": "input_audio", "input_audio":
+    {"data": base64, "format": "wav"}}`, or `<image>`, `<video>`, `<audio>` inside string contents
+    with lists of paths "images", "videos", "audios" beside `messages` (as many placeholders as
+    paths). Keys we do not know are kept. Raises ValueError.
     """
     record = load_json(line, where)
     if not isinstance(record, dict):
@@ -52,14 +70,16 @@ def parse_input(line: str | bytes, where: str) -> InputSample:
             f"{where}: a record must be a JSON object, got {_short(record)}; "
             'write {"messages": […]}'
         )
-    listed = record.pop("images", None)
-    images = list(_listed_images(listed, where))
-    if listed is None:
-        record["messages"] = _number_parts(record.get("messages"), images, where)
+    lists = {name: record.pop(name) for name in PLACEHOLDERS.values() if name in record}
+    listed = {name: paths for name, paths in lists.items() if paths is not None}
+    media: list[tuple[str, str]] = []
+    if listed:
+        _check_lists(listed, where)
+        record["messages"] = _number_placeholders(record.get("messages"), listed, media, where)
     else:
-        record["messages"] = _number_placeholders(record.get("messages"), images, where)
-    check_sample(record, len(images), where)
-    return InputSample(record, images)
+        record["messages"] = _number_parts(record.get("messages"), media, where)
+    check_sample(record, len(media), where)
+    return InputSample(record, media)
 
 
 def check_sample(record: Any, num_media: int, where: str) -> None:
@@ -89,28 +109,43 @@ def check_sample(record: Any, num_media: int, where: str) -> None:
             f"{where}: messages must hold an assistant turn, got roles {roles}; "
             "without one the sample has no target"
         )
-    unused = sorted(set(range(num_media)) - set(image_indexes(record)))
-    if unused:
-        raise ValueError(
-            f"{where}: every image must be used in messages, got no part for image {unused[0]}; "
-            "add its placeholder or part, or leave the image out"
-        )
+    check_tools(record, where)
+    _check_media_use(record, num_media, where)
 
 
-def image_indexes(record: dict[str, Any]) -> list[int]:
-    """The media index of each image part of a chat in shard form, in the text's order."""
+def media_parts(record: dict[str, Any]) -> list[tuple[str, int]]:
+    """Kind and media index of each media part of a chat in shard form, in the text's order."""
     return [
-        part["index"]
+        (part["type"], part["index"])
         for message in record["messages"]
-        if isinstance(message["content"], list)
-        for part in message["content"]
-        if part["type"] == "image"
+        for part in content_parts(message)
+        if part["type"] in KINDS
     ]
 
 
+def media_kinds(record: dict[str, Any]) -> list[str]:
+    """The kind of each of a checked chat's media, in the order of their numbers."""
+    return [kind for _, kind in sorted({(index, kind) for kind, index in media_parts(record)})]
+
+
+def content_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """A message's content as parts: a string is one text part, none is no part."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return content or []
+
+
 def text_bytes(record: dict[str, Any]) -> int:
-    """UTF-8 bytes of all text in a chat in shard form."""
-    return sum(len(text.encode()) for message in record["messages"] for text in _texts(message))
+    """UTF-8 bytes of all text in a chat in shard form, tools and their calls as JSON."""
+    quoted = [record.get("tools"), *(m.get("tool_calls") for m in record["messages"])]
+    total = sum(len(dump_json(value)) for value in quoted if value)
+    return total + sum(
+        len(part["text"].encode())
+        for message in record["messages"]
+        for part in content_parts(message)
+        if part["type"] == "text"
+    )
 
 
 def load_json(data: str | bytes, where: str) -> Any:
@@ -134,54 +169,80 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"the constant {name}, which JSON does not have")
 
 
-def _listed_images(listed: Any, where: str) -> list[str]:
-    if listed is None:
-        return []
-    if not isinstance(listed, list) or not all(isinstance(source, str) for source in listed):
+def _check_media_use(record: dict[str, Any], num_media: int, where: str) -> None:
+    parts = media_parts(record)
+    unused = sorted(set(range(num_media)) - {index for _, index in parts})
+    if unused:
         raise ValueError(
-            f"{where}: images must be a list of paths, got {_short(listed)}; "
-            'write "images": ["a.jpg", …], one for each <image>'
+            f"{where}: every medium must be used in messages, got no part for number {unused[0]}; "
+            "add its placeholder or part, or leave the file out"
         )
-    return listed
+    kinds: dict[int, str] = {}
+    for kind, index in parts:
+        if kinds.setdefault(index, kind) != kind:
+            raise ValueError(
+                f"{where}: a medium must be of one kind, got number {index} as {kinds[index]} and "
+                f"as {kind}; fix the index of a part"
+            )
 
 
-def _number_placeholders(messages: Any, images: list[str], where: str) -> Any:
-    """`<image>` in strings become numbered parts; there must be as many as `images`."""
+def _check_lists(listed: dict[str, Any], where: str) -> None:
+    for name, paths in listed.items():
+        if not isinstance(paths, list) or not all(isinstance(source, str) for source in paths):
+            raise ValueError(
+                f"{where}: {name} must be a list of paths, got {_short(paths)}; "
+                f'write "{name}": ["…", …], one for each <{name[:-1]}>'
+            )
+
+
+def _number_placeholders(
+    messages: Any, listed: dict[str, Any], media: list[tuple[str, str]], where: str
+) -> Any:
+    """Placeholders in strings become numbered parts, `media` gets the sources as they are met."""
     if not isinstance(messages, list):
         return messages  # check_sample says what is wrong
-    numbered, count = [], 0
+    sources = {name: iter(paths) for name, paths in listed.items()}
+    numbered, found = [], dict.fromkeys(PLACEHOLDERS, 0)
     for position, message in enumerate(messages):
         content = message.get("content") if isinstance(message, dict) else None
         if isinstance(content, list) and any(_source_key(part) for part in content):
             raise ValueError(
-                f"{where}: messages[{position}] must not hold image parts beside a list of images, "
-                "got both; name each image once, in a part or in images"
+                f"{where}: messages[{position}] must not hold media parts beside a list of "
+                f"{' and '.join(listed)}, got both; name each file once, in a part or in a list"
             )
-        if isinstance(content, str) and PLACEHOLDER in content:
-            message = {**message, "content": _split(content, count)}
-            count += content.count(PLACEHOLDER)
+        if isinstance(content, str) and _PLACEHOLDER.search(content):
+            for name in _PLACEHOLDER.findall(content):
+                found[name] += 1
+            message = {**message, "content": _split(content, sources, media)}
         numbered.append(message)
-    if count != len(images):
-        raise ValueError(
-            f"{where}: messages must hold one {PLACEHOLDER} for each of images, got {count} "
-            f"placeholders and {len(images)} images; add what is missing"
-        )
+    for placeholder, name in PLACEHOLDERS.items():
+        if found[placeholder] != len(listed.get(name, ())):
+            raise ValueError(
+                f"{where}: messages must hold one {placeholder} for each of {name}, got "
+                f"{found[placeholder]} placeholders and {len(listed.get(name, ()))} {name}; "
+                "add what is missing"
+            )
     return numbered
 
 
-def _split(content: str, index: int) -> list[dict[str, Any]]:
-    """Text around placeholders, kept to the letter, and image parts numbered from `index`."""
+def _split(
+    content: str, sources: dict[str, Iterator[str]], media: list[tuple[str, str]]
+) -> list[dict[str, Any]]:
+    """Text around placeholders, kept to the letter, and media parts numbered on from `media`."""
     parts: list[dict[str, Any]] = []
-    for position, text in enumerate(content.split(PLACEHOLDER)):
-        if position:
-            parts.append({"type": "image", "index": index + position - 1})
-        if text:
+    for text in _PLACEHOLDER.split(content):
+        if text in PLACEHOLDERS:
+            kind = text[1:-1]
+            source = next(sources.get(PLACEHOLDERS[text], iter(())), "")  # numbers are checked next
+            parts.append({"type": kind, "index": len(media)})
+            media.append((kind, source))
+        elif text:
             parts.append({"type": "text", "text": text})
     return parts
 
 
-def _number_parts(messages: Any, images: list[str], where: str) -> Any:
-    """Image parts that name a source become numbered parts; `images` gets the sources."""
+def _number_parts(messages: Any, media: list[tuple[str, str]], where: str) -> Any:
+    """Media parts that name a source become numbered parts; `media` gets kinds and sources."""
     if not isinstance(messages, list):
         return messages
     numbered = []
@@ -189,34 +250,42 @@ def _number_parts(messages: Any, images: list[str], where: str) -> Any:
         content = message.get("content") if isinstance(message, dict) else None
         if isinstance(content, list):
             spot = f"{where}: messages[{position}].content"
-            parts = [_number_part(part, images, f"{spot}[{i}]") for i, part in enumerate(content)]
+            parts = [_number_part(part, media, f"{spot}[{i}]") for i, part in enumerate(content)]
             message = {**message, "content": parts}
         numbered.append(message)
     return numbered
 
 
-def _number_part(part: Any, images: list[str], where: str) -> Any:
+def _number_part(part: Any, media: list[tuple[str, str]], where: str) -> Any:
     key = _source_key(part)
     if key is None:
         return part
-    source = part.get(key)
-    if key == "image_url" and isinstance(source, dict):
-        source = source.get("url")
+    kind, source = SOURCE_KEYS[key], part.get(key)
+    if isinstance(source, dict):
+        source = _inline_audio(source) if key == "input_audio" else source.get("url")
     if not isinstance(source, str) or not source:
         raise ValueError(
-            f"{where}: an image part must name its file, got {_short(part)}; write "
-            '{"type": "image", "image": "a.jpg"} or '
-            '{"type": "image_url", "image_url": {"url": "a.jpg"}}'
+            f"{where}: a part of type {key} must name its file, got {_short(part)}; write "
+            f'{{"type": "{kind}", "{kind}": "path"}} or '
+            f'{{"type": "{kind}_url", "{kind}_url": {{"url": "path"}}}}'
         )
-    images.append(source)
+    media.append((kind, source))
     kept = {name: value for name, value in part.items() if name not in ("type", key)}
-    return {"type": "image", "index": len(images) - 1, **kept}
+    return {"type": kind, "index": len(media) - 1, **kept}
+
+
+def _inline_audio(source: dict[str, Any]) -> str | None:
+    """OpenAI's {"data": base64, "format": "wav"} as a `data:` URI."""
+    data = source.get("data")
+    if not isinstance(data, str) or not data:
+        return None
+    return f"data:audio/{source.get('format', 'wav')};base64,{data}"
 
 
 def _source_key(part: Any) -> str | None:
-    """Under which key an input image part names its source; None for any other part."""
+    """Under which key an input media part names its source; None for any other part."""
     kind = part.get("type") if isinstance(part, dict) else None
-    return kind if kind in ("image", "image_url") else None
+    return kind if isinstance(kind, str) and kind in SOURCE_KEYS else None
 
 
 def _check_message(message: Any, num_media: int, where: str) -> None:
@@ -228,21 +297,21 @@ def _check_message(message: Any, num_media: int, where: str) -> None:
     if role not in ROLES:
         raise ValueError(f"{where}.role must be one of {', '.join(ROLES)}, got {role!r}; rename it")
     if isinstance(content, str):
-        if PLACEHOLDER in content:
+        if found := _PLACEHOLDER.search(content):
             raise ValueError(
-                f"{where}.content must not hold {PLACEHOLDER} without an image, got "
-                f'{_short(content)}; list its file in "images", or, if the literal text is meant, '
-                'write a {"type": "text"} part'
+                f"{where}.content must not hold {found[0]} without its file, got "
+                f'{_short(content)}; list the file in "{PLACEHOLDERS[found[0]]}", or, if the '
+                'literal text is meant, write a {"type": "text"} part'
             )
     elif isinstance(content, list):
         for position, part in enumerate(content):
             _check_part(part, num_media, f"{where}.content[{position}]")
-    else:
+    elif content is not None or not message.get("tool_calls"):
         raise ValueError(
             f"{where}.content must be text or a list of parts, got {_short(content)}; "
             "leave out turns without content"
         )
-    if role == "assistant" and not _has_content(message):
+    if role == "assistant" and not message.get("tool_calls") and not _has_content(message):
         raise ValueError(
             f"{where}.content must not be empty for assistant, got {_short(content)}; "
             "leave out turns that say nothing: the model would learn to"
@@ -257,36 +326,22 @@ def _check_part(part: Any, num_media: int, where: str) -> None:
                 f"{where}.text must be a string, got {_short(part.get('text'))}; "
                 'write {"type": "text", "text": "…"}'
             )
-    elif kind == "image":
+    elif isinstance(kind, str) and kind in KINDS:
         index = part.get("index")
         if type(index) is not int or not 0 <= index < num_media:
             raise ValueError(
-                f"{where}.index must number one of the sample's {num_media} images from 0, "
-                f"got {_short(index)}; add the image or fix the index"
+                f"{where}.index must number one of the sample's {num_media} media from 0, "
+                f"got {_short(index)}; add the {kind} or fix the index"
             )
-    elif kind in LATER_PARTS:
-        raise ValueError(
-            f"{where}.type must be text or image, got {kind!r}: video and audio are not supported "
-            "yet; leave the record out"
-        )
     else:
         raise ValueError(
-            f"{where}.type must be text or image, got {_short(part if kind is None else kind)}; "
-            "write text as a string or a text part"
+            f"{where}.type must be text, {', '.join(KINDS[:-1])} or {KINDS[-1]}, "
+            f"got {_short(part if kind is None else kind)}; write text as a string or a text part"
         )
-
-
-def _texts(message: dict[str, Any]) -> list[str]:
-    content = message["content"]
-    if isinstance(content, str):
-        return [content]
-    return [part["text"] for part in content if part["type"] == "text"]
 
 
 def _has_content(message: dict[str, Any]) -> bool:
-    content = message["content"]
-    images = isinstance(content, list) and any(part["type"] == "image" for part in content)
-    return images or any(text.strip() for text in _texts(message))
+    return any(part["type"] != "text" or part["text"].strip() for part in content_parts(message))
 
 
 def _short(value: Any) -> str:

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from triptych_data.index import IndexRows, ShardIndex, index_paths, read_index, write_index
-from triptych_data.probe import SUFFIXES, probe_image
-from triptych_data.sample import check_sample, image_indexes, load_json, text_bytes
+from triptych_data.probe import MEDIA_SUFFIXES, probe_media
+from triptych_data.sample import check_sample, load_json, media_kinds, media_parts, text_bytes
 from triptych_data.tar import Member, walk
 from triptych_data.workers import begin_worker
 
@@ -20,7 +20,7 @@ def build_index(tar: str | Path) -> ShardIndex:
     A member's key is its path up to the first dot of the file's name, as in webdataset. Raises
     ValueError with file and offset or key for a damaged tar (`tar.walk`), a key that comes back
     after another, a sample without `.json`, a member held twice, media not named `<key>.<i>.<ext>`
-    from 0 without gaps, a JSON that is no chat (`sample.check_sample`), a broken image.
+    from 0 without gaps, a JSON that is no chat (`sample.check_sample`), a broken medium.
     """
     rows, seen, end = IndexRows(), set[str](), 0
     with Path(tar).open("rb", buffering=0) as file:
@@ -98,16 +98,18 @@ def _add_group(rows: IndexRows, key: str, group: list[Member], span: bytes, wher
     contents = [span[m.data - start : m.data - start + m.size] for m, _, _ in members]
     record = load_json(contents[0], where)
     check_sample(record, len(members) - 1, where)
-    sizes = []
-    for (member, _, _), content in zip(members[1:], contents[1:], strict=True):
-        info = probe_image(content, f"{where}: member {member.name}", decode=False)
-        sizes.append((info.width, info.height))
+    media = [
+        probe_media(content, kind, f"{where}: member {member.name}", decode=False)
+        for (member, _, _), content, kind in zip(
+            members[1:], contents[1:], media_kinds(record), strict=True
+        )
+    ]
     rows.add(
         key,
         span,
         [(member.data, member.size, suffix) for member, _, suffix in members],
         text_bytes(record),
-        [sizes[index] for index in image_indexes(record)],
+        [media[index] for _, index in media_parts(record)],
         start,
     )
 
@@ -123,9 +125,9 @@ def _sorted_members(key: str, group: list[Member], where: str) -> list[tuple[Mem
             position = -1
         elif number.isdecimal() and number.isascii():
             position = int(number)
-        elif suffix in {*SUFFIXES.values(), "jpeg"}:
+        elif suffix in MEDIA_SUFFIXES:
             raise ValueError(
-                f"{where}: images must be named <key>.<i>.<ext> with i from 0, got {member.name}; "
+                f"{where}: media must be named <key>.<i>.<ext> with i from 0, got {member.name}; "
                 "rename it, and keep dots out of keys: a name is split at its first dot"
             )
         else:

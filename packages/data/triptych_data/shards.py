@@ -34,6 +34,8 @@ class ShardReport:
     shards: list[Path] = field(default_factory=list)
     num_samples: int = 0
     num_images: int = 0
+    num_videos: int = 0
+    num_audios: int = 0
     text_bytes: int = 0
     tar_bytes: int = 0
     skipped: list[Rejected] = field(default_factory=list)
@@ -52,10 +54,10 @@ def write_shards(
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ShardReport:
-    """Check the chats of a JSONL file and write them, images included, as indexed shards.
+    """Check the chats of a JSONL file and write them, media included, as indexed shards.
 
     A shard is full when the next sample would take it beyond `shard_size` bytes, or at
-    `samples_per_shard`. Image paths are relative to `image_root`, by default the input's folder.
+    `samples_per_shard`. Media paths are relative to `image_root`, by default the input's folder.
     Keys number the written samples. Raises ValueError at the first bad line, or, with `skip_bad`,
     lists bad lines in `skipped.jsonl`; nothing appears in `output_dir` before all is written.
     `on_progress` is told (lines done, lines in all).
@@ -122,7 +124,10 @@ def _staging(output: Path, overwrite: bool) -> Iterator[Path]:
 def _members(key: str, sample: Prepared) -> list[bytes]:
     """The members of a sample as they lie in a tar: header, content and padding, in turns."""
     parts = []
-    media = [(f"{i}.{suffix}", data) for i, (suffix, data) in enumerate(sample.images)]
+    media = [
+        (f"{i}.{info.suffix}", data)
+        for i, (info, data) in enumerate(zip(sample.measures, sample.media, strict=True))
+    ]
     for name, data in [("json", sample.json), *media]:
         parts += [header(f"{key}.{name}", len(data)), data, bytes(padded(len(data)) - len(data))]
     return parts
@@ -146,17 +151,20 @@ class _Writer:
         span = b"".join(parts)
         file = self._shard_for(len(span))
         members, offset = [], self.end
-        suffixes = ["json", *(suffix for suffix, _ in sample.images)]
+        suffixes = ["json", *(info.suffix for info in sample.measures)]
         for suffix, head, data, padding in zip(
             suffixes, parts[::3], parts[1::3], parts[2::3], strict=True
         ):
             members.append((offset + len(head), len(data), suffix))
             offset += len(head) + len(data) + len(padding)
-        self.rows.add(key, span, members, sample.text_bytes, sample.image_sizes, self.end)
+        self.rows.add(key, span, members, sample.text_bytes, sample.measures, self.end)
         file.write(span)
         self.end = offset
         self.report.num_samples += 1
-        self.report.num_images += len(sample.images)
+        kinds = [info.kind for info in sample.measures]
+        self.report.num_images += kinds.count("image")
+        self.report.num_videos += kinds.count("video")
+        self.report.num_audios += kinds.count("audio")
         self.report.text_bytes += sample.text_bytes
 
     def finish(self, skipped: list[Rejected], source: Path) -> ShardReport:

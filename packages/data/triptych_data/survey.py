@@ -1,4 +1,4 @@
-"""What shards hold, in numbers: sizes, texts, images, and under a model tokens and packing."""
+"""What shards hold, in numbers: sizes, texts, media, and under a model tokens and packing."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from triptych_data.reader import Shards
+from triptych_data.sample import KINDS
 
 SIDES = (0, 128, 256, 512, 768, 1024, 2048, np.inf)
 """Bounds of the resolution histogram: the side in pixels of a square of the image's area."""
@@ -17,14 +18,19 @@ MOST_ROWS = 12
 
 def survey(shards: Shards) -> dict[str, Any]:
     """Counts and distributions of `shards`, from their indexes alone; ready for JSON."""
-    counts = np.diff(shards.image_start)
-    widths, heights = shards.image_sizes.T.astype(np.float64)
+    kinds = shards.media.kind
+    images = np.concatenate([[0], np.cumsum(kinds == KINDS.index("image"))])
+    counts = np.diff(images[shards.media_start])
+    videos, audios = (kinds == KINDS.index(kind) for kind in ("video", "audio"))
+    widths, heights = shards.media.size[kinds == KINDS.index("image")].T.astype(np.float64)
     side = np.sqrt(widths * heights)
     aspect = np.maximum(widths, heights) / np.minimum(widths, heights)
     return {
         "num_shards": len(shards.paths),
         "num_samples": shards.num_samples,
-        "num_images": len(shards.image_sizes),
+        "num_images": int(images[-1]),
+        "num_videos": int(videos.sum()),
+        "num_audios": int(audios.sum()),
         "tar_bytes": sum(index.tar_bytes for index in shards.indexes),
         "fingerprint": shards.fingerprint,
         "text_bytes": spread(shards.text_bytes),
@@ -38,6 +44,9 @@ def survey(shards: Shards) -> dict[str, Any]:
             for low, high in pairwise(SIDES)
         },
         "image_aspect_max": round(float(aspect.max()), 2) if len(aspect) else None,
+        "video_seconds": spread(shards.media.seconds[videos]) if videos.any() else None,
+        "video_frames": spread(shards.media.frames[videos]) if videos.any() else None,
+        "audio_seconds": spread(shards.media.seconds[audios]) if audios.any() else None,
     }
 
 
@@ -94,6 +103,16 @@ def spread(values: np.ndarray) -> dict[str, float]:
     }
 
 
+def media_counts(report: dict[str, Any]) -> str:
+    """How many images and, if there are any, videos and audios."""
+    names = ("images", "videos", "audios")
+    return ", ".join(
+        f"{report[f'num_{name}']:,} {name}"
+        for name in names
+        if report[f"num_{name}"] or name == "images"
+    )
+
+
 def in_units(size: int) -> str:
     """Bytes as a short decimal: 12.3 MB."""
     units = ("bytes", "kB", "MB", "GB", "TB")
@@ -104,15 +123,23 @@ def in_units(size: int) -> str:
 def as_text(report: dict[str, Any]) -> str:
     """A survey, with a forecast or without, for people."""
     lines = [
-        f"{report['num_samples']:,} samples, {report['num_images']:,} images: "
+        f"{report['num_samples']:,} samples, {media_counts(report)}: "
         f"{report['num_shards']:,} shards, {in_units(report['tar_bytes'])}",
         f"fingerprint {report['fingerprint'][:16]}",
         "",
         f"{'per sample':<12}" + "".join(f"{name:>13}" for name in report["text_bytes"]),
     ]
-    names = {"text_bytes": "text bytes", "tokens": "tokens", "targets": "targets"}
-    for key, name in (names | {"patches": "patches"}).items():
-        if key in report:
+    names = {
+        "text_bytes": "text bytes",
+        "tokens": "tokens",
+        "targets": "targets",
+        "patches": "patches",
+        "video_seconds": "video s",
+        "video_frames": "video frames",
+        "audio_seconds": "audio s",
+    }
+    for key, name in names.items():
+        if report.get(key):
             lines.append(f"{name:<12}" + "".join(f"{v:>13,.6g}" for v in report[key].values()))
     lines += ["", "images per sample", *_bars(report["images_per_sample"])]
     if report["num_images"]:

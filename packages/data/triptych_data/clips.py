@@ -1,0 +1,245 @@
+"""Video and audio files through PyAV: what they hold, their frames, their waveform."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from io import BytesIO
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
+VIDEO_SUFFIXES = ("mp4", "mov", "webm", "mkv", "avi")
+AUDIO_SUFFIXES = ("wav", "flac", "mp3", "ogg", "m4a")
+MAX_FRAME_PIXELS = 8192 * 8192
+"""A frame of more is taken for a decompression bomb."""
+MAX_AUDIO_SAMPLES = 2**29
+"""Over all channels, 2 GiB as they are decoded: 3 hours of stereo at 24 kHz."""
+
+# FFmpeg also reads play lists and the like, which name other files: none of these here.
+_VIDEO_FORMATS = "mov,mp4,matroska,webm,avi"
+_AUDIO_FORMATS = "wav,flac,mp3,ogg,mov,mp4"
+
+
+class VideoInfo(NamedTuple):
+    """`suffix` by content; the size in pixels as it will be seen, turned; the frames that are
+    stored and the seconds they last."""
+
+    suffix: str
+    width: int
+    height: int
+    frames: int
+    seconds: float
+
+
+class AudioInfo(NamedTuple):
+    """`suffix` by content, and the seconds of what is decoded."""
+
+    suffix: str
+    seconds: float
+
+
+class Timeline(NamedTuple):
+    """The presentation times of a video's frames, in order, and those of its key frames with the
+    time to seek to; all (n,) int64 in units of `base` seconds."""
+
+    times: np.ndarray
+    key_times: np.ndarray
+    key_offsets: np.ndarray
+    last_duration: int
+    base: Fraction
+
+
+def probe_video(data: bytes, *, decode: bool = True) -> VideoInfo:
+    """What a video file holds: frames are counted in the container, and the first one is decoded.
+
+    With `decode` the last one is decoded too, which finds a damaged tail. Raises ValueError for
+    what is no whole mp4, mov, webm, mkv or avi file with pictures, or holds huge ones.
+    """
+    with open_video(data) as (container, stream):
+        line = timeline(container, stream)
+        wanted = line.times[[0, -1]] if decode else line.times[:1]
+        first, *_ = decode_frames(container, stream, line, wanted)
+        width, height = first.width, first.height
+        if first.rotation % 180:
+            width, height = height, width
+        return VideoInfo(
+            _video_suffix(data), width, height, len(line.times), _seconds(line, stream)
+        )
+
+
+@contextmanager
+def open_video(data: bytes) -> Iterator[tuple["InputContainer", "VideoStream"]]:
+    """A video file's container and its first video stream, decoded by one thread.
+
+    Within, whatever FFmpeg finds wrong becomes a ValueError.
+    """
+    with _opened(data, "video", _VIDEO_FORMATS) as container:
+        if not container.streams.video:
+            raise ValueError("no video stream")
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1  # loaders have a process per core already
+        width, height = stream.codec_context.width, stream.codec_context.height
+        if not 0 < width * height <= MAX_FRAME_PIXELS:
+            raise ValueError(f"frames of {width} x {height} pixels")
+        yield container, stream
+
+
+def timeline(container: "InputContainer", stream: "VideoStream") -> Timeline:
+    """Read the times of all frames from the container, without decoding; it is left at its end."""
+    times, keys, last = [], [], (0, 0)
+    for packet in container.demux(stream):
+        time = packet.dts if packet.pts is None else packet.pts
+        if time is None or packet.is_discard or not packet.size:  # an edit list hides a frame
+            continue
+        times.append(time)
+        last = max(last, (time, packet.duration or 0))
+        if packet.is_keyframe:
+            keys.append((time, time if packet.dts is None else packet.dts))
+    if not keys:
+        raise ValueError("no key frame")
+    key_times, key_offsets = np.array(sorted(keys), dtype=np.int64).T
+    base = stream.time_base or Fraction(1)
+    return Timeline(np.array(sorted(times), dtype=np.int64), key_times, key_offsets, last[1], base)
+
+
+def decode_frames(
+    container: "InputContainer", stream: "VideoStream", line: Timeline, wanted: np.ndarray
+) -> Iterator["VideoFrame"]:
+    """The frames whose times are `wanted` (n,), ascending, of `line`, decoded from key frames.
+
+    Raises ValueError for one that the decoder does not give, or gives damaged.
+    """
+    frame: VideoFrame | None = None
+    frames: Iterator[VideoFrame] = iter(())
+    for time in wanted.tolist():
+        key = max(int(np.searchsorted(line.key_times, time, side="right")) - 1, 0)
+        if frame is None or _time(frame) < line.key_times[key]:
+            frames = _seek(container, stream, int(line.key_offsets[key]))
+            frame = None
+        frame = _advance(frame, frames, time)
+        if frame is None or _time(frame) > time:  # some containers seek behind what was asked for
+            frames = _seek(container, stream, int(line.key_offsets[0]))
+            frame = _advance(None, frames, time)
+        if frame is None or _time(frame) != time or frame.is_corrupt:
+            raise ValueError(f"no whole frame at {float(time * line.base):.3f} s")
+        yield frame
+
+
+def probe_audio(data: bytes) -> AudioInfo:
+    """What an audio file holds: it is decoded in full, as only that tells how long it is.
+
+    Raises ValueError for what is no whole wav, flac, mp3, ogg or m4a file with sound.
+    """
+    rate, samples = read_audio(data)
+    return AudioInfo(_audio_suffix(data), samples.shape[1] / rate)
+
+
+def read_audio(data: bytes) -> tuple[int, np.ndarray]:
+    """The sound of a file: its rate in Hz and its samples (channels, n) float32 in [-1, 1].
+
+    Raises ValueError for a file that is no sound, is damaged or changes its rate.
+    """
+    av = import_av()
+    with _opened(data, "audio", _AUDIO_FORMATS) as container:
+        if not container.streams.audio:
+            raise ValueError("no audio stream")
+        stream = container.streams.audio[0]
+        rate, parts, left = stream.rate, [], MAX_AUDIO_SAMPLES
+        convert = av.AudioResampler(format="fltp", layout=stream.layout, rate=rate)
+        for frame in container.decode(stream):
+            if frame.is_corrupt or frame.rate != rate:
+                raise ValueError("a damaged frame, or one of another rate")
+            parts += [part.to_ndarray() for part in convert.resample(frame)]
+            left -= frame.samples * len(frame.layout.channels)
+            if left < 0:
+                raise ValueError(f"over {MAX_AUDIO_SAMPLES} samples")
+        if not parts:
+            raise ValueError("no sound")
+        return rate, np.concatenate(parts, axis=1)
+
+
+def import_av() -> ModuleType:
+    """PyAV, which brings FFmpeg. Raises ImportError that says how to install it."""
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError(
+            "video and audio need PyAV, got no module named av; "
+            "run: pip install 'triptych-data[video,audio]'"
+        ) from error
+    return av
+
+
+@contextmanager
+def _opened(data: bytes, kind: str, formats: str) -> Iterator["InputContainer"]:
+    av = import_av()
+    suffixes = VIDEO_SUFFIXES if kind == "video" else AUDIO_SUFFIXES
+    # No protocol: a file in memory names no other.
+    options = {"format_whitelist": formats, "protocol_whitelist": ""}
+    try:
+        with av.open(BytesIO(data), options=options, metadata_errors="replace") as container:
+            yield container
+    except (av.FFmpegError, ValueError, IndexError, EOFError) as error:
+        raise ValueError(
+            f"{kind} must be a whole file of {', '.join(suffixes)}, got {len(data)} bytes that "
+            f"cannot be decoded ({error}); replace the file"
+        ) from error
+
+
+def _seek(
+    container: "InputContainer", stream: "VideoStream", offset: int
+) -> Iterator["VideoFrame"]:
+    container.seek(offset, stream=stream)
+    return container.decode(stream)
+
+
+def _advance(
+    frame: "VideoFrame | None", frames: Iterator["VideoFrame"], time: int
+) -> "VideoFrame | None":
+    """The first frame from `frame` on that is not before `time`, None if there is none."""
+    while frame is None or _time(frame) < time:
+        frame = next(frames, None)
+        if frame is None:
+            return None
+    return frame
+
+
+def _time(frame: "VideoFrame") -> int:
+    time = frame.dts if frame.pts is None else frame.pts
+    if time is None:
+        raise ValueError("a frame without a time")
+    return time
+
+
+def _seconds(line: Timeline, stream: "VideoStream") -> float:
+    """How long all frames are shown: by the stream's rate, unless that does not fit their times.
+
+    Times may be rounded, to milliseconds in webm; the rate of a video of constant rate is not.
+    """
+    frames = len(line.times)
+    span = Fraction(int(line.times[-1] - line.times[0])) * line.base
+    rate = stream.average_rate
+    if rate and rate > 0 and abs(span - (frames - 1) / rate) <= 1 / (2 * rate):
+        return float(frames / rate)
+    if frames == 1 or not span:
+        return float(max(line.last_duration, 1) * line.base)
+    return float(span * frames / (frames - 1))
+
+
+def _video_suffix(data: bytes) -> str:
+    if data[:4] == b"RIFF":
+        return "avi"
+    if data[:4] == b"\x1aE\xdf\xa3":  # EBML, whose header names the kind
+        return "webm" if b"webm" in data[:64] else "mkv"
+    return "mov" if data[8:12] == b"qt  " else "mp4"
+
+
+def _audio_suffix(data: bytes) -> str:
+    marks = {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg"}
+    return marks.get(data[:4]) or ("m4a" if data[4:8] == b"ftyp" else "mp3")
