@@ -179,7 +179,7 @@ def test_links_are_refused(tmp_path):
         link = tarfile.TarInfo("b.json")
         link.type, link.linkname = tarfile.LNKTYPE, "a.json"
         sink.addfile(link)
-    with pytest.raises(ValueError, match=r"byte \d+: member b.json must be a regular file"):
+    with pytest.raises(ValueError, match=r"byte \d+: member 'b.json' must be a regular file"):
         build_index(tar)
 
 
@@ -206,7 +206,7 @@ def test_damaged_structure_is_found_by_the_scan(shard):
     assert "a tar must end in two zero blocks" in damaged(shard, data[: middle.start])
     assert "only zeros may follow the end marker" in damaged(shard, data + data)
     assert "a tar must end in two zero blocks" in damaged(shard, b"")
-    assert "the header's checksum" in damaged(shard, b"PK\3\4" * 1000)
+    assert "the header's checksum" in damaged(shard, b"noise" * 1000)
 
 
 def test_any_flip_or_cut_is_found_when_shards_are_opened_or_read(shard):
