@@ -56,7 +56,18 @@ class InputSample:
 
 
 def parse_input(line: str | bytes, where: str) -> InputSample:
-    """One line of input JSONL, validated and brought into shard form.
+    """One line of input JSONL, validated and brought into shard form. Raises as `parse_record`."""
+    record = load_json(line, where)
+    if not isinstance(record, dict):
+        raise ValueError(
+            f"{where}: a record must be a JSON object, got {_short(record)}; "
+            'write {"messages": […]}'
+        )
+    return parse_record(record, where)
+
+
+def parse_record(record: dict[str, Any], where: str) -> InputSample:
+    """One input record, validated and brought into shard form; the record itself is changed.
 
     Media are `{"type": "image", "image": "path"}` or `{"type": "image_url", "image_url": {"url":
     "path"}}`, the same with video or audio, OpenAI's `{"type": "input_audio", "input_audio":
@@ -64,12 +75,6 @@ def parse_input(line: str | bytes, where: str) -> InputSample:
     with lists of paths "images", "videos", "audios" beside `messages` (as many placeholders as
     paths). Keys we do not know are kept. Raises ValueError.
     """
-    record = load_json(line, where)
-    if not isinstance(record, dict):
-        raise ValueError(
-            f"{where}: a record must be a JSON object, got {_short(record)}; "
-            'write {"messages": […]}'
-        )
     lists = {name: record.pop(name) for name in PLACEHOLDERS.values() if name in record}
     listed = {name: paths for name, paths in lists.items() if paths is not None}
     media: list[tuple[str, str]] = []
