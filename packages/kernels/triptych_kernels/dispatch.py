@@ -247,6 +247,11 @@ def choose(
     return name
 
 
+def is_requested(op: str) -> bool:
+    """Whether `use_backend` or the environment asks for a backend of `op`."""
+    return _requested(op, None)[0] is not None
+
+
 def is_traced(x: torch.Tensor) -> bool:
     """Whether the op must be one node of a graph (torch.compile, fake tensors) for a tensor `x`.
 

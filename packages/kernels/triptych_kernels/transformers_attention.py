@@ -25,12 +25,12 @@ def register_attention(name: str = "triptych") -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import flash_attention_mask
 
-    AttentionInterface.register(name, _packed_attention)
+    AttentionInterface.register(name, attend_packed)
     # It makes no (T, T) mask, and hands a mask that hides something on, to be refused below.
     AttentionMaskInterface.register(name, flash_attention_mask)
 
 
-def _packed_attention(
+def attend_packed(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
