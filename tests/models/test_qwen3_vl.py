@@ -4,6 +4,7 @@ import torch
 from tests.models import tiny
 from tests.models.conftest import Build
 from tests.models.stock import stock_logits, stock_loss, stock_twin
+from triptych_kernels import unfuse
 from triptych_models.generate import generate
 
 SEQ_LEN = 96
@@ -31,6 +32,16 @@ def test_packed_loss_and_gradients_equal_stock_documents_one_by_one(
     for name, parameter in theirs.items():
         difference = (ours[name].grad - parameter.grad).norm()
         assert difference <= 1e-5 * parameter.grad.norm() + 1e-6, name
+
+
+def test_every_norm_and_mlp_of_the_language_model_is_fused(build: Build) -> None:
+    names = set(build().hf.state_dict())
+    assert set(build(fuse=False).hf.state_dict()) == names
+    norms = {n.removesuffix(".weight") for n in names if n.endswith("norm.weight")}
+    mlps = {n.removesuffix(".gate_proj.weight") for n in names if n.endswith("gate_proj.weight")}
+    language = {n for n in norms if ".language_model." in n} | mlps
+    assert mlps and set(unfuse(build().hf)) == language
+    assert unfuse(build(fuse=False).hf) == []
 
 
 def test_logits_equal_stock(build: Build, documents: list[tiny.Document]) -> None:

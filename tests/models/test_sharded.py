@@ -9,11 +9,12 @@ from deepspeed.utils import safe_get_full_grad
 
 from tests.models import tiny
 from tests.ranks import run_ranks
+from triptych_kernels import fuse
 from triptych_models.config import ModelConfig
 from triptych_models.export import export
 from triptych_models.families import build_model
 from triptych_models.generate import generate
-from triptych_models.qwen3_vl import Qwen3VL
+from triptych_models.qwen3_vl import FUSED_OPS, Qwen3VL
 
 # Its build takes minutes and gloo does without it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -54,6 +55,9 @@ def build_and_round_trip(config: ModelConfig, out_dir: Path, dtype: torch.dtype)
     deepspeed.init_distributed("gloo")
     sharded, plain = build_sharded(config, dtype), build_model(config, dtype=dtype)
     assert_same_weights(sharded, plain)
+    assert fuse(sharded.hf, dry_run=True, ops=FUSED_OPS) == fuse(
+        plain.hf, dry_run=True, ops=FUSED_OPS
+    ), "a partitioned model is fused in the same places"
     for (name, buffer), expected in zip(sharded.named_buffers(), plain.buffers(), strict=True):
         assert torch.equal(buffer, expected), name
     is_main = torch.distributed.get_rank() == 0

@@ -3,7 +3,11 @@
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen3_vl.modeling_qwen3_vl import (
@@ -20,6 +24,12 @@ def register() -> None:
     """Make `attn_implementation="triptych_packed"` known to transformers; harmless if repeated."""
     AttentionInterface.register(PACKED, packed_attention)
     AttentionMaskInterface.register(PACKED, sdpa_mask)
+
+
+def pack_vision_attention(model: Qwen3VLForConditionalGeneration) -> None:
+    """Give every block of the vision tower packed attention; names of parameters stay."""
+    for block in model.model.visual.blocks:
+        block.attn = PackedVisionAttention(block.attn)
 
 
 def packed_attention(

@@ -11,13 +11,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, PretrainedConfig, Qwen3VLForConditionalGeneration
 from transformers.initialization import no_init_weights
 
-from .attention import PACKED, register
+from triptych_kernels import fuse
+
+from .attention import PACKED, pack_vision_attention, register
 from .flops import qwen3_vl_flops
-from .fuse import fuse, pack_vision_attention
 from .head import LossHead
 from .output import LossOutput
 from .rotary import restore_rotary
 from .vision import normalize_pixels, vision_features
+
+# Of what triptych_kernels.fuse knows: what the language layers have. The loss is LossHead's, and
+# packed attention comes by its own name.
+FUSED_OPS = ("rms_norm", "swiglu")
 
 
 class HasImageRules(Protocol):
@@ -56,7 +61,7 @@ class Qwen3VL(nn.Module):
         self.hf.tie_weights()
         pack_vision_attention(self.hf)
         if fused:
-            fuse(self.hf)
+            fuse(self.hf, ops=FUSED_OPS)
         restore_rotary(self.hf)
         self.image_mean = image_mean
         self.image_std = image_std
