@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.data.packs import MODEL
-from triptych_data.chat import ChatTokenizer, shift_targets
+from triptych_data.chat import ChatTokenizer, MediaTokens, shift_targets
 
 TEMPLATE = (MODEL / "chat_template.jinja").read_text()
 
@@ -37,7 +37,7 @@ def trained_text(chat, tokens):
 
 CHATS = [
     turns("Hi", "Hello there."),
-    turns("Hi\n\n", "\n\nHello", "and\nmore?", " yes \n", system="  Be brief.\n"),
+    turns("Hi\n\n", "Hello", "and\nmore?", " yes \n", system="  Be brief.\n"),
     turns("naïve café 猫 👩‍👩‍👧 e\u0301", "日本語 and עברית\t!"),
     turns("a < b <| c |> <|im_en", "d|> <|", system="<|"),
     [
@@ -57,6 +57,7 @@ def test_ids_equal_stock_on_random_texts(chat, stock):
     alphabet = "ab <|>_\n\t.,'s12éß猫\u0301😀\u200d"
     for _ in range(100):
         texts = ["".join(rng.choices(alphabet, k=rng.randint(1, 30))) for _ in range(4)]
+        texts = [text.lstrip("\n") or "a" for text in texts]  # no token may join them to a header
         messages = turns(*texts)
         assert chat.encode(messages).input_ids.tolist() == stock_ids(stock, messages)
 
@@ -66,10 +67,13 @@ def test_assistant_text_and_its_end_are_trained(chat):
     assert trained_text(chat, tokens) == " Yes.<|im_end|>Nö\n<|im_end|>"
 
 
-def test_a_token_that_begins_in_the_header_is_not_trained(chat, stock):
-    # The tiny tokenizer has no such merge; a content of line breaks only shows the rule's edge.
-    tokens = chat.encode(turns("q", "\n"))
-    assert trained_text(chat, tokens) in ("\n<|im_end|>", "<|im_end|>")
+def test_no_token_joins_an_answer_to_its_prompt(chat, stock):
+    messages = turns("q", "\n\nHello")  # stock makes one token of all three line breaks
+    tokens = chat.encode(messages)
+    prompt = stock.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
+    answer = stock.encode("\n\nHello<|im_end|>\n", add_special_tokens=False)
+    assert tokens.input_ids.tolist() == prompt + answer != stock_ids(stock, messages)
+    assert trained_text(chat, tokens) == "\n\nHello<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -78,14 +82,14 @@ def test_a_token_that_begins_in_the_header_is_not_trained(chat, stock):
 )
 def test_text_cannot_make_control_tokens(chat, quoted):
     plain = chat.encode(turns("x", "y", system="z"))
-    special = {i for i in plain.input_ids.tolist() if i in chat._special.values()}
+    special = {i for i in plain.input_ids.tolist() if i in chat._controls.ids.values()}
     for messages in (
         turns(quoted, "y", system="z"),
         turns("x", quoted, system="z"),
         turns("x", "y", system=quoted),
     ):
         tokens = chat.encode(messages)
-        found = [i for i in tokens.input_ids.tolist() if i in chat._special.values()]
+        found = [i for i in tokens.input_ids.tolist() if i in chat._controls.ids.values()]
         assert set(found) == special and len(found) == 6
         assert quoted in chat._tokenizer.decode(tokens.input_ids.tolist())
 
@@ -109,7 +113,8 @@ def test_shift_labels_hold_the_next_token(chat):
 def test_image_placeholders_are_repeated_in_order(chat):
     image, text = {"type": "image", "index": 0}, {"type": "text", "text": "and"}
     messages = [{"role": "user", "content": [image, text, image]}, *turns("", "Two.")[1:]]
-    ids = chat.encode(messages, [3, 5]).input_ids.tolist()
+    media = [MediaTokens("image", (3,)), MediaTokens("image", (5,))]
+    ids = chat.encode(messages, media).input_ids.tolist()
     is_image = "".join("#" if i == chat.image_token_id else "." for i in ids).strip(".")
     assert [len(run) for run in is_image.split(".") if run] == [3, 5]
 
@@ -122,8 +127,8 @@ def test_marks_in_text_are_refused(chat):
 def test_template_without_images_is_refused_for_images():
     template = TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "")
     messages = [{"role": "user", "content": [{"type": "image", "index": 0}]}, *turns("", "A")[1:]]
-    with pytest.raises(ValueError, match="got 0 for 1 images"):
-        ChatTokenizer(MODEL, template).encode(messages, [4])
+    with pytest.raises(ValueError, match="got none for"):
+        ChatTokenizer(MODEL, template).encode(messages, [MediaTokens("image", (4,))])
 
 
 def test_template_that_trims_equals_stock(stock):
