@@ -8,14 +8,91 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Pixels = Annotated[int, Field(ge=16)]
 
 
+# A weight for the whole run, or [[point, weight], …] for one that changes during it.
+Weight = float | list[tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)]]]
+
+
+class SourceConfig(BaseModel):
+    """Shards that are mixed with those of other sources."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    shards: list[str] = Field(
+        min_length=1, description="Tar shards, folders of shards or glob patterns."
+    )
+    weight: Weight | None = Field(
+        default=None,
+        description="Share of this source relative to the others' (all have one, or none), or "
+        "[[point, weight], …] for a share that changes linearly from point to point of the run; "
+        "null: as large as the source is.",
+    )
+    repeat: float = Field(
+        default=1.0,
+        gt=0,
+        le=10_000,
+        description="Times that an epoch holds each sample; for sources without weight.",
+    )
+    epochs: float | None = Field(
+        default=None,
+        gt=0,
+        description="Passes over this source after which the others go on without it; null: any.",
+    )
+
+    @property
+    def weights(self) -> list[tuple[int, float]] | None:
+        """The weight as points in ascending order."""
+        return [(0, self.weight)] if isinstance(self.weight, int | float) else self.weight
+
+
+class CostConfig(BaseModel):
+    """What packs cost relative to each other, so that ranks get packs that cost alike.
+
+    A document of l tokens costs l·(l + linear), an image or video frame of p patches
+    vision·p·(p + vision_linear). The defaults are those of a 2B model: Qwen3-VL-2B's decoder has 28
+    layers of width 2048, its vision tower 24 of width 1024 (see `balance.Cost`).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    linear: int = Field(
+        default=12 * 2048, ge=0, description="12 times the width of the language model."
+    )
+    vision: float = Field(
+        default=0.857,
+        ge=0,
+        le=1000,
+        description="2 · width · layers of the vision tower / (width · layers of the language "
+        "model); 0: images cost nothing.",
+    )
+    vision_linear: int = Field(
+        default=6 * 1024, ge=0, description="6 times the width of the vision tower."
+    )
+
+
 class DataConfig(BaseModel):
     """What is read, how long a pack is, and how many processes prepare packs."""
 
     model_config = ConfigDict(extra="forbid")
 
-    shards: list[str] = Field(
+    shards: list[str] | None = Field(
+        default=None,
         min_length=1,
-        description="Tar shards, folders of shards or glob patterns; together they are one epoch.",
+        description="Tar shards, folders of shards or glob patterns: the short form of one source.",
+    )
+    sources: dict[str, SourceConfig] = Field(
+        default_factory=dict,
+        description="Named sources to mix, instead of data.shards: {shards, weight, repeat, "
+        "epochs} each. Without weights every epoch holds all samples of all sources.",
+    )
+    temperature: float | None = Field(
+        default=None,
+        gt=0,
+        description="Weigh sources by size^(1/temperature), instead of weights of their own: "
+        "1 in proportion to size, high values alike; null: epochs, or the sources' weights.",
+    )
+    weights_in: Literal["samples", "tokens"] = Field(
+        default="samples",
+        description="What weights are shares of, and what counts the points at which they change.",
     )
     seq_len: int = Field(ge=8, description="Tokens in every pack (T of a batch), padding included.")
     min_pixels: Pixels | None = Field(
@@ -47,15 +124,95 @@ class DataConfig(BaseModel):
         le=1024,
         description="Packs kept open while packing; more waste less padding and plan more slowly.",
     )
+    window: int | None = Field(
+        default=None,
+        ge=64,
+        le=2**20,
+        description="Samples packed together; more waste less padding and take longer to plan; "
+        "null: 8192, or as many more as make 600 packs, up to 131072.",
+    )
     max_patches: int | None = Field(
         default=None,
         ge=1,
         description="Most image patches in a pack, to bound the vision tower's memory; null: any.",
     )
+    max_images: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most images and video frames in a pack; null: any.",
+    )
+    balance_group: int = Field(
+        default=32,
+        ge=1,
+        le=4096,
+        description="Packs of alike cost that follow each other, a power of two, at least the "
+        "number of ranks for balance between them; 1: packs in random order.",
+    )
+    cost: CostConfig = Field(
+        default_factory=CostConfig, description="What balance_group takes for a pack's cost."
+    )
     long_samples: Literal["refuse", "skip"] = Field(
         default="refuse",
         description="Whether a sample that no pack can hold stops the run or is left out.",
     )
+
+    max_bad_rate: float = Field(
+        default=0.01,
+        ge=0.0,
+        le=1.0,
+        description="Largest share of samples that may fail before the run stops; 0: none.",
+    )
+    timeout_s: float = Field(
+        default=600.0,
+        gt=0.0,
+        description="Seconds within which a worker must give a batch, or it counts as hung.",
+    )
+    ledger: bool = Field(
+        default=False,
+        description="Write which samples each rank consumed at every step: run.dir/ledger.",
+    )
+    resume_anyway: bool = Field(
+        default=False,
+        description="Go on from a checkpoint of other data or settings, and record the difference.",
+    )
+
+    @property
+    def named_sources(self) -> dict[str, SourceConfig]:
+        """The sources by name; data.shards is one named "shards"."""
+        return self.sources or {"shards": SourceConfig(shards=self.shards or [])}
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> "DataConfig":
+        if (self.shards is None) == (not self.sources):
+            got = "neither" if self.shards is None else "both"
+            raise ValueError(
+                f"data.shards: must be given, or data.sources instead, got {got}; give one of them"
+            )
+        sources = self.named_sources
+        weighted = [name for name, source in sources.items() if source.weight is not None]
+        if weighted and len(weighted) < len(sources):
+            name = next(name for name in sources if name not in weighted)
+            raise ValueError(
+                f"data.sources.{name}.weight: must be given as for {weighted[0]}, got null; "
+                "give every source a weight, or none"
+            )
+        if weighted and self.temperature is not None:
+            raise ValueError(
+                f"data.temperature: must be null with weights, got {self.temperature} and "
+                f"data.sources.{weighted[0]}.weight; drop one of them"
+            )
+        for name, source in sources.items():
+            _check_source(f"data.sources.{name}", source)
+        return self
+
+    @model_validator(mode="after")
+    def _check_group(self) -> "DataConfig":
+        if self.balance_group & (self.balance_group - 1):
+            raise ValueError(
+                f"data.balance_group: must be a power of two, got {self.balance_group}; "
+                f"take {1 << self.balance_group.bit_length()}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_pixels(self) -> "DataConfig":
@@ -65,3 +222,23 @@ class DataConfig(BaseModel):
                 f"{self.max_pixels}; swap or drop one of them"
             )
         return self
+
+
+def _check_source(path: str, source: SourceConfig) -> None:
+    if source.weight is None:
+        return
+    if source.repeat != 1:
+        raise ValueError(
+            f"{path}.repeat: must be 1 for a source with a weight, got {source.repeat}; "
+            "multiply the weight instead"
+        )
+    points = [at for at, _ in source.weights or []]
+    if not points or points != sorted(set(points)):
+        raise ValueError(
+            f"{path}.weight: must be [[point, weight], …] with ascending points, got "
+            f"{source.weight}; sort the points"
+        )
+    if any(weight < 0 or weight == float("inf") for _, weight in source.weights or []):
+        raise ValueError(
+            f"{path}.weight: must be finite and not negative, got {source.weight}; change it"
+        )

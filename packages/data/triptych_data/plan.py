@@ -1,69 +1,203 @@
-"""Which samples form which pack: a pure function of lengths, seed and position."""
+"""Which samples form which pack: a pure function of sources, lengths, seed and position."""
 
-from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from triptych_data.lengths import Lengths
-from triptych_data.order import epoch_order
-from triptych_data.packing import Packs, pack_lengths
+from triptych_data.balance import Cost, balanced_order
+from triptych_data.config import DataConfig
+from triptych_data.mixture import MixSource, Mixture
+from triptych_data.packing import Budget, pack_lengths
+from triptych_data.permutation import permute, stream_key
+
+if TYPE_CHECKING:
+    from triptych_data.lengths import Lengths  # which imports torch
+
+PLAN_VERSION = 1
+"""To be raised whenever the same inputs would give other packs or another order."""
+
+_WINDOW = 8192
+_MOST_SAMPLES = 2**17  # in a window by default: planned in 0.1 s
+_ENOUGH_PACKS = 600  # half a pack is lost at the end of a window: 0.1 %
+
+
+class PlanSource(NamedTuple):
+    """A source as the plan sees it; global sample ids count through the sources in their order."""
+
+    name: str
+    num_samples: int
+    fingerprint: str
+
+
+class PlannedPack(NamedTuple):
+    """A pack and its place in the stream of packs."""
+
+    position: int
+    """samples of the stream before it"""
+    next_position: int
+    """the position of the pack after it"""
+    samples: np.ndarray
+    """(num_docs,) int64, global sample ids in the order of the documents"""
 
 
 class Plan:
-    """The endless stream of packs over all epochs of `samples`; a position in it is one integer.
+    """The endless stream of packs that all ranks share, from any position on at equal cost.
 
-    Each epoch is a new order of all samples, packed; its packs follow those of the epoch before.
-    Only the epochs asked for last are held. Reaching a position in a far epoch needs the number of
-    packs in all epochs before it (1 s per million samples each), unless `epoch_starts` is known.
+    The run is cut into windows (see `Mixture`); a window's samples are drawn by permutations of
+    their sources, packed longest first, and its packs put in an order in which neighbours cost
+    alike (`balanced_order`), so that rank r of N takes pack r of each next N. Nothing is kept from
+    one window to the next. A position is the number of samples of the stream before a pack.
+    Samples that no pack can hold, and refused ones (0 tokens), are left out, but count.
+
+    `lengths` are those of all samples of all sources, by global id; `processor` is the fingerprint
+    of what they were measured with.
     """
 
     def __init__(
         self,
-        samples: np.ndarray,
-        lengths: Lengths,
-        *,
-        seed: int,
-        seq_len: int,
-        open_bins: int = 16,
-        max_patches: int | None = None,
+        config: DataConfig,
+        sources: Sequence[PlanSource],
+        lengths: "Lengths",
+        processor: str = "",
     ) -> None:
-        assert len(samples), "an empty epoch would never end"
-        self.samples = samples
-        self.epoch_starts = [0]  # first position of each epoch so far known; may be restored
+        assert [source.name for source in sources] == list(config.named_sources)
+        assert sum(source.num_samples for source in sources) == len(lengths.num_tokens)
+        self.sources = tuple(sources)
+        self.first_ids = np.cumsum([0, *(source.num_samples for source in sources)])
+        self._config = config
         self._lengths = lengths
-        self._seed = seed
-        self._seq_len = seq_len
-        self._open_bins = open_bins
-        self._max_patches = max_patches
-        self._epochs: dict[int, Packs] = {}
+        self._processor = processor
+        self._cost = Cost(config.cost.linear, config.cost.vision, config.cost.vision_linear)
+        self.window = config.window or _default_window(lengths.num_tokens, config.seq_len)
+        self.mixture = Mixture(
+            [self._mix_source(i, source) for i, source in enumerate(sources)],
+            window=self.window,
+            temperature=config.temperature,
+            in_tokens=config.weights_in == "tokens",
+        )
 
-    def pack(self, position: int) -> list[int]:
-        """Return the sample ids of the pack at `position`, in the order of their documents."""
-        assert position >= 0
-        while self.epoch_starts[-1] <= position:
-            self._packs(len(self.epoch_starts) - 1)
-        epoch = bisect_right(self.epoch_starts, position) - 1
-        return self._packs(epoch)[position - self.epoch_starts[epoch]].tolist()
+    def packs(self, position: int = 0) -> Iterator[PlannedPack]:
+        """Yield the packs of the stream from `position` on, without end.
+
+        Raises ValueError if no pack begins there, and when every source has done its `epochs`.
+        """
+        window = self.mixture.window_at(position)
+        packs = self.window_packs(window)
+        first = next((i for i, pack in enumerate(packs) if pack.position == position), len(packs))
+        if first == len(packs) and position != self.mixture.start(window):
+            raise ValueError(
+                f"checkpoint data state: position must be where a pack begins, got {position}; "
+                "the checkpoint is of another run, or was changed"
+            )
+        yield from packs[first:]
+        while True:
+            window += 1
+            yield from self.window_packs(window)
+
+    def window_packs(self, window: int) -> list[PlannedPack]:
+        """Return the packs of a window in the order of the stream.
+
+        Raises ValueError if every source has done its `epochs` before it.
+        """
+        samples = self._drawn(window)
+        tokens = self._lengths.num_tokens[samples]
+        patches = self._lengths.num_patches[samples]
+        fits = (tokens > 0) & (tokens <= self._config.seq_len)
+        budgets = []
+        if self._config.max_patches is not None:
+            fits &= patches <= self._config.max_patches
+            budgets.append(Budget(patches, self._config.max_patches))
+        if not fits.all():
+            samples, tokens, patches = samples[fits], tokens[fits], patches[fits]
+            budgets = [Budget(budget.sizes[fits], budget.limit) for budget in budgets]
+        packs = pack_lengths(tokens, self._config.seq_len, budgets)
+        if not len(packs):
+            return []
+        costs = self._cost.of_samples(tokens, patches, patches)
+        costs = np.add.reduceat(costs[packs.items], packs.starts[:-1])
+        key = stream_key(self._config.seed, "order of packs", window)
+        order = balanced_order(costs, self._config.balance_group, key)
+        position = self.mixture.start(window) + np.cumsum(np.diff(packs.starts)[order])
+        ids = samples[packs.items]
+        ends = position.tolist()
+        ends[-1] = self.mixture.start(window + 1)  # left out samples count as consumed
+        begins = [self.mixture.start(window), *ends[:-1]]
+        spans = zip(packs.starts[order].tolist(), packs.starts[order + 1].tolist(), strict=True)
+        return [
+            PlannedPack(begin, end, ids[a:b])
+            for begin, end, (a, b) in zip(begins, ends, spans, strict=True)
+        ]
 
     def epoch(self, position: int) -> int:
-        """Return the epoch, from 0, to which the pack at `position` belongs."""
-        self.pack(position)
-        return bisect_right(self.epoch_starts, position) - 1
+        """Return the epoch, from 0, of the pack at `position` (see `Mixture.epoch`)."""
+        return self.mixture.epoch(position)
 
-    def _packs(self, epoch: int) -> Packs:
-        """Return an epoch's packs of sample ids, and note where the next epoch starts."""
-        if epoch not in self._epochs:
-            order = self.samples[epoch_order(len(self.samples), self._seed, epoch)]
-            packs = pack_lengths(
-                self._lengths.num_tokens[order],
-                self._seq_len,
-                open_bins=self._open_bins,
-                patches=self._lengths.num_patches[order],
-                max_patches=self._max_patches,
+    def fingerprint(self) -> dict[str, Any]:
+        """Return everything that the stream depends on, by name and ready for JSON; a position
+        means the same in two plans if these are equal."""
+        config = self._config
+        return {
+            **{f"data of source {s.name}": s.fingerprint for s in self.sources},
+            "sources": [s.name for s in self.sources],
+            **{
+                f"data.sources.{name}": source.model_dump(mode="json", exclude={"shards"})
+                for name, source in config.named_sources.items()
+            },
+            "processor": self._processor,
+            "plan": PLAN_VERSION,
+            "data.temperature": config.temperature,
+            "data.weights_in": config.weights_in,
+            "data.seed": config.seed,
+            "data.seq_len": config.seq_len,
+            "data.window": self.window,
+            "data.max_patches": config.max_patches,
+            "data.max_images": config.max_images,
+            "data.cost": config.cost.model_dump(mode="json"),
+            "data.balance_group": config.balance_group,
+        }
+
+    def _drawn(self, window: int) -> np.ndarray:
+        """Return the ids of all samples of a window, those of several sources in mixed order."""
+        if self.mixture.num_windows is not None and window >= self.mixture.num_windows:
+            raise ValueError(
+                "data.sources: must last as long as the run, got all of them exhausted after "
+                f"{self.mixture.start(window)} samples; raise or drop an epochs"
             )
-            # Prefetching runs ahead of what a resume may ask for, but never by two epochs.
-            self._epochs = {i: p for i, p in self._epochs.items() if i == epoch - 1}
-            self._epochs[epoch] = Packs(order[packs.items], packs.starts)
-        if epoch == len(self.epoch_starts) - 1:
-            self.epoch_starts.append(self.epoch_starts[epoch] + len(self._epochs[epoch]))
-        return self._epochs[epoch]
+        counts = zip(self.mixture.counts(window), self.mixture.counts(window + 1), strict=True)
+        ids = np.concatenate([self._draw(i, *span) for i, span in enumerate(counts)])
+        if len(self.sources) == 1:
+            return ids
+        # Else packing would put equally long samples of one source together.
+        key = stream_key(self._config.seed, "order of sources", window)
+        return ids[permute(np.arange(len(ids)), len(ids), key)] if len(ids) else ids
+
+    def _draw(self, source: int, first: int, last: int) -> np.ndarray:
+        """Return the global ids of a source's samples number first to last - 1 of the run."""
+        name, size, _ = self.sources[source]
+        numbers = np.arange(first, last)
+        epochs = numbers // size
+        key = stream_key(self._config.seed, "order of samples", name)
+        one = not len(numbers) or epochs[0] == epochs[-1]
+        order = permute(numbers % size, size, key, first // size if one else epochs)
+        return order + self.first_ids[source]
+
+    def _mix_source(self, number: int, source: PlanSource) -> MixSource:
+        wished = self._config.named_sources[source.name]
+        first, last = self.first_ids[number : number + 2]
+        return MixSource(
+            source.name,
+            source.num_samples,
+            wished.weights,
+            wished.repeat,
+            wished.epochs,
+            float(self._lengths.num_tokens[first:last].mean()),
+        )
+
+
+def _default_window(num_tokens: np.ndarray, seq_len: int) -> int:
+    """Return the samples that make enough packs, as 8192 times a power of two."""
+    window = _WINDOW
+    while window < _MOST_SAMPLES and window * float(num_tokens.mean()) < _ENOUGH_PACKS * seq_len:
+        window *= 2
+    return window

@@ -1,11 +1,12 @@
 """What shards hold, in numbers: sizes, texts, media, and under a model tokens and packing."""
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 import numpy as np
 
+from triptych_data.config import DataConfig
 from triptych_data.reader import Shards
 from triptych_data.sample import KINDS
 
@@ -65,15 +66,16 @@ def forecast(
     sample that the model's chat template refuses.
     """
     from triptych_data.lengths import fitting_samples, sample_lengths
-    from triptych_data.plan import Plan
+    from triptych_data.plan import Plan, PlanSource
     from triptych_data.processor import Processor
 
     processor = Processor.from_directory(model, min_pixels=min_pixels, max_pixels=max_pixels)
     lengths = sample_lengths(shards, processor, progress=progress)
     fitting = fitting_samples(shards, lengths, seq_len, None, skip_long=True)
-    plan = Plan(fitting, lengths, seed=0, seq_len=seq_len)
-    plan.pack(0)
-    num_packs = plan.epoch_starts[1]
+    source = PlanSource("shards", shards.num_samples, shards.fingerprint)
+    plan = Plan(DataConfig(shards=[str(shards.paths[0])], seq_len=seq_len), [source], lengths)
+    packs = takewhile(lambda pack: pack.position < shards.num_samples, plan.packs(0))
+    num_packs = sum(1 for _ in packs)
     tokens = int(lengths.num_tokens[fitting].sum())
     return {
         "tokens": spread(lengths.num_tokens),

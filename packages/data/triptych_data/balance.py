@@ -1,0 +1,60 @@
+"""What a pack costs to compute, and an order in which neighbouring packs cost alike."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from triptych_data.permutation import hashes
+
+
+class Cost(NamedTuple):
+    """Compute per pack: sum of l·(l + linear) over documents of l tokens, plus `vision` times the
+    sum of p·(p + vision_linear) over images and video frames of p patches.
+
+    A decoder layer of width d spends 24·d²·l on its matrices and 2·d·l² on causal attention:
+    l·(l + 12·d) in units of 2·d. A layer of a vision tower of width e: p·(p + 6·e) in units of
+    4·e, attention being over all pairs there. So for d, e and numbers of layers D, E:
+    linear = 12·d, vision_linear = 6·e, vision = 2·e·E / (d·D).
+    """
+
+    linear: int
+    vision: float
+    vision_linear: int
+
+    def of_samples(
+        self, num_tokens: np.ndarray, num_patches: np.ndarray, patch_pairs: np.ndarray
+    ) -> np.ndarray:
+        """Return (N,) int64, exact on every machine; `patch_pairs` is a sample's sum of p²."""
+        tokens, patches = num_tokens.astype(np.int64), num_patches.astype(np.int64)
+        vision = patch_pairs.astype(np.int64) + patches * self.vision_linear
+        return tokens * (tokens + self.linear) + (vision * round(self.vision * 1024) >> 10)
+
+
+def balanced_order(costs: np.ndarray, group: int, key: int) -> np.ndarray:
+    """Return an order (num_packs,) int64 of packs with these costs; `key` chooses one at random.
+
+    Packs are sorted by cost and cut into blocks of `group`, a power of two; blocks are shuffled,
+    and in each, every half of every half … is swapped with its sibling or not. So each aligned run
+    of 1, 2, 4, …, `group` packs holds packs that are neighbours by cost. Packs that make no block
+    come last, neighbours too.
+    """
+    assert group > 0 and group & (group - 1) == 0
+    by_cost = np.argsort(costs, kind="stable")
+    num_blocks, rest = divmod(len(costs), group)
+    random = hashes(num_blocks + 1, key)
+    begin = int(random[-1] % np.uint64(num_blocks + 1)) * group  # of the rest, at a random cost
+    blocks = np.concatenate([by_cost[:begin], by_cost[begin + rest :]]).reshape(-1, group)
+    blocks = blocks[np.argsort(random[:-1], kind="stable")]
+    return np.concatenate([_flipped(blocks, key).ravel(), by_cost[begin : begin + rest]])
+
+
+def _flipped(blocks: np.ndarray, key: int) -> np.ndarray:
+    """Swap the halves of each block at random, then the halves of each half, and so on."""
+    num_blocks, group = blocks.shape
+    half = group // 2
+    while half:
+        halves = blocks.reshape(-1, 2, half)
+        swap = hashes(len(halves), key + half) & np.uint64(1) == 1
+        blocks = np.where(swap[:, None, None], halves[:, ::-1], halves)
+        half //= 2
+    return blocks.reshape(num_blocks, group)
