@@ -13,13 +13,7 @@ def samples(tmp_path_factory):
 
 
 def batch_of(samples, seq_len):
-    processor = tiny_processor()
-    return collate(
-        samples,
-        seq_len,
-        pad_token_id=processor.pad_token_id,
-        image_token_id=processor.image_token_id,
-    )
+    return collate(samples, seq_len, pad_token_id=tiny_processor().pad_token_id)
 
 
 def test_documents_lie_end_to_end(samples):

@@ -67,17 +67,18 @@ def test_slim_image_is_refused():
 
 def test_patch_order_is_blocks_of_one_token():
     rules = ImageRules(1, 2, 1, 1, 100)
-    image = torch.arange(16, dtype=torch.uint8).reshape(1, 4, 4).expand(3, -1, -1)
+    image = torch.arange(16, dtype=torch.uint8).reshape(1, 1, 4, 4).repeat(1, 3, 1, 1)
     assert patchify(image, rules)[:, 0].tolist() == [
         *(0, 1, 4, 5, 2, 3, 6, 7),
         *(8, 9, 12, 13, 10, 11, 14, 15),
     ]
 
 
-def test_patch_repeats_its_frame_within_each_channel():
-    image = torch.arange(12, dtype=torch.uint8).reshape(3, 2, 2)
-    patch = patchify(image, ImageRules(2, 1, 2, 1, 100))
-    assert patch.tolist() == [[0, 1, 2, 3] * 2 + [4, 5, 6, 7] * 2 + [8, 9, 10, 11] * 2]
+def test_patch_holds_its_frames_within_each_channel():
+    first = torch.arange(12, dtype=torch.uint8).reshape(1, 3, 2, 2)
+    patch = patchify(torch.cat([first, first + 20]), ImageRules(2, 1, 2, 1, 100))
+    frames = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert patch.tolist() == [[x + later for xs in frames for later in (0, 20) for x in xs]]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -133,12 +133,14 @@ def test_fingerprint_covers_what_changes_tokens(model):
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({**settings, "image_mean": [0.4, 0.4, 0.4]}))
     assert Processor.from_directory(model).fingerprint == before  # applied on the device
-    path.write_text(json.dumps({**settings, "patch_size": 16}))
+    path.write_text(json.dumps({**settings, "size": {**settings["size"], "shortest_edge": 2048}}))
     assert Processor.from_directory(model).fingerprint != before
     path.write_text(json.dumps(settings))
 
     path = model / "tokenizer.json"
-    path.write_text(path.read_text() + " ")
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["merges"].pop()
+    path.write_text(json.dumps(tokenizer))
     assert Processor.from_directory(model).fingerprint != before
 
 

@@ -15,9 +15,7 @@ Batch = dict[str, Any]
 _BUCKET = 256
 
 
-def collate(
-    samples: Sequence[EncodedSample], seq_len: int, *, pad_token_id: int, image_token_id: int
-) -> Batch:
+def collate(samples: Sequence[EncodedSample], seq_len: int, *, pad_token_id: int) -> Batch:
     """Lay samples end to end in one row of `seq_len` tokens (T); none gives a row of padding.
 
     - `input_ids`, `shift_labels` (1, T) int64, `position_ids` (3, 1, T) int64, restarting with
@@ -26,7 +24,8 @@ def collate(
     - `num_targets`: labels that are not -100; `num_tokens`: without padding; `sample_keys`
     - with images: `pixel_values (num_patches, patch_dim)` uint8, `image_grid_thw (num_images, 3)`
       int64, `image_positions (num_image_tokens,)` int64 into T, `vision_cu_seqlens
-      (num_frames + 1,)` int32, and `vision_max_seqlen` that bounds a frame's patches
+      (num_frames + 1,)` int32, and `vision_max_seqlen` that bounds a frame's patches; each temporal
+      patch of a video is an image
     """
     lengths = [len(sample.input_ids) for sample in samples]
     padding = seq_len - sum(lengths)
@@ -54,7 +53,10 @@ def collate(
         batch["image_grid_thw"] = grids
         batch["vision_cu_seqlens"] = _offsets(frames)
         batch["vision_max_seqlen"] = _bucket(int(frames.max()))
-        batch["image_positions"] = torch.nonzero(input_ids[0] == image_token_id).squeeze(1)
+        starts = batch["cu_seqlens"].tolist()
+        batch["image_positions"] = torch.cat(
+            [s.image_positions + start for s, start in zip(samples, starts, strict=False)]
+        )
     return batch
 
 

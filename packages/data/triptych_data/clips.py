@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from av import VideoFrame
+    from av import VideoCodecContext, VideoFrame
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
@@ -21,6 +21,8 @@ MAX_FRAME_PIXELS = 8192 * 8192
 MAX_AUDIO_SAMPLES = 2**29
 """Over all channels, 2 GiB as they are decoded: 3 hours of stereo at 24 kHz."""
 
+# Seconds by which a frame's time may be off: webm and mkv round times to milliseconds.
+_ROUNDING = 0.002
 # FFmpeg also reads play lists and the like, which name other files: none of these here.
 _VIDEO_FORMATS = "mov,mp4,matroska,webm,avi"
 _AUDIO_FORMATS = "wav,flac,mp3,ogg,mov,mp4"
@@ -44,10 +46,12 @@ class AudioInfo(NamedTuple):
     seconds: float
 
 
-class Timeline(NamedTuple):
-    """The presentation times of a video's frames, in order, and those of its key frames with the
-    time to seek to; all (n,) int64 in units of `base` seconds."""
+class Video(NamedTuple):
+    """An open video: the presentation times of its frames, in order, and those of its key frames
+    with the time to seek to, (n,) int64 each in units of `base` seconds."""
 
+    container: "InputContainer"
+    stream: "VideoStream"
     times: np.ndarray
     key_times: np.ndarray
     key_offsets: np.ndarray
@@ -61,21 +65,16 @@ def probe_video(data: bytes, *, decode: bool = True) -> VideoInfo:
     With `decode` the last one is decoded too, which finds a damaged tail. Raises ValueError for
     what is no whole mp4, mov, webm, mkv or avi file with pictures, or holds huge ones.
     """
-    with open_video(data) as (container, stream):
-        line = timeline(container, stream)
-        wanted = line.times[[0, -1]] if decode else line.times[:1]
-        first, *_ = decode_frames(container, stream, line, wanted)
-        width, height = first.width, first.height
-        if first.rotation % 180:
-            width, height = height, width
-        return VideoInfo(
-            _video_suffix(data), width, height, len(line.times), _seconds(line, stream)
-        )
+    with open_video(data) as video:
+        info = describe_video(video)
+        if decode:
+            next(_decode_at(video, video.times[-1:]))
+        return info._replace(suffix=_video_suffix(data))
 
 
 @contextmanager
-def open_video(data: bytes) -> Iterator[tuple["InputContainer", "VideoStream"]]:
-    """A video file's container and its first video stream, decoded by one thread.
+def open_video(data: bytes) -> Iterator[Video]:
+    """A video file's first video stream, to be decoded by one thread, and the times of its frames.
 
     Within, whatever FFmpeg finds wrong becomes a ValueError.
     """
@@ -83,52 +82,33 @@ def open_video(data: bytes) -> Iterator[tuple["InputContainer", "VideoStream"]]:
         if not container.streams.video:
             raise ValueError("no video stream")
         stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise ValueError("a video of unknown codec")
         stream.codec_context.thread_count = 1  # loaders have a process per core already
-        width, height = stream.codec_context.width, stream.codec_context.height
-        if not 0 < width * height <= MAX_FRAME_PIXELS:
-            raise ValueError(f"frames of {width} x {height} pixels")
-        yield container, stream
+        _check_size(stream.codec_context)
+        yield _read_times(container, stream)
 
 
-def timeline(container: "InputContainer", stream: "VideoStream") -> Timeline:
-    """Read the times of all frames from the container, without decoding; it is left at its end."""
-    times, keys, last = [], [], (0, 0)
-    for packet in container.demux(stream):
-        time = packet.dts if packet.pts is None else packet.pts
-        if time is None or packet.is_discard or not packet.size:  # an edit list hides a frame
-            continue
-        times.append(time)
-        last = max(last, (time, packet.duration or 0))
-        if packet.is_keyframe:
-            keys.append((time, time if packet.dts is None else packet.dts))
-    if not keys:
-        raise ValueError("no key frame")
-    key_times, key_offsets = np.array(sorted(keys), dtype=np.int64).T
-    base = stream.time_base or Fraction(1)
-    return Timeline(np.array(sorted(times), dtype=np.int64), key_times, key_offsets, last[1], base)
+def describe_video(video: Video) -> VideoInfo:
+    """Size, frames and seconds of an open video; the suffix is left empty."""
+    first = next(_decode_at(video, video.times[:1]))
+    width, height = first.width, first.height
+    if first.rotation % 180:
+        width, height = height, width
+    return VideoInfo("", width, height, len(video.times), _seconds(video))
 
 
-def decode_frames(
-    container: "InputContainer", stream: "VideoStream", line: Timeline, wanted: np.ndarray
-) -> Iterator["VideoFrame"]:
-    """The frames whose times are `wanted` (n,), ascending, of `line`, decoded from key frames.
+def frames_at(video: Video, seconds: np.ndarray) -> Iterator[np.ndarray]:
+    """The frames shown at `seconds` (n,), ascending, from the first frame on: (H, W, 3) uint8 RGB.
 
-    Raises ValueError for one that the decoder does not give, or gives damaged.
+    They are turned as they will be seen. Raises ValueError for a frame that cannot be decoded.
     """
-    frame: VideoFrame | None = None
-    frames: Iterator[VideoFrame] = iter(())
-    for time in wanted.tolist():
-        key = max(int(np.searchsorted(line.key_times, time, side="right")) - 1, 0)
-        if frame is None or _time(frame) < line.key_times[key]:
-            frames = _seek(container, stream, int(line.key_offsets[key]))
-            frame = None
-        frame = _advance(frame, frames, time)
-        if frame is None or _time(frame) > time:  # some containers seek behind what was asked for
-            frames = _seek(container, stream, int(line.key_offsets[0]))
-            frame = _advance(None, frames, time)
-        if frame is None or _time(frame) != time or frame.is_corrupt:
-            raise ValueError(f"no whole frame at {float(time * line.base):.3f} s")
-        yield frame
+    late = min(_ROUNDING, _seconds(video) / len(video.times) / 2)
+    ticks = (video.times - video.times[0]) * float(video.base)
+    numbers = np.searchsorted(ticks, seconds + late, side="right") - 1
+    for frame in _decode_at(video, video.times[numbers]):
+        pixels = frame.to_ndarray(format="rgb24")
+        yield np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90))  # counterclockwise
 
 
 def probe_audio(data: bytes) -> AudioInfo:
@@ -150,6 +130,8 @@ def read_audio(data: bytes) -> tuple[int, np.ndarray]:
         if not container.streams.audio:
             raise ValueError("no audio stream")
         stream = container.streams.audio[0]
+        if stream.codec_context is None or not stream.rate:
+            raise ValueError("audio of unknown codec")
         rate, parts, left = stream.rate, [], MAX_AUDIO_SAMPLES
         convert = av.AudioResampler(format="fltp", layout=stream.layout, rate=rate)
         for frame in container.decode(stream):
@@ -192,11 +174,54 @@ def _opened(data: bytes, kind: str, formats: str) -> Iterator["InputContainer"]:
         ) from error
 
 
-def _seek(
-    container: "InputContainer", stream: "VideoStream", offset: int
-) -> Iterator["VideoFrame"]:
-    container.seek(offset, stream=stream)
-    return container.decode(stream)
+def _check_size(picture: "VideoCodecContext | VideoFrame") -> None:
+    if not 0 < picture.width * picture.height <= MAX_FRAME_PIXELS:
+        raise ValueError(f"frames of {picture.width} x {picture.height} pixels")
+
+
+def _read_times(container: "InputContainer", stream: "VideoStream") -> Video:
+    """Read the times of all frames from the container, without decoding."""
+    times, keys, last = [], [], (0, 0)
+    for packet in container.demux(stream):
+        time = packet.dts if packet.pts is None else packet.pts
+        if time is None or packet.is_discard or not packet.size:  # an edit list hides a frame
+            continue
+        times.append(time)
+        last = max(last, (time, packet.duration or 0))
+        if packet.is_keyframe:
+            keys.append((time, time if packet.dts is None else packet.dts))
+    if not keys:
+        raise ValueError("no key frame")
+    key_times, key_offsets = np.array(sorted(keys), dtype=np.int64).T
+    ordered = np.array(sorted(times), dtype=np.int64)
+    base = stream.time_base or Fraction(1)
+    return Video(container, stream, ordered, key_times, key_offsets, last[1], base)
+
+
+def _decode_at(video: Video, times: np.ndarray) -> Iterator["VideoFrame"]:
+    """The frames whose times are `times` (n,), ascending, each decoded from the nearest key frame.
+
+    Raises ValueError for one that the decoder does not give, or gives damaged.
+    """
+    frame: VideoFrame | None = None
+    frames: Iterator[VideoFrame] = iter(())
+    for time in times.tolist():
+        key = max(int(np.searchsorted(video.key_times, time, side="right")) - 1, 0)
+        if frame is None or _time(frame) < video.key_times[key]:
+            frames, frame = _seek(video, key), None
+        frame = _advance(frame, frames, time)
+        if frame is None or _time(frame) > time:  # some containers seek behind what was asked for
+            frames = _seek(video, 0)
+            frame = _advance(None, frames, time)
+        if frame is None or _time(frame) != time or frame.is_corrupt:
+            raise ValueError(f"no whole frame at {float(time * video.base):.3f} s")
+        _check_size(frame)
+        yield frame
+
+
+def _seek(video: Video, key: int) -> Iterator["VideoFrame"]:
+    video.container.seek(int(video.key_offsets[key]), stream=video.stream)
+    return video.container.decode(video.stream)
 
 
 def _advance(
@@ -217,18 +242,18 @@ def _time(frame: "VideoFrame") -> int:
     return time
 
 
-def _seconds(line: Timeline, stream: "VideoStream") -> float:
+def _seconds(video: Video) -> float:
     """How long all frames are shown: by the stream's rate, unless that does not fit their times.
 
     Times may be rounded, to milliseconds in webm; the rate of a video of constant rate is not.
     """
-    frames = len(line.times)
-    span = Fraction(int(line.times[-1] - line.times[0])) * line.base
-    rate = stream.average_rate
+    frames = len(video.times)
+    span = Fraction(int(video.times[-1] - video.times[0])) * video.base
+    rate = video.stream.average_rate
     if rate and rate > 0 and abs(span - (frames - 1) / rate) <= 1 / (2 * rate):
         return float(frames / rate)
     if frames == 1 or not span:
-        return float(max(line.last_duration, 1) * line.base)
+        return float(max(video.last_duration, 1) * video.base)
     return float(span * frames / (frames - 1))
 
 

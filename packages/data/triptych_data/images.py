@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from io import BytesIO
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from triptych_data.probe import BROKEN, FORMATS, ORIENTATION
+
+if TYPE_CHECKING:
+    from triptych_data.video import VideoRules
 
 _MAX_ASPECT_RATIO = 200  # transformers' Qwen2-VL refuses slimmer images
 
@@ -63,9 +66,8 @@ def encode_image(data: bytes, rules: ImageRules) -> tuple[Tensor, tuple[int, int
     """
     image = decode_image(data)
     grid = image_grid(image.shape[2], image.shape[1], rules)
-    size = [grid[1] * rules.patch_size, grid[2] * rules.patch_size]
-    image = transforms.resize(image, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
-    return patchify(image, rules), grid
+    image = resize(image, grid[1] * rules.patch_size, grid[2] * rules.patch_size).contiguous()
+    return patchify(image.expand(rules.temporal_patch_size, -1, -1, -1), rules), grid
 
 
 def image_grid(width: int, height: int, rules: ImageRules) -> tuple[int, int, int]:
@@ -76,12 +78,7 @@ def image_grid(width: int, height: int, rules: ImageRules) -> tuple[int, int, in
 
     Raises ValueError if one side is over 200 times the other.
     """
-    ratio = max(height, width) / min(height, width)
-    if ratio > _MAX_ASPECT_RATIO:
-        raise ValueError(
-            f"an image's longer side must be at most {_MAX_ASPECT_RATIO} times the shorter, "
-            f"got {width}x{height}; crop it"
-        )
+    check_ratio(width, height)
     factor = rules.patch_size * rules.merge_size
     new_height = round(height / factor) * factor
     new_width = round(width / factor) * factor
@@ -94,6 +91,15 @@ def image_grid(width: int, height: int, rules: ImageRules) -> tuple[int, int, in
         new_height = math.ceil(height * enlarge / factor) * factor
         new_width = math.ceil(width * enlarge / factor) * factor
     return 1, new_height // rules.patch_size, new_width // rules.patch_size
+
+
+def check_ratio(width: int, height: int) -> None:
+    """Raise ValueError if one side is over 200 times the other."""
+    if max(height, width) > _MAX_ASPECT_RATIO * min(height, width):
+        raise ValueError(
+            f"an image's longer side must be at most {_MAX_ASPECT_RATIO} times the shorter, "
+            f"got {width}x{height}; crop it"
+        )
 
 
 def decode_image(data: bytes) -> Tensor:
@@ -120,22 +126,30 @@ def decode_image(data: bytes) -> Tensor:
         ) from error
 
 
-def patchify(image: Tensor, rules: ImageRules) -> Tensor:
-    """Cut (3, H, W) into (num_patches, 3 * temporal_patch_size * patch_size**2), same dtype.
+def resize(image: Tensor, height: int, width: int) -> Tensor:
+    """Resize (3, H, W) uint8 to `height` x `width`: bicubic with antialias, rounded to uint8."""
+    if image.shape[1:] == (height, width):
+        return image
+    return transforms.resize(
+        image, [height, width], interpolation=InterpolationMode.BICUBIC, antialias=True
+    )
 
-    Patches that become one token are neighbours (merge_size x merge_size blocks, row by row), and
-    the single frame is repeated `temporal_patch_size` times: the order of transformers' Qwen2-VL.
+
+def patchify(frames: Tensor, rules: "ImageRules | VideoRules") -> Tensor:
+    """Cut (T, 3, H, W) into (num_patches, 3 * temporal_patch_size * patch_size**2), same dtype.
+
+    T is a multiple of `temporal_patch_size`. Patches that become one token are neighbours
+    (merge_size x merge_size blocks, row by row): the order of transformers' Qwen2-VL.
     """
-    patch, merge, frames = rules.patch_size, rules.merge_size, rules.temporal_patch_size
-    channels, height, width = image.shape
+    patch, merge, depth = rules.patch_size, rules.merge_size, rules.temporal_patch_size
+    num_frames, channels, height, width = frames.shape
     rows, cols = height // (patch * merge), width // (patch * merge)
     # Copied in words of up to 8 bytes, which never straddle patches: up to 4 times as fast.
-    word = next(dtype for size, dtype in _WORDS if patch * image.element_size() % size == 0)
-    words = image.contiguous().view(word)
-    cut = words.reshape(channels, rows, merge, patch, cols, merge, -1)
-    cut = cut.permute(1, 4, 2, 5, 0, 3, 6)  # rows, cols, merge, merge, channels, patch, patch
-    cut = cut.unsqueeze(5).expand(-1, -1, -1, -1, -1, frames, -1, -1)
-    return cut.reshape(rows * cols * merge**2, -1).view(image.dtype)
+    word = next(dtype for size, dtype in _WORDS if patch * frames.element_size() % size == 0)
+    words = frames.view(word)  # (T, 3, H, words of a row of pixels)
+    cut = words.reshape(num_frames // depth, depth, channels, rows, merge, patch, cols, merge, -1)
+    cut = cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # …, channels, depth, patch, words of a row
+    return cut.reshape(num_frames // depth * rows * cols * merge**2, -1).view(frames.dtype)
 
 
 def _decode(data: bytes) -> Tensor:

@@ -196,7 +196,6 @@ class _PackDataset(Dataset):
             samples,
             self._seq_len,
             pad_token_id=self._processor.pad_token_id,
-            image_token_id=self._processor.image_token_id,
         )
         # Every tensor crosses processes as shared memory over a connection of its own (~1 ms);
         # only pixels are worth one, and the rest travels as arrays.

@@ -1,4 +1,4 @@
-"""A model folder's tokenizer and image rules, applied to samples: encode, measure, decode."""
+"""A model folder's tokenizer and media rules, applied to samples: encode, measure, decode."""
 
 import hashlib
 import json
@@ -11,25 +11,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from triptych_data.chat import IGNORE_INDEX, ChatTokenizer, ChatTokens, message_text, shift_targets
+from triptych_data.chat import (
+    IGNORE_INDEX,
+    ChatTokenizer,
+    ChatTokens,
+    MediaTokens,
+    message_text,
+    shift_targets,
+)
+from triptych_data.chat_config import ChatConfig
 from triptych_data.images import ImageRules, encode_image, image_grid
 from triptych_data.index import MediaColumns
+from triptych_data.media_rules import read_bytes, read_image_rules, read_video_rules
 from triptych_data.positions import mrope_positions
 from triptych_data.sample import KINDS, RawSample, media_parts
+from triptych_data.template import read_template
+from triptych_data.video import VideoLayout, VideoRules, encode_video, video_layout, video_pieces
 
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 """To be raised whenever the same sample and model folder would give other tokens or patches."""
 
-_BICUBIC = 3  # Pillow's number for it, as preprocessor_config.json writes it
+Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedSample:
     """One document, ready to pack.
 
-    `input_ids (L,)`, `shift_labels (L,)`, `position_ids (3, L)`, `image_grid_thw (num_images, 3)`:
-    int64; `pixel_values (num_patches, patch_dim)` uint8, None without images; `num_targets` counts
-    the labels that are not -100.
+    `input_ids (L,)`, `shift_labels (L,)`, `position_ids (3, L)`, `image_grid_thw (num_images, 3)`,
+    `image_positions (num_image_tokens,)` into L: int64; `pixel_values (num_patches, patch_dim)`
+    uint8, None without images; `num_targets` counts the labels that are not -100. Each temporal
+    patch of a video counts as an image here.
     """
 
     key: str
@@ -38,6 +50,7 @@ class EncodedSample:
     position_ids: Tensor
     pixel_values: Tensor | None
     image_grid_thw: Tensor
+    image_positions: Tensor
     num_targets: int
 
 
@@ -49,6 +62,13 @@ class Measures(NamedTuple):
     num_patches: int
 
 
+class _Medium(NamedTuple):
+    """What a medium becomes in the text, and as images."""
+
+    tokens: MediaTokens
+    grids: list[Grid]
+
+
 class Processor:
     """Samples to model inputs by the rules of a Hugging Face model folder (Qwen3-VL's layout).
 
@@ -56,11 +76,19 @@ class Processor:
     ValueError if the folder has changed meanwhile.
     """
 
-    def __init__(self, directory: Path, rules: ImageRules, settings: dict[str, Any]) -> None:
-        template = _read_template(directory)
+    def __init__(
+        self,
+        directory: Path,
+        rules: ImageRules,
+        settings: dict[str, Any],
+        video_rules: VideoRules | None,
+        options: dict[str, Any],
+    ) -> None:
         self._directory = directory
         self._rules = rules
-        self._chat = ChatTokenizer(directory, template)
+        self._video_rules = video_rules
+        self._options = options
+        self._chat = ChatTokenizer(directory, read_template(directory), options["chat"])
         self.patch_size = rules.patch_size
         self.merge_size = rules.merge_size
         self.temporal_patch_size = rules.temporal_patch_size
@@ -69,13 +97,13 @@ class Processor:
         self.pad_token_id = self._chat.pad_token_id
         self.eos_token_id = self._chat.end_token_id
         self.image_token_id = self._chat.image_token_id
+        self.video_token_id = self._chat.video_token_id
         self.fingerprint = _fingerprint(
-            _read(directory / "tokenizer.json"),
             {
                 "version": ENCODING_VERSION,
-                "template": template,
-                "special_ids": [self.pad_token_id, self.eos_token_id, self.image_token_id],
-                **rules._asdict(),
+                "chat": self._chat.fingerprint,
+                "image": rules._asdict(),
+                "video": video_rules._asdict() if video_rules else None,
             },
         )
 
@@ -86,19 +114,36 @@ class Processor:
         *,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        video_fps: float | None = None,
+        video_max_frames: int | None = None,
+        video_max_pixels: int | None = None,
+        chat: ChatConfig | None = None,
     ) -> "Processor":
-        """Read tokenizer, chat template and preprocessor_config.json of a local model folder.
+        """Read tokenizer, chat template and preprocessor files of a local model folder.
 
-        `min_pixels` and `max_pixels` replace the folder's bounds on an image's size. Raises
-        ValueError if a file is missing or asks for what we do not do.
+        `min_pixels` and `max_pixels` replace the folder's bounds on an image's size, `video_*` its
+        frames per second, most frames and most pixels of all frames together; `chat` says which
+        turns are trained. Raises ValueError if a file is missing or asks for what we do not do.
         """
         directory = Path(path)
-        settings = _read_json(directory / "preprocessor_config.json")
-        return cls(directory, _image_rules(directory, settings, min_pixels, max_pixels), settings)
+        read_bytes(directory / "tokenizer.json")  # without it transformers makes an empty one
+        rules, settings = read_image_rules(directory, min_pixels=min_pixels, max_pixels=max_pixels)
+        video_rules = read_video_rules(
+            directory, fps=video_fps, max_frames=video_max_frames, max_pixels=video_max_pixels
+        )
+        _check_alike(directory, rules, video_rules)
+        options = {
+            "min_pixels": min_pixels,
+            "max_pixels": max_pixels,
+            "video_fps": video_fps,
+            "video_max_frames": video_max_frames,
+            "video_max_pixels": video_max_pixels,
+            "chat": chat,
+        }
+        return cls(directory, rules, settings, video_rules, options)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        bounds = (self._rules.min_pixels, self._rules.max_pixels)
-        return _reopen, (str(self._directory.resolve()), *bounds, self.fingerprint)
+        return _reopen, (str(self._directory.resolve()), self._options, self.fingerprint)
 
     @property
     def patch_dim(self) -> int:
@@ -136,12 +181,16 @@ class Processor:
         (`Shards.media_of`). Raises ValueError as `encode` does, except for damaged media, and
         names no sample.
         """
-        for kind in media.kind.tolist():
-            self._check_kind(KINDS[kind])
-        grids = [image_grid(width, height, self._rules) for width, height in media.size.tolist()]
-        tokens = self._tokenize(record["messages"], grids)
+        media_ = [
+            self._measure_medium(KINDS[kind], width, height, frames, seconds)
+            for kind, (width, height), frames, seconds in zip(
+                *(column.tolist() for column in media), strict=True
+            )
+        ]
+        tokens = self._tokenize(record, record["messages"], media_)
         num_targets = int(tokens.trained[1:].sum())
-        return Measures(len(tokens.input_ids), num_targets, sum(t * h * w for t, h, w in grids))
+        patches = sum(t * h * w for medium in media_ for t, h, w in medium.grids)
+        return Measures(len(tokens.input_ids), num_targets, patches)
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Return the text of token ids, without special tokens."""
@@ -154,45 +203,80 @@ class Processor:
         *,
         add_generation_prompt: bool = False,
     ) -> EncodedSample:
-        images = []
+        patches: list[Tensor] = []
+        media: list[_Medium] = []
         for kind, index in media_parts({"messages": messages}):
-            self._check_kind(kind)
             try:
-                images.append(encode_image(raw.media[index], self._rules))
+                pixels, medium = self._encode_medium(kind, raw.media[index])
             except ValueError as error:
-                raise ValueError(f"image {index}: {error}") from error
-        grids = [grid for _, grid in images]
-        tokens = self._tokenize(messages, grids, add_generation_prompt)
+                raise ValueError(f"{kind} {index}: {error}") from error
+            patches.append(pixels)
+            media.append(medium)
+        tokens = self._tokenize(raw.json, messages, media, add_generation_prompt)
         labels = np.full_like(tokens.input_ids, IGNORE_INDEX)
         if not add_generation_prompt:
             labels = shift_targets(tokens)
-        grid_array = np.array(grids, dtype=np.int64).reshape(-1, 3)
-        is_image = tokens.input_ids == self.image_token_id
+        grids = np.array([grid for medium in media for grid in medium.grids], dtype=np.int64)
+        grids = grids.reshape(-1, 3)
+        pads = [self.image_token_id, self.video_token_id]
+        is_image = np.isin(tokens.input_ids, pads)
         return EncodedSample(
             key=raw.key,
             input_ids=torch.from_numpy(tokens.input_ids),
             shift_labels=torch.from_numpy(labels),
-            position_ids=torch.from_numpy(mrope_positions(is_image, grid_array, self.merge_size)),
-            pixel_values=torch.cat([patches for patches, _ in images]) if images else None,
-            image_grid_thw=torch.from_numpy(grid_array),
+            position_ids=torch.from_numpy(mrope_positions(is_image, grids, self.merge_size)),
+            pixel_values=torch.cat(patches) if patches else None,
+            image_grid_thw=torch.from_numpy(grids),
+            image_positions=torch.from_numpy(np.flatnonzero(is_image)),
             num_targets=int((labels != IGNORE_INDEX).sum()),
         )
 
-    def _check_kind(self, kind: str) -> None:
-        if kind != "image":
+    def _encode_medium(self, kind: str, data: bytes) -> tuple[Tensor, _Medium]:
+        if kind == "image":
+            patches, grid = encode_image(data, self._rules)
+            return patches, self._image(grid)
+        patches, layout = encode_video(data, self._rules_for(kind))
+        return patches, self._video(layout)
+
+    def _measure_medium(
+        self, kind: str, width: int, height: int, frames: int, seconds: float
+    ) -> _Medium:
+        if kind == "image":
+            return self._image(image_grid(width, height, self._rules))
+        rules = self._rules_for(kind)
+        return self._video(video_layout(width, height, frames, seconds, rules))
+
+    def _image(self, grid: Grid) -> _Medium:
+        height, width = grid[1:]
+        return _Medium(MediaTokens("image", (height * width // self.merge_size**2,)), [grid])
+
+    def _video(self, layout: VideoLayout) -> _Medium:
+        """A video as one image per temporal patch: so its vision tower and M-RoPE see it."""
+        frames, height, width = layout.grid
+        tokens = MediaTokens("video", video_pieces(layout, self.merge_size))
+        return _Medium(tokens, [(1, height, width)] * frames)
+
+    def _rules_for(self, kind: str) -> VideoRules:
+        if kind == "audio" or self._video_rules is None:
             raise ValueError(
-                f"{self._directory}: a model must take what its samples hold, got {kind} for a "
-                "model of text and images; leave the sample out"
+                f"{self._directory}: the model must take what its samples hold, got {kind}, for "
+                f"which the folder has no preprocessor file; leave the sample out"
             )
+        return self._video_rules
 
     def _tokenize(
         self,
+        record: dict[str, Any],
         messages: list[dict[str, Any]],
-        grids: list[tuple[int, int, int]],
+        media: list[_Medium],
         add_generation_prompt: bool = False,
     ) -> ChatTokens:
-        lengths = [t * h * w // self.merge_size**2 for t, h, w in grids]
-        tokens = self._chat.encode(messages, lengths, add_generation_prompt=add_generation_prompt)
+        tokens = self._chat.encode(
+            messages,
+            [medium.tokens for medium in media],
+            tools=record.get("tools"),
+            add_generation_prompt=add_generation_prompt,
+        )
         if not add_generation_prompt and not tokens.trained[1:].any():
             raise ValueError(
                 "a sample must hold a target, got no text in any assistant turn; leave it out"
@@ -200,85 +284,25 @@ class Processor:
         return tokens
 
 
-def _reopen(path: str, min_pixels: int, max_pixels: int, fingerprint: str) -> Processor:
-    processor = Processor.from_directory(path, min_pixels=min_pixels, max_pixels=max_pixels)
+def _reopen(path: str, options: dict[str, Any], fingerprint: str) -> Processor:
+    processor = Processor.from_directory(path, **options)
     if processor.fingerprint != fingerprint:
         raise ValueError(
-            f"{path}: tokenizer, chat template and image settings must not change during a run, "
+            f"{path}: tokenizer, chat template and media settings must not change during a run, "
             "got other ones than at its start; start the run again"
         )
     return processor
 
 
-def _image_rules(
-    directory: Path, settings: dict[str, Any], min_pixels: int | None, max_pixels: int | None
-) -> ImageRules:
-    where = f"{directory}/preprocessor_config.json"
-    if settings.get("resample", _BICUBIC) != _BICUBIC:
+def _check_alike(directory: Path, image: ImageRules, video: VideoRules | None) -> None:
+    """Videos go through the batch as images do, so their patches are of one shape."""
+    if video is not None and video[:3] != image[:3]:
         raise ValueError(
-            f"{where}: resample must be {_BICUBIC} (bicubic), got {settings['resample']}"
+            f"{directory}: images and videos must have the same patch, merge and temporal patch "
+            f"size, got {image[:3]} and {video[:3]}; fix the preprocessor files"
         )
-    size = settings.get("size") or {}
-    # Older files give the bounds at the top level; there they win, as in transformers.
-    lowest = min_pixels or settings.get("min_pixels") or size.get("shortest_edge")
-    highest = max_pixels or settings.get("max_pixels") or size.get("longest_edge")
-    numbers: dict[str, Any] = {
-        "patch_size": settings.get("patch_size"),
-        "merge_size": settings.get("merge_size"),
-        "temporal_patch_size": settings.get("temporal_patch_size"),
-        "size.shortest_edge": lowest,
-        "size.longest_edge": highest,
-    }
-    for name, value in numbers.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{where}: {name} must be a positive integer, got {value!r}; add it")
-    rules = ImageRules(*numbers.values())
-    token_area = (rules.patch_size * rules.merge_size) ** 2
-    if not rules.min_pixels <= rules.max_pixels or rules.max_pixels < token_area:
-        raise ValueError(
-            f"data.max_pixels: must be at least min_pixels and one token's {token_area} pixels, "
-            f"got min_pixels={rules.min_pixels}, max_pixels={rules.max_pixels}; change "
-            f"data.min_pixels or data.max_pixels (defaults are in {where})"
-        )
-    return rules
 
 
-def _fingerprint(tokenizer: bytes, settings: dict[str, Any]) -> str:
+def _fingerprint(settings: dict[str, Any]) -> str:
     """Hash all that token ids and patches depend on; mean and std act later, on the device."""
-    digest = hashlib.sha256(tokenizer)
-    digest.update(json.dumps(settings, sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def _read_template(directory: Path) -> str:
-    """Return the chat template from where transformers looks for it, newest place first."""
-    if (directory / "chat_template.jinja").exists():
-        return _read(directory / "chat_template.jinja").decode()
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        if (directory / name).exists():
-            template = _read_json(directory / name).get("chat_template")
-            if isinstance(template, str):
-                return template
-    raise ValueError(
-        f"{directory}: must hold a chat template, got neither chat_template.jinja nor a "
-        "chat_template in tokenizer_config.json; copy it from the model's instruct version"
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: must be valid JSON, got {error}; fetch the file again"
-        ) from error
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(
-            f"{path}: must be a readable file, got {error.strerror}; model.path must name a local "
-            "Hugging Face model folder"
-        ) from error
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

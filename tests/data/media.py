@@ -1,0 +1,81 @@
+"""Real clips and sounds for the tests, encoded by PyAV."""
+
+import io
+from fractions import Fraction
+
+import av
+import numpy as np
+
+
+def picture(number: int, width: int = 64, height: int = 48) -> np.ndarray:
+    """Frame `number` of every clip: (height, width, 3) uint8, a gradient and bars that count."""
+    rows, cols = np.mgrid[:height, :width]
+    red = 255 * rows // height
+    green = (cols * 4 + number * 9) % 256
+    blue = np.full_like(rows, 40)
+    blue[: height // 4] = 255 * ((number >> (7 * cols[: height // 4] // width)) & 1)
+    return np.stack([red, green, blue], axis=2).astype(np.uint8)
+
+
+def clip(
+    count: int = 50,
+    *,
+    rate: int | Fraction = 24,
+    size: tuple[int, int] = (64, 48),
+    kind: str = "mp4",
+    codec: str = "libx264",
+    gop: int = 12,
+    times: list[int] | None = None,
+    rotation: int = 0,
+) -> bytes:
+    """A clip of `count` pictures; `times` in milliseconds make its rate variable."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=kind) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.gop_size = gop
+        if times is not None:
+            stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for number in range(count):
+            frame = av.VideoFrame.from_ndarray(picture(number, *size), format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = times[number], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def decoded(data: bytes) -> np.ndarray:
+    """All frames of a clip in order, (T, H, W, 3) uint8, not turned."""
+    with av.open(io.BytesIO(data)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def sound(
+    seconds: float = 1.0,
+    *,
+    rate: int = 16_000,
+    kind: str = "wav",
+    codec: str = "pcm_s16le",
+    channels: int = 1,
+    hertz: float = 440.0,
+) -> bytes:
+    """A sine of amplitude one half, the same on all channels."""
+    buffer = io.BytesIO()
+    wave = 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
+    layout = "mono" if channels == 1 else "stereo"
+    with av.open(buffer, "w", format=kind) as container:
+        stream = container.add_stream(codec, rate=rate, layout=layout)
+        convert = av.AudioResampler(format=stream.codec_context.format, layout=layout, rate=rate)
+        planes = np.ascontiguousarray(np.tile(wave.astype(np.float32), (channels, 1)))
+        size = stream.codec_context.frame_size or 1024
+        for start in range(0, planes.shape[1], size):
+            part = np.ascontiguousarray(planes[:, start : start + size])
+            frame = av.AudioFrame.from_ndarray(part, format="fltp", layout=layout)
+            frame.rate, frame.pts = rate, start
+            for converted in convert.resample(frame):
+                container.mux(stream.encode(converted))
+        container.mux(stream.encode())
+    return buffer.getvalue()
