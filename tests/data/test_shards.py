@@ -8,9 +8,8 @@ import pytest
 import webdataset
 
 from tests.data.chats import chat, encoded_image, make_shards, write_chats, write_jsonl
-from triptych_data.intake import scan_lines
 from triptych_data.reader import Shards
-from triptych_data.shards import write_shards
+from triptych_data.shards import check_records, write_shards
 from triptych_data.tar import END
 
 
@@ -99,17 +98,6 @@ def test_shuffle_permutes_by_the_seed(tmp_path):
     assert sorted(answers[None]) == sorted(answers[0]) == sorted(answers[1])
 
 
-def test_lines_are_numbered_as_an_editor_does(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\n  \n{"b": 2}')
-    lines = scan_lines(path)
-    assert lines.number.tolist() == [1, 4]
-    assert [path.read_bytes()[s:e] for s, e in zip(lines.start, lines.end, strict=True)] == [
-        b'\xef\xbb\xbf{"a": 1}\r\n',
-        b'{"b": 2}',
-    ]
-
-
 def test_all_ways_to_name_an_image(tmp_path):
     image = encoded_image(30, 20)
     (tmp_path / "with space.jpeg").write_bytes(image)
@@ -122,11 +110,11 @@ def test_all_ways_to_name_an_image(tmp_path):
     assert [sample.media for sample in shards] == [[image]] * 4
 
 
-def test_image_root_is_where_relative_paths_start(tmp_path):
+def test_media_root_is_where_relative_paths_start(tmp_path):
     (tmp_path / "a.jpg").write_bytes(encoded_image())
     (tmp_path / "elsewhere").mkdir()
     source = write_jsonl(tmp_path / "elsewhere" / "x.jsonl", [chat(image="a.jpg")])
-    report = write_shards(source, tmp_path / "shards", image_root=tmp_path)
+    report = write_shards(source, tmp_path / "shards", media_root=tmp_path)
     assert report.num_images == 1
 
 
@@ -159,6 +147,7 @@ def broken(tmp_path: Path) -> dict[str, object]:
         "(File name too long)": chat(image="x" * 300),
         "null byte": chat(image="a\0b"),
         "download it first": chat(image="https://example.com/a.jpg"),
+        "a medium must lie in": chat(image="/etc/passwd"),
         "no ;base64": chat(image="data:image/png,abc"),
         "a data: URI must be": chat(image="data:image/png;base64,a*b"),
         "must be valid JSON": '{"messages": [',
@@ -182,29 +171,47 @@ def test_a_bad_line_is_found_by_workers_too(tmp_path):
     source = write_jsonl(tmp_path / "x.jsonl", [chat()] * 30 + [{"messages": []}] + [chat()] * 30)
     with pytest.raises(ValueError, match=r"x\.jsonl:31: messages"):
         write_shards(source, tmp_path / "shards", num_workers=2)
-    assert list((tmp_path / "shards").iterdir()) == []
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == [".partial"]
 
 
-def test_skip_bad_lists_what_it_left_out(tmp_path):
+def test_bad_records_are_listed_with_their_reasons(tmp_path):
     bad = list(broken(tmp_path).values())
     records = [record for b in bad for record in (chat(), b)]
     source = write_jsonl(tmp_path / "x.jsonl", records)
-    report = write_shards(source, tmp_path / "shards", skip_bad=True, shuffle_seed=1)
+    report = write_shards(source, tmp_path / "shards", max_bad=0.5, shuffle_seed=1)
     assert report.num_samples == len(bad)
-    assert [skipped.line for skipped in report.skipped] == list(range(2, 2 * len(bad) + 1, 2))
+    assert [skipped.row for skipped in report.skipped] == list(range(1, 2 * len(bad), 2))
     listed = (tmp_path / "shards" / "skipped.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in listed] == [s._asdict() for s in report.skipped]
+    assert [json.loads(line)["error"] for line in listed] == [s.error for s in report.skipped]
+    assert json.loads(listed[0])["reason"] == report.skipped[0].reason
+    reasons = report.skipped_reasons
+    assert sum(reasons.values()) == len(bad)
+    assert reasons["an image must be a whole JPEG, PNG or WebP file"] == 5
+    assert reasons["a medium must be a readable file"] == 4
     keys = [sample.key for sample in Shards.open([tmp_path / "shards"])]
     assert keys == [f"{i:09d}" for i in range(len(bad))]
 
 
+@pytest.mark.parametrize(("max_bad", "bad", "enough"), [(3, 3, True), (2, 3, False), (0.1, 3, True)])
+def test_there_is_a_limit_to_bad_records(tmp_path, max_bad, bad, enough):
+    records = [chat()] * (30 - bad) + [{"messages": []}] * (bad - 1) + ["{"]
+    source = write_jsonl(tmp_path / "x.jsonl", records)
+    if enough:
+        assert len(write_shards(source, tmp_path / "out", max_bad=max_bad).skipped) == bad
+        return
+    with pytest.raises(ValueError, match=r"at most 2 of 30 .* got 3 \(2 × messages must be a non"):
+        write_shards(source, tmp_path / "out", max_bad=max_bad)
+
+
 def test_nothing_good_is_an_error(tmp_path):
     source = write_jsonl(tmp_path / "x.jsonl", [{"messages": []}])
-    with pytest.raises(ValueError, match=r"must hold a good line, got none; first: .*x.jsonl:1"):
-        write_shards(source, tmp_path / "shards", skip_bad=True)
+    with pytest.raises(ValueError, match=r"at most 0 of 1 records may be bad|x.jsonl:1"):
+        write_shards(source, tmp_path / "shards", max_bad=0.5)
+    with pytest.raises(ValueError, match="must hold a good record, got 1 bad ones"):
+        write_shards(source, tmp_path / "shards", max_bad=1)
     with pytest.raises(ValueError, match="must hold a record, got none"):
         write_shards(write_jsonl(tmp_path / "empty.jsonl", []), tmp_path / "shards")
-    with pytest.raises(ValueError, match="must be a JSONL file, got no file"):
+    with pytest.raises(ValueError, match="must be a file, a folder or a glob"):
         write_shards(tmp_path / "nowhere.jsonl", tmp_path / "shards")
 
 
@@ -230,22 +237,104 @@ def test_overwrite_replaces_shards_and_nothing_else(tmp_path):
     assert Shards.open([output / "shard-000000.tar"]).num_samples == 4
 
 
-def test_what_a_killed_run_left_is_named_and_overwritten(tmp_path):
-    source = write_chats(tmp_path, count=4)
-    (tmp_path / "shards" / ".partial").mkdir(parents=True)
-    (tmp_path / "shards" / ".partial" / "shard-000000.tar").write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"such as .partial \(of a run that was killed"):
-        write_shards(source, tmp_path / "shards")
-    write_shards(source, tmp_path / "shards", overwrite=True)
-    assert Shards.open([tmp_path / "shards"]).num_samples == 4
-    assert not (tmp_path / "shards" / ".partial").exists()
-
-
-def test_progress_is_told_line_by_line(tmp_path):
+def test_progress_is_told_of_both_passes(tmp_path):
     calls = []
     source = write_chats(tmp_path, count=5)
-    write_shards(source, tmp_path / "shards", on_progress=lambda *call: calls.append(call))
-    assert calls == [(i, 5) for i in range(1, 6)]
+    options = {"samples_per_shard": 2, "on_progress": lambda *call: calls.append(call)}
+    write_shards(source, tmp_path / "shards", **options)
+    assert calls == [("Checking", 5, 5), *(("Writing", i, 3) for i in (1, 2, 3))]
+
+
+def test_a_dry_run_says_what_would_be_written(tmp_path):
+    source = write_jsonl(tmp_path / "x.jsonl", [chat(), "{", chat(), chat()])
+    options = {"samples_per_shard": 2, "max_bad": 1}
+    would = check_records(source, **options)
+    report = write_shards(source, tmp_path / "out", **options)
+    assert [path.name for path in report.shards] == [str(path) for path in would.shards]
+    would.shards = report.shards
+    assert would == report
+
+
+def stopped_run(source: Path, output: Path, after: int, **options: object) -> None:
+    """A run that ends when `after` shards are written."""
+
+    def stop(title: str, done: int, _total: int) -> None:
+        if (title, done) == ("Writing", after):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(source, output, on_progress=stop, **options)
+
+
+def test_a_stopped_run_goes_on_and_says_what_it_kept(tmp_path):
+    source, options = write_chats(tmp_path, count=40), {"samples_per_shard": 9, "shuffle_seed": 3}
+    whole = write_shards(source, tmp_path / "whole", **options)
+    stopped_run(source, tmp_path / "out", 3, **options)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".partial"]
+    report = write_shards(source, tmp_path / "out", **options)
+    assert (report.kept_records, report.kept_shards) == (40, 3)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert report.num_samples == whole.num_samples
+
+
+def test_a_damaged_shard_is_not_kept(tmp_path):
+    source, options = write_chats(tmp_path, count=40), {"samples_per_shard": 9}
+    write_shards(source, tmp_path / "whole", **options)
+    for position in (600, -300, -1100):
+        stopped_run(source, tmp_path / "out", 3, overwrite=True, **options)
+        shard = tmp_path / "out" / ".partial" / "shards" / "shard-000001.tar"
+        data = bytearray(shard.read_bytes())
+        data[position] ^= 1
+        shard.write_bytes(data)
+        report = write_shards(source, tmp_path / "out", overwrite=True, **options)
+        assert report.kept_shards == 2
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_another_command_does_not_go_on(tmp_path):
+    source, options = write_chats(tmp_path, count=40), {"samples_per_shard": 9}
+    stopped_run(source, tmp_path / "out", 3, **options)
+    with pytest.raises(ValueError, match=r"shuffle_seed must be that of the unfinished run, got 1"):
+        write_shards(source, tmp_path / "out", shuffle_seed=1, **options)
+    with source.open("a") as file:
+        file.write(json.dumps(chat()) + "\n")
+    with pytest.raises(ValueError, match="inputs must be that .* keep its 3 finished shards"):
+        write_shards(source, tmp_path / "out", **options)
+    assert write_shards(source, tmp_path / "out", overwrite=True, **options).num_samples == 41
+
+
+def test_what_changes_between_the_passes_is_an_error(tmp_path):
+    source, options = write_chats(tmp_path, count=40), {"samples_per_shard": 9}
+    stopped_run(source, tmp_path / "out", 3, **options)
+    for image in (tmp_path / "images").iterdir():
+        image.write_bytes(encoded_image(300, 300))
+    with pytest.raises(ValueError, match=r"chats.jsonl:\d+: a record and its media must stay"):
+        write_shards(source, tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize("moved", [0, 1, 4, 15])
+def test_a_run_killed_while_its_files_move_goes_on(tmp_path, moved):
+    source, options = write_chats(tmp_path, count=40), {"samples_per_shard": 9}
+    write_shards(source, tmp_path / "whole", **options)
+    stopped_run(source, tmp_path / "out", 5, **options)
+    partial = tmp_path / "out" / ".partial"
+    (partial / "publishing").touch()
+    for path in sorted((partial / "shards").iterdir())[:moved]:
+        path.rename(tmp_path / "out" / path.name)
+    report = write_shards(source, tmp_path / "out", **options)
+    assert (report.num_samples, len(report.shards)) == (40, 5)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_one_run_at_a_time_writes_in_a_folder(tmp_path):
+    source = write_chats(tmp_path, count=4)
+
+    def write_too(*_: object) -> None:
+        with pytest.raises(ValueError, match="one run at a time must write here"):
+            write_shards(source, tmp_path / "out")
+
+    write_shards(source, tmp_path / "out", on_progress=write_too)
+    assert Shards.open([tmp_path / "out"]).num_samples == 4
 
 
 @pytest.mark.parametrize("option", ["shard_size", "samples_per_shard", "num_workers"])

@@ -1,28 +1,30 @@
-"""Raw JSONL and media files to checked samples, in any order, by any number of processes."""
+"""A row of any input to a checked sample: its chat brought into shard form, its media loaded."""
 
 import base64
 import binascii
 import errno
-import multiprocessing
 import os
-from collections import deque
-from collections.abc import Generator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import re
+import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
 
+from triptych_data.mapping import BLOB, Mapping, to_record
 from triptych_data.probe import MediaInfo, probe_media
-from triptych_data.sample import dump_json, parse_input, text_bytes
-from triptych_data.workers import begin_worker
+from triptych_data.sample import KINDS, dump_json, parse_record, text_bytes
+from triptych_data.sources.kinds import JoinedRows
+from triptych_data.sources.source import Reopened
+from triptych_data.tarwriter import MOST_BYTES, span_bytes
 
-CHUNK = 8
-"""Lines a worker takes at once: 8 decoded images hide the cost of a message, and bound memory."""
+MEASURES = ("tar_bytes", "text_bytes", "images", "videos", "audios")
+"""What `Intake.measure` counts of each row; tar_bytes is BAD for a row that is no sample."""
+BAD = -1
 UNREADABLE = {
     errno.ENOENT,
     errno.ENOTDIR,
@@ -30,142 +32,152 @@ UNREADABLE = {
     errno.EACCES,
     errno.ENAMETOOLONG,
     errno.ELOOP,
+    errno.ENXIO,
 }
 """What says that a path is wrong; other errors of the system are not the sample's fault."""
+SCHEME = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 class Prepared(NamedTuple):
     """A checked sample: its JSON as a shard stores it, the bytes and measures of its media in the
     order of their numbers, which in input is that of the text."""
 
-    line: int
     json: bytes
     media: list[bytes]
     measures: list[MediaInfo]
     text_bytes: int
 
+    @property
+    def tar_bytes(self) -> int:
+        return span_bytes([len(self.json), *map(len, self.media)])
+
 
 class Rejected(NamedTuple):
-    """A line that is no sample, and why; `error` begins with file:line."""
+    """A row that is no sample, counted over all inputs from 0; `error` begins with file:line."""
 
-    line: int
+    row: int
     error: str
 
-
-@dataclass(frozen=True, slots=True)
-class Lines:
-    """The records of a JSONL file: line numbers from 1 and byte spans, (L,) int64 each."""
-
-    path: Path
-    number: np.ndarray
-    start: np.ndarray
-    end: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.number)
+    @property
+    def reason(self) -> str:
+        """What must hold, without file, position and value: the same for all rows of a kind."""
+        return reason(self.error)
 
 
-def scan_lines(path: Path) -> Lines:
-    """Where the lines of a file lie; blank ones are left out. Raises ValueError without any."""
-    spans, start = [], 0
-    if not path.is_file():
-        raise ValueError(f"{path}: the input must be a JSONL file, got no file; check the path")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.isspace():
-                spans.append((number, start, start + len(line)))
-            start += len(line)
-    if not spans:
-        raise ValueError(f"{path}: the input must hold a record, got none; write one per line")
-    columns = np.array(spans, dtype=np.int64).T
-    return Lines(path, *columns)
+@dataclass(frozen=True)
+class Intake(Reopened):
+    """How rows become samples.
 
-
-def prepare_all(
-    lines: Lines, order: np.ndarray, image_root: Path, num_workers: int
-) -> Generator[Prepared | Rejected, None, None]:
-    """Every line of `order` checked, in that order; with one worker in this process.
-
-    At most two chunks a worker are in flight, so memory is bounded.
+    Relative paths of media start at `media_root`, by default the folder of their input, and may
+    not lead out of it unless `allow_outside`. With `decode` all media are decoded when measured.
     """
-    work = partial(prepare_chunk, lines.path, image_root)
-    chunks = (
-        [(int(lines.number[i]), int(lines.start[i]), int(lines.end[i])) for i in order[at:][:CHUNK]]
-        for at in range(0, len(order), CHUNK)
-    )
-    num_workers = min(num_workers, len(order) // CHUNK)
-    if num_workers <= 1:
-        for chunk in chunks:
-            yield from work(chunk)
-        return
-    # Not forked: the progress bar's thread may hold a lock. Not worker_context: no torch needed.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=begin_worker)
-    pending = deque[Future[list[Prepared | Rejected]]]()
-    try:
-        for chunk in chunks:
-            pending.append(pool.submit(work, chunk))
-            if len(pending) >= 2 * num_workers:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise ValueError(
-            f"{lines.path}: every worker must live to the end, got one that was killed, often for "
-            "memory; use fewer workers"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
+    rows: JoinedRows
+    mapping: Mapping
+    media_root: Path | None = None
+    allow_outside: bool = False
+    decode: bool = True
 
-def prepare_chunk(
-    path: Path, image_root: Path, chunk: list[tuple[int, int, int]]
-) -> list[Prepared | Rejected]:
-    """Read and check some lines, each given as (number, start, end), with all their media."""
-    results: list[Prepared | Rejected] = []
-    with path.open("rb") as file:
-        for number, start, end in chunk:
-            line = os.pread(file.fileno(), end - start, start)
+    def measure(self, rows: Sequence[int]) -> tuple[np.ndarray, list[Rejected]]:
+        """Check rows in full. Returns (len(rows), len(MEASURES)) int64 and what is no sample."""
+        table = np.zeros((len(rows), len(MEASURES)), dtype=np.int64)
+        rejected = []
+        for at, row in enumerate(rows):
             try:
-                results.append(_prepare(line, number, f"{path}:{number}", image_root))
+                sample = self.prepare(row, decode=self.decode)
             except ValueError as error:
-                results.append(Rejected(number, str(error)))
-    return results
+                table[at, 0] = BAD
+                rejected.append(Rejected(int(row), " ".join(str(error).split())))
+                continue
+            kinds = [info.kind for info in sample.measures]
+            table[at] = (sample.tar_bytes, sample.text_bytes, *map(kinds.count, KINDS))
+        return table, rejected
+
+    def prepare(self, row: int, *, decode: bool) -> Prepared:
+        """Row `row` as a sample. Raises ValueError that begins with its file and line."""
+        where = self.rows.where(row)
+        record, blobs = to_record(self.rows.read(row), self.mapping, where)
+        sample = parse_record(record, where)
+        root = self._root(self.media_root or self.rows.root_of(row))
+        media, measures = [], []
+        for number, (kind, source) in enumerate(sample.media):
+            name = f"{kind} {number if source.startswith(BLOB) else source[:200]}"
+            data = _load(source, f"{where}: {name}", blobs, root)
+            media.append(data)
+            measures.append(probe_media(data, kind, f"{where}: {name}", decode=decode))
+        return Prepared(dump_json(sample.json), media, measures, text_bytes(sample.json))
+
+    def _root(self, folder: Path) -> "_Root":
+        if folder not in self._roots:
+            self._roots[folder] = _Root(folder, folder.resolve(), self.allow_outside)
+        return self._roots[folder]
+
+    @cached_property
+    def _roots(self) -> dict[Path, "_Root"]:
+        return {}
 
 
-def _prepare(line: bytes, number: int, where: str, image_root: Path) -> Prepared:
-    sample = parse_input(line, where)
-    media = [_load(kind, source, where, image_root) for kind, source in sample.media]
-    measures = [
-        probe_media(data, kind, f"{where}: {kind} {source[:200]}")
-        for data, (kind, source) in zip(media, sample.media, strict=True)
-    ]
-    return Prepared(number, dump_json(sample.json), media, measures, text_bytes(sample.json))
+def reason(error: str) -> str:
+    """The middle of `file:line: part: what must hold, got …`, positions in the part left out."""
+    return re.sub(r"\[\d+\]", "[]", error.split(", got ")[0].rsplit(": ", 1)[-1])[:120]
 
 
-def _load(kind: str, source: str, where: str, image_root: Path) -> bytes:
-    """The bytes of a medium given by path, `file://` or `data:` URI."""
+class _Root(NamedTuple):
+    """Where paths of media start and, unless `allow_outside`, must stay; links count resolved."""
+
+    folder: Path
+    resolved: Path
+    allow_outside: bool
+
+
+def _load(source: str, where: str, blobs: list[bytes], root: _Root) -> bytes:
+    """The bytes of a medium given by path, `file://` or `data:` URI, or as one of `blobs`."""
+    if source.startswith(BLOB) and source[1:].isdecimal() and int(source[1:]) < len(blobs):
+        return blobs[int(source[1:])]
     if source.startswith("data:"):
         return _decode_data_uri(source, where)
     name = unquote(source.removeprefix("file://")) if source.startswith("file://") else source
-    if "://" in name[:16]:
+    if SCHEME.match(name):
         raise ValueError(
-            f"{where}: {_a(kind)} must be a local file or a data: URI, got {source[:200]!r}; "
-            "download it first"
+            f"{where}: a medium must be a local file or a data: URI, got {source[:200]!r}; "
+            "nothing is fetched or run: download it first"
         )
-    path = image_root / name
     try:
-        return path.read_bytes()
+        path = os.path.realpath(root.folder / name)
+        if not root.allow_outside and not Path(path).is_relative_to(root.resolved):
+            raise ValueError(
+                f"{where}: a medium must lie in {root.folder}, got a path that leads to "
+                f"{path[:200]!r}; set --media-root to a folder that holds all media, or, if you "
+                "trust the input, --allow-outside"
+            )
+        return _read_file(path, where)
     except OSError as error:
         if error.errno not in UNREADABLE:
             raise
-        reason = os.strerror(error.errno)
-    except ValueError as error:  # a null byte
-        reason = str(error)
+        problem = os.strerror(error.errno)
+    except ValueError as error:
+        if "null" not in str(error):
+            raise
+        problem = "a null byte in its name"
     raise ValueError(
-        f"{where}: {_a(kind)} must be a readable file, got {str(path)[:200]!r} ({reason}); "
-        f"relative paths start at {image_root}: fix the path or set --image-root"
+        f"{where}: a medium must be a readable file, got {str(root.folder / name)[:200]!r} "
+        f"({problem}); relative paths start at {root.folder}: fix the path or set --media-root"
     )
+
+
+def _read_file(path: str, where: str) -> bytes:
+    """The bytes of a regular file; of a pipe or device nothing is read, so nothing can hang."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
+            raise ValueError(
+                f"{where}: a medium must be a regular file of at most {MOST_BYTES} bytes, got "
+                f"mode {stat.filemode(status.st_mode)}, {status.st_size} bytes; replace it"
+            )
+        return file.readall()
 
 
 def _decode_data_uri(source: str, where: str) -> bytes:
@@ -176,10 +188,6 @@ def _decode_data_uri(source: str, where: str) -> bytes:
         return base64.b64decode(payload, validate=True)
     except (ValueError, binascii.Error) as error:
         raise ValueError(
-            f"{where}: a data: URI must be data:…;base64,…, got {head[:60]!r} ({error}); "
+            f"{where[:300]}: a data: URI must be data:…;base64,…, got {head[:60]!r} ({error}); "
             "encode the file anew"
         ) from error
-
-
-def _a(kind: str) -> str:
-    return f"a {kind}" if kind == "video" else f"an {kind}"

@@ -1,35 +1,45 @@
-"""Write shards: numbered WebDataset tars with indexes, the same bytes for any number of workers."""
+"""Write shards from any input: numbered, indexed, the same bytes for any number of workers.
+
+Two passes, both by any number of processes: the first checks every record and measures it, so that
+where each shard begins is known; then each shard is written by itself. What a killed run has
+checked and written is kept; the same call goes on from there.
+"""
 
 import json
-import os
-import re
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from triptych_data.index import IndexRows, write_index, write_whole
-from triptych_data.intake import Prepared, Rejected, prepare_all, scan_lines
+from triptych_data.checked import Checked
+from triptych_data.index import read_index, write_whole
+from triptych_data.intake import BAD, MEASURES, Intake, Rejected
+from triptych_data.mapping import Mapping
 from triptych_data.order import epoch_order
-from triptych_data.tar import END, header, padded
+from triptych_data.ordered import in_order
+from triptych_data.sample import KINDS
+from triptych_data.sources.kinds import find_inputs, identity, open_inputs
+from triptych_data.staging import CHECKED, SKIPPED, staging
+from triptych_data.tar import END
+from triptych_data.tarwriter import TarWriter, cut, kept_index
 
 SHARD_SIZE = 256_000_000
-OURS = re.compile(
-    r"shard-\d{6,}\.tar(\.idx|\.columns|\.lengths-[0-9a-f]+\.safetensors)?|skipped\.jsonl"
-)
-"""Names that we write, cached lengths included, and --overwrite may remove."""
-SKIPPED = "skipped.jsonl"
-STAGING = ".partial"
-"""Folder in the output where a run works; its files move out when all of them are whole."""
+MOST_AT_ONCE = 256
+"""Records of one job of checking: a second of decoding images, so that progress shows."""
+Progress = Callable[[str, int, int], None]
+"""Called with what is done ("Checking", "Writing"), how many, and of how many."""
 
 
 @dataclass(slots=True)
 class ShardReport:
-    """What `write_shards` wrote: the tars in order, totals, and the lines that were left out."""
+    """What `write_shards` wrote: the tars in order, totals, and the records that were left out."""
 
     shards: list[Path] = field(default_factory=list)
     num_samples: int = 0
@@ -39,187 +49,239 @@ class ShardReport:
     text_bytes: int = 0
     tar_bytes: int = 0
     skipped: list[Rejected] = field(default_factory=list)
+    kept_records: int = 0
+    """records that an earlier, unfinished run had checked"""
+    kept_shards: int = 0
+    """shards that an earlier, unfinished run had written, verified byte by byte"""
+
+    @property
+    def skipped_reasons(self) -> dict[str, int]:
+        """How many records were left out for what reason, most frequent first."""
+        return dict(Counter(rejected.reason for rejected in self.skipped).most_common())
+
+
+@dataclass(frozen=True, slots=True)
+class ShardOptions:
+    """How `write_shards` works; what is not about processes and faults decides the bytes.
+
+    A shard is full when the next sample would take it beyond `shard_size` bytes, or at
+    `samples_per_shard`. `max_bad` is how many bad records may be left out, a share of all of them
+    if it is below 1; 0 stops at the first. See `intake.Intake` for the rest.
+    """
+
+    shard_size: int = SHARD_SIZE
+    samples_per_shard: int | None = None
+    shuffle_seed: int | None = None
+    mapping: Mapping = field(default_factory=Mapping)
+    kind: str | None = None
+    media_root: Path | None = None
+    allow_outside: bool = False
+    decode: bool = True
+    max_bad: float = 0
+    num_workers: int = 1
+
+    def __post_init__(self) -> None:
+        numbers = (self.shard_size, self.samples_per_shard, self.num_workers)
+        if any(number is not None and number < 1 for number in numbers):
+            raise ValueError(
+                "shard size, samples per shard and workers must be at least 1, got "
+                f"{', '.join(map(str, numbers))}; leave out what you do not need"
+            )
 
 
 def write_shards(
-    input_path: str | Path,
+    inputs: str | Path | Sequence[str | Path],
     output_dir: str | Path,
     *,
-    shard_size: int = SHARD_SIZE,
-    samples_per_shard: int | None = None,
-    num_workers: int = 1,
-    shuffle_seed: int | None = None,
-    image_root: str | Path | None = None,
-    skip_bad: bool = False,
     overwrite: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
+    **options: Any,
 ) -> ShardReport:
-    """Check the chats of a JSONL file and write them, media included, as indexed shards.
+    """Check the records of any input (`sources.kinds`) and write them, media included, as shards.
 
-    A shard is full when the next sample would take it beyond `shard_size` bytes, or at
-    `samples_per_shard`. Media paths are relative to `image_root`, by default the input's folder.
-    Keys number the written samples. Raises ValueError at the first bad line, or, with `skip_bad`,
-    lists bad lines in `skipped.jsonl`; nothing appears in `output_dir` before all is written.
-    `on_progress` is told (lines done, lines in all).
+    `options` are those of `ShardOptions`. Keys number the written samples. Raises ValueError at
+    the first bad record, or beyond `max_bad` of them; what was left out is in `skipped.jsonl`.
+    Nothing appears in `output_dir` before all is written.
     """
-    source, output = Path(input_path), Path(output_dir)
-    if (
-        shard_size < 1
-        or num_workers < 1
-        or (samples_per_shard is not None and samples_per_shard < 1)
-    ):
-        raise ValueError(
-            "shard size, samples per shard and workers must be at least 1, got "
-            f"{shard_size}, {samples_per_shard}, {num_workers}; leave out what you do not need"
-        )
-    lines = scan_lines(source)
-    order = (
-        epoch_order(len(lines), shuffle_seed, epoch=0)
-        if shuffle_seed is not None
-        else np.arange(len(lines))
-    )
-    root = Path(image_root) if image_root is not None else source.parent
-    with (
-        _staging(output, overwrite) as staging,
-        closing(prepare_all(lines, order, root, num_workers)) as results,
-        closing(_Writer(staging, shard_size, samples_per_shard)) as writer,
-    ):
-        skipped = []
-        for done, result in enumerate(results, 1):
-            if isinstance(result, Prepared):
-                writer.add(result)
-            elif skip_bad:
-                skipped.append(result)
-            else:
-                raise ValueError(result.error)
-            if on_progress:
-                on_progress(done, len(lines))
-        report = writer.finish(skipped, source)
-        _publish(staging, output)
-    report.shards = [output / shard.name for shard in report.shards]
+    settings = ShardOptions(**options)
+    found = find_inputs(_listed(inputs), settings.kind)
+    report = ShardReport()
+    with staging(Path(output_dir), _run(found, settings), overwrite=overwrite) as place:
+        if not place.publishing:
+            intake = _intake(found, place.scratch, settings)
+            order, checked = _check(intake, place.folder, settings, report, on_progress)
+            jobs = _jobs(order, checked, settings, place.shards)
+            _write(intake, jobs, settings.num_workers, report, on_progress)
+            lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in _listing(report)]
+            if lines:
+                write_whole(place.shards / SKIPPED, "".join(lines).encode())
+        report.shards = place.publish()
+    for index in map(read_index, report.shards):
+        images, videos, audios = np.bincount(index.media_kind, minlength=len(KINDS)).tolist()
+        report.num_samples += index.num_samples
+        report.num_images += images
+        report.num_videos += videos
+        report.num_audios += audios
+        report.text_bytes += int(index.text_bytes.sum())
+        report.tar_bytes += index.tar_bytes
     return report
 
 
-@contextmanager
-def _staging(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder to work in, gone at the end; refuses an output that holds anything."""
-    output.mkdir(parents=True, exist_ok=True)
-    staging = output / STAGING
-    present = sorted(path.name for path in output.iterdir())
-    if present and not overwrite:
-        left = " (of a run that was killed or still runs)" if STAGING in present else ""
+def check_records(
+    inputs: str | Path | Sequence[str | Path],
+    *,
+    on_progress: Progress | None = None,
+    **options: Any,
+) -> ShardReport:
+    """What `write_shards` would write of these inputs, every record checked, nothing written.
+
+    `shards` holds the names. Raises as `write_shards`.
+    """
+    settings = ShardOptions(**options)
+    found = find_inputs(_listed(inputs), settings.kind)
+    report = ShardReport()
+    with tempfile.TemporaryDirectory(prefix="triptych-") as name:
+        folder = Path(name)
+        intake = _intake(found, folder / "scratch", settings)
+        order, checked = _check(intake, folder, settings, report, on_progress)
+        jobs = _jobs(order, checked, settings, Path())
+        good = checked[checked[:, 0] != BAD]
+        report.shards = [job.path for job in jobs]
+        report.num_samples = len(good)
+        sums = dict(zip(MEASURES, good.sum(axis=0).tolist(), strict=True))
+    report.num_images, report.num_videos, report.num_audios = (sums[f"{kind}s"] for kind in KINDS)
+    report.text_bytes = sums["text_bytes"]
+    report.tar_bytes = sums["tar_bytes"] + len(END) * len(report.shards)
+    return report
+
+
+class _Job(NamedTuple):
+    """One shard to write: its rows, their bytes in the tar, the number of its first key."""
+
+    path: Path
+    rows: np.ndarray
+    sizes: np.ndarray
+    first_key: int
+
+    def key(self, number: int) -> str:
+        return f"{self.first_key + number:09d}"
+
+
+def write_shard(intake: Intake, job: _Job) -> bool:
+    """Write one shard; returns whether it was there already, whole and as it would be written."""
+    if kept_index(job.path, job.sizes, job.key):
+        return True
+    with TarWriter(job.path) as tar:
+        pairs = zip(job.rows.tolist(), job.sizes.tolist(), strict=True)
+        for number, (row, size) in enumerate(pairs):
+            sample = intake.prepare(row, decode=False)
+            if sample.tar_bytes != size:
+                raise ValueError(
+                    f"{intake.rows.where(row)}: a record and its media must stay as they were "
+                    f"checked, got {sample.tar_bytes} bytes instead of {size}; do not change them "
+                    "during a run, begin anew with --overwrite"
+                )
+            tar.add(job.key(number), sample.json, sample.media, sample.measures, sample.text_bytes)
+        tar.finish()
+    return False
+
+
+def _listed(inputs: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+    return [inputs] if isinstance(inputs, str | Path) else inputs
+
+
+def _run(found: list[tuple[Path, str]], settings: ShardOptions) -> dict[str, Any]:
+    """What decides the bytes: a run goes on only where all of it is the same."""
+    free = ("max_bad", "num_workers", "kind")
+    decides = {name: value for name, value in asdict(settings).items() if name not in free}
+    root = settings.media_root
+    return {
+        "version": 1,
+        "inputs": identity(found),
+        **decides,
+        "media_root": str(root.resolve()) if root else None,
+    }
+
+
+def _intake(found: list[tuple[Path, str]], scratch: Path, settings: ShardOptions) -> Intake:
+    scratch.mkdir(exist_ok=True)
+    rows = open_inputs(found, scratch, any_order=settings.shuffle_seed is not None)
+    return Intake(
+        rows, settings.mapping, settings.media_root, settings.allow_outside, settings.decode
+    )
+
+
+def _check(
+    intake: Intake,
+    folder: Path,
+    settings: ShardOptions,
+    report: ShardReport,
+    on_progress: Progress | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The order of all rows (N,) and what each measures (N, len(MEASURES)), in that order."""
+    total, seed = len(intake.rows), settings.shuffle_seed
+    order = np.arange(total) if seed is None else epoch_order(total, seed, epoch=0)
+    limit = settings.max_bad if settings.max_bad >= 1 else int(settings.max_bad * total)
+    checked = Checked(folder / CHECKED, len(MEASURES))
+    report.kept_records = checked.count
+    _refuse_bad(checked.rejected, limit, total)
+    workers = min(settings.num_workers, total // 8)  # a process costs what 100 records do
+    most = max(8, min(MOST_AT_ONCE, total // (4 * max(workers, 1))))
+    starts = intake.rows.pieces(most) if seed is None else np.arange(0, total, most)
+    bounds = np.unique([checked.count, *starts[starts > checked.count].tolist(), total])
+    jobs = [order[start:end] for start, end in pairwise(bounds.tolist())]
+    with closing(in_order(intake.measure, jobs, workers)) as results, closing(checked):
+        for table, rejected in results:
+            _refuse_bad([*checked.rejected, *rejected], limit, total)
+            checked.add(table, rejected)
+            if on_progress:
+                on_progress("Checking", checked.count, total)
+    report.skipped = sorted(checked.rejected)
+    return order, checked.table()
+
+
+def _refuse_bad(rejected: list[Rejected], limit: float, total: int) -> None:
+    if len(rejected) <= limit:
+        return
+    if limit == 0:
+        raise ValueError(rejected[0].error)
+    reasons = Counter(entry.reason for entry in rejected).most_common(3)
+    listed = "; ".join(f"{count} × {reason}" for reason, count in reasons)
+    raise ValueError(
+        f"--max-bad: at most {int(limit)} of {total} records may be bad, got {len(rejected)} "
+        f"({listed}); the last: {rejected[-1].error}"
+    )
+
+
+def _jobs(
+    order: np.ndarray, checked: np.ndarray, settings: ShardOptions, folder: Path
+) -> list[_Job]:
+    good = checked[:, 0] != BAD
+    if not good.any():
         raise ValueError(
-            f"{output}: the output folder must be empty, got {len(present)} entries such as "
-            f"{present[0]}{left}; name another, or replace old shards with --overwrite"
+            f"input: must hold a good record, got {len(order)} bad ones; see --max-bad"
         )
-    if staging.exists():
-        shutil.rmtree(staging)
-    staging.mkdir()
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging)
-
-
-def _members(key: str, sample: Prepared) -> list[bytes]:
-    """The members of a sample as they lie in a tar: header, content and padding, in turns."""
-    parts = []
-    media = [
-        (f"{i}.{info.suffix}", data)
-        for i, (info, data) in enumerate(zip(sample.measures, sample.media, strict=True))
+    rows, sizes = order[good], np.asarray(checked[good, 0])
+    starts = cut(sizes, settings.shard_size, settings.samples_per_shard)
+    return [
+        _Job(folder / f"shard-{number:06d}.tar", rows[start:end], sizes[start:end], start)
+        for number, (start, end) in enumerate(pairwise(starts.tolist()))
     ]
-    for name, data in [("json", sample.json), *media]:
-        parts += [header(f"{key}.{name}", len(data)), data, bytes(padded(len(data)) - len(data))]
-    return parts
 
 
-@dataclass(slots=True)
-class _Writer:
-    """Appends samples to the newest shard in `folder`, and begins another when it is full."""
-
-    folder: Path
-    shard_size: int
-    samples_per_shard: int | None
-    report: ShardReport = field(default_factory=ShardReport)
-    file: BinaryIO | None = None
-    rows: IndexRows = field(default_factory=IndexRows)
-    end: int = 0
-
-    def add(self, sample: Prepared) -> None:
-        key = f"{self.report.num_samples:09d}"
-        parts = _members(key, sample)
-        span = b"".join(parts)
-        file = self._shard_for(len(span))
-        members, offset = [], self.end
-        suffixes = ["json", *(info.suffix for info in sample.measures)]
-        for suffix, head, data, padding in zip(
-            suffixes, parts[::3], parts[1::3], parts[2::3], strict=True
-        ):
-            members.append((offset + len(head), len(data), suffix))
-            offset += len(head) + len(data) + len(padding)
-        self.rows.add(key, span, members, sample.text_bytes, sample.measures, self.end)
-        file.write(span)
-        self.end = offset
-        self.report.num_samples += 1
-        kinds = [info.kind for info in sample.measures]
-        self.report.num_images += kinds.count("image")
-        self.report.num_videos += kinds.count("video")
-        self.report.num_audios += kinds.count("audio")
-        self.report.text_bytes += sample.text_bytes
-
-    def finish(self, skipped: list[Rejected], source: Path) -> ShardReport:
-        """End the last shard and write the list of skipped lines."""
-        self._end_shard()
-        skipped = sorted(skipped)
-        if not self.report.shards:
-            raise ValueError(
-                f"{source}: the input must hold a good line, got none; first: {skipped[0].error}"
-            )
-        lines = [json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in skipped]
-        if lines:
-            write_whole(self.folder / SKIPPED, "".join(lines).encode())
-        self.report.skipped = skipped
-        return self.report
-
-    def close(self) -> None:
-        if self.file:
-            self.file.close()
-
-    def _shard_for(self, size: int) -> BinaryIO:
-        """The shard that takes a sample of `size` bytes: boundaries depend on the samples alone."""
-        full = len(self.rows.keys) == self.samples_per_shard
-        if self.file and (full or self.end + size + len(END) > self.shard_size):
-            self._end_shard()
-        if not self.file:
-            path = self.folder / f"shard-{len(self.report.shards):06d}.tar"
-            self.report.shards.append(path)
-            self.file = path.open("xb")
-            self.rows, self.end = IndexRows(), 0
-        return self.file
-
-    def _end_shard(self) -> None:
-        """End the newest tar, bring it to the disk, write its index."""
-        if not self.file:
-            return
-        self.file.write(END)
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        self.file = None
-        size = self.end + len(END)
-        self.report.tar_bytes += size
-        write_index(self.report.shards[-1], self.rows.finish(self.end, size))
+def _write(
+    intake: Intake,
+    jobs: list[_Job],
+    num_workers: int,
+    report: ShardReport,
+    on_progress: Progress | None,
+) -> None:
+    with closing(in_order(partial(write_shard, intake), jobs, num_workers)) as results:
+        for done, kept in enumerate(results, 1):
+            report.kept_shards += kept
+            if on_progress:
+                on_progress("Writing", done, len(jobs))
 
 
-def _publish(staging: Path, output: Path) -> None:
-    """Remove the old shards and move the new files into place, each tar after its index."""
-    for path in output.iterdir():
-        if OURS.fullmatch(path.name):
-            path.unlink()
-    for path in sorted(staging.iterdir(), key=lambda path: (path.suffix == ".tar", path.name)):
-        path.replace(output / path.name)
-    descriptor = os.open(output, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _listing(report: ShardReport) -> list[dict[str, Any]]:
+    return [{**entry._asdict(), "reason": entry.reason} for entry in report.skipped]

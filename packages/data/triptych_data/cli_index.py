@@ -1,0 +1,42 @@
+"""`triptych-data index`: what gives shards made elsewhere their index, and checks it."""
+
+import click
+
+from triptych_data import cli_options as options
+from triptych_data.cli_options import print_json, progress
+
+
+@click.command()
+@click.argument("shards", nargs=-1, required=True)
+@click.option("--overwrite", is_flag=True, help="Replace an index that no longer fits its shard.")
+@options.workers
+@options.as_json
+def index(shards: tuple[str, ...], overwrite: bool, workers: int, as_json: bool) -> None:
+    """Index shards made elsewhere, or verify.
+
+    SHARDS that have an index already are compared with it, byte for byte.
+
+    \b
+    Example:
+      triptych-data index /data/other/*.tar
+    """
+    from triptych_data.reader import find_shards
+    from triptych_data.scan import index_shards
+
+    tars, results = find_shards(shards), []
+    with progress() as on_progress:
+        for tar, (built, written) in index_shards(tars, overwrite=overwrite, num_workers=workers):
+            results.append(
+                {
+                    "shard": str(tar),
+                    "num_samples": built.num_samples,
+                    "fingerprint": built.fingerprint,
+                    "status": "written" if written else "verified",
+                }
+            )
+            on_progress("Indexing", len(results), len(tars))
+    if as_json:
+        print_json(results)
+        return
+    for result in results:
+        click.echo(f"{result['shard']}: {result['num_samples']:,} samples, {result['status']}")

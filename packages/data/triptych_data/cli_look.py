@@ -1,0 +1,93 @@
+"""`triptych-data inspect` and `preview`: what shows what shards hold."""
+
+from pathlib import Path
+
+import click
+
+from triptych_data import cli_options as options
+from triptych_data.cli_options import print_json, progress
+
+
+@click.command()
+@click.argument("shards", nargs=-1, required=True)
+@click.option("--model", help="A Hugging Face model folder: adds tokens and targets.")
+@click.option("--seq-len", type=click.IntRange(8), help="Tokens of a pack: adds the packing.")
+@options.min_pixels
+@options.max_pixels
+@options.as_json
+def inspect(
+    shards: tuple[str, ...],
+    model: str | None,
+    seq_len: int | None,
+    min_pixels: int | None,
+    max_pixels: int | None,
+    as_json: bool,
+) -> None:
+    """Count samples, images, tokens, packs.
+
+    Tokens and packs need a model and a length.
+
+    \b
+    Example:
+      triptych-data inspect shards/ --model Qwen3-VL-8B --seq-len 8192
+    """
+    from triptych_data.reader import Shards
+    from triptych_data.survey import as_text, forecast, survey
+
+    if (model is None) != (seq_len is None):
+        raise ValueError("--model and --seq-len must come together, got one; add the other")
+    opened = Shards.open(shards)
+    report = survey(opened)
+    if model is not None and seq_len is not None:
+        with progress() as on_progress:
+            report |= forecast(
+                opened,
+                model,
+                seq_len,
+                min_pixels=min_pixels,
+                max_pixels=max_pixels,
+                progress=lambda done, total: on_progress("Measuring", done, total),
+            )
+    if as_json:
+        print_json(report)
+    else:
+        click.echo(as_text(report))
+
+
+@click.command()
+@click.argument("shards", nargs=-1, required=True)
+@click.option("--model", required=True, help="A Hugging Face model folder.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("preview.html"))
+@click.option("-n", "--num-samples", type=click.IntRange(1), default=20, show_default=True)
+@options.min_pixels
+@options.max_pixels
+@options.as_json
+def preview(
+    shards: tuple[str, ...],
+    model: str,
+    output: Path,
+    num_samples: int,
+    min_pixels: int | None,
+    max_pixels: int | None,
+    as_json: bool,
+) -> None:
+    """Show samples as the loss sees them.
+
+    Writes a web page: which tokens are trained, ignored, special. The samples are spread evenly
+    over all shards; the page holds its images and needs no network.
+
+    \b
+    Example:
+      triptych-data preview shards/ --model Qwen3-VL-8B -n 20 -o preview.html
+    """
+    from triptych_data.preview import build_page
+    from triptych_data.reader import Shards
+
+    opened = Shards.open(shards)
+    page = build_page(opened, model, num_samples, min_pixels=min_pixels, max_pixels=max_pixels)
+    output.write_text(page, encoding="utf-8")
+    count = min(num_samples, opened.num_samples)
+    if as_json:
+        print_json({"page": str(output), "num_samples": count})
+    else:
+        click.echo(f"{count} samples: {output}")
