@@ -149,7 +149,7 @@ FOREIGN = {
         ("v1.1_img.jpg", encoded_image()),
         ("v1.1_img.json", stored_chat(1)),
     ],
-    "a sample must have a member v2.json, got v2.5_chat.json": [("v2.5_chat.json", stored_chat())],
+    "got v2.5_chat.json; keep dots out of keys": [("v2.5_chat.json", stored_chat())],
     "sample b: a sample must have a member b.json": [("a.json", stored_chat()), ("b.0.jpg", b"")],
     "a member must be there once": [("a.json", stored_chat()), ("a.json", stored_chat())],
     "media must be named <key>.<i>.<ext> with i from 0, got a.jpg": [

@@ -1,19 +1,20 @@
-"""Random access to samples in shards: one `pread` each, checked against the index."""
+"""Random access to samples in shards: one read each, checked against the index."""
 
 import functools
 import hashlib
-import json
-import os
-import zlib
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from triptych_data.index import MediaColumns, ShardIndex, read_index
-from triptych_data.sample import RawSample
+from triptych_data.index import MediaColumns, ShardIndex, checksum, read_index
+from triptych_data.locate import find_shards
+from triptych_data.remote import shown
+from triptych_data.sample import RawSample, load_json
+from triptych_data.storage import File, Location, Storage, in_parallel
 
 OPEN_FILES = 64
 """Shards kept open per process: far below any ulimit, enough for several packs at once."""
@@ -26,7 +27,8 @@ class Shards:
     Reading is stateless and so safe in threads and after fork; a pickled copy opens files anew.
     """
 
-    paths: tuple[Path, ...]
+    paths: tuple[Location, ...]
+    """local shards as Path, remote ones as str"""
     indexes: tuple[ShardIndex, ...]
     fingerprint: str
     """sha256 over the indexes in order, in hex"""
@@ -38,37 +40,55 @@ class Shards:
     """what the K media measure, in the order the texts meet them"""
     media_start: np.ndarray
     """(N + 1,) int64: sample i has the media media_start[i] to media_start[i + 1]"""
+    storage: Storage
     _open: Any = field(repr=False, compare=False)
+    _starts: list[int] = field(repr=False, compare=False)
 
     @classmethod
-    def open(cls, paths: Sequence[str | Path]) -> Self:
-        """Shards named by files, directories (their `*.tar`) and globs.
+    def open(cls, paths: str | Path | Sequence[str | Path], storage: Storage | None = None) -> Self:
+        """Shards named by files, directories (their `*.tar`), globs, brace ranges and URLs.
 
         Arguments keep their order, what one of them finds is sorted, a file named twice counts
-        once. Raises ValueError when an argument finds nothing or an index is missing or damaged.
+        once. Raises ValueError when an argument finds nothing or an index is missing or damaged,
+        ConnectionError when a server does not answer.
         """
+        storage = storage or Storage()
         tars = find_shards(paths)
-        return cls._from(tuple(tars), tuple(read_index(tar) for tar in tars))
+        remote = any(isinstance(tar, str) for tar in tars)
+        indexes = in_parallel(functools.partial(read_index, storage=storage), tars, remote)
+        return cls._from(tuple(tars), tuple(indexes), storage)
 
     @classmethod
-    def _from(cls, paths: tuple[Path, ...], indexes: tuple[ShardIndex, ...]) -> Self:
+    def _from(
+        cls, paths: tuple[Location, ...], indexes: tuple[ShardIndex, ...], storage: Storage
+    ) -> Self:
         media = MediaColumns.joined([index.media for index in indexes])
         first = np.cumsum([0, *(len(index.media_kind) for index in indexes)])
         starts = [i.media_start[:-1] + at for i, at in zip(indexes, first, strict=False)]
         digest = hashlib.sha256("".join(index.fingerprint for index in indexes).encode())
+        sample_start = np.cumsum([0, *(index.num_samples for index in indexes)])
         return cls(
             paths=paths,
             indexes=indexes,
             fingerprint=digest.hexdigest(),
-            sample_start=np.cumsum([0, *(index.num_samples for index in indexes)]),
+            sample_start=sample_start,
             text_bytes=np.concatenate([index.text_bytes for index in indexes]),
             media=media,
             media_start=np.concatenate([*starts, first[-1:]]),
-            _open=functools.lru_cache(maxsize=OPEN_FILES)(_OpenFile),
+            storage=storage,
+            _open=functools.lru_cache(maxsize=OPEN_FILES)(storage.open),
+            _starts=sample_start.tolist(),
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence["Shards"]) -> Self:
+        """Several lists of shards one after the other; a shard of two lists counts twice."""
+        paths = tuple(path for part in parts for path in part.paths)
+        indexes = tuple(index for part in parts for index in part.indexes)
+        return cls._from(paths, indexes, parts[0].storage)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self)._from, (self.paths, self.indexes)
+        return type(self)._from, (self.paths, self.indexes, self.storage)
 
     @property
     def num_samples(self) -> int:
@@ -92,88 +112,94 @@ class Shards:
 
     def where(self, sample: int) -> str:
         """What error messages about sample `sample` begin with: its shard and key."""
-        shard, row = self._locate(sample)
-        return f"{self.paths[shard]}: sample {self.indexes[shard].key(row)}"
+        return self._where(*self._locate(sample))
 
     def read(self, sample: int) -> RawSample:
         """The bytes of sample `sample`, its JSON parsed, its media in the order of their numbers.
 
-        Raises ValueError naming shard and key when the bytes are not those that were indexed.
+        Raises ValueError naming shard and key when the bytes are not those that were indexed, or
+        the shard holds no chats; ConnectionError when a server does not answer.
         """
         shard, row = self._locate(sample)
-        index = self.indexes[shard]
-        start, end = map(int, index.sample_start[row : row + 2])
-        span = self._pread(shard, row, start, end - start, int(index.sample_crc32[row]))
-        first, last = index.member_start[row : row + 2]
-        begins = (index.member_offset[first:last] - start).tolist()
-        sizes = index.member_size[first:last].tolist()
-        contents = [span[b : b + size] for b, size in zip(begins, sizes, strict=True)]
-        record = json.loads(contents[0])
-        return RawSample(index.key(row), self.where(sample), record, contents[1:])
+        where = self._where(shard, row)
+        if self.indexes[shard].layout != "chat":
+            raise ValueError(
+                f"{where}: must be a chat to be read as a sample, got other members; make chats of "
+                "them with: triptych-data shard"
+            )
+        text, *media = map(bytes, self._members(shard, row))
+        key = self.indexes[shard].key(row)
+        return RawSample(key, where, load_json(text, where), media)
+
+    def read_members(self, sample: int) -> list[memoryview]:
+        """The contents of a sample's members, in the order of the index, as they are.
+
+        `indexes[…].names` has their suffixes. Raises as `read`.
+        """
+        return self._members(*self._locate(sample))
 
     def read_json(self, sample: int) -> dict[str, Any]:
         """The JSON of sample `sample` without its media: for measuring texts. Raises as `read`."""
         shard, row = self._locate(sample)
         index = self.indexes[shard]
-        member = int(index.member_start[row])
-        offset, size = int(index.member_offset[member]), int(index.member_size[member])
-        return json.loads(self._pread(shard, row, offset, size, int(index.json_crc32[row])))
+        member = index.member_start.item(row)
+        offset, size = index.member_offset.item(member), index.member_size.item(member)
+        text = self._checked(shard, row, offset, size, index.json_hash.item(row))
+        record: dict[str, Any] = load_json(text, self._where(shard, row))
+        return record
+
+    def warm(self, samples: Iterable[int]) -> None:
+        """Bring what these samples need into the cache, many at once; local ones need nothing.
+
+        Reading them one after the other would wait for one request after the other.
+        """
+        spots = [
+            spot for spot in map(self._locate, samples) if isinstance(self.paths[spot[0]], str)
+        ]
+        in_parallel(lambda spot: self._members(*spot) and None, spots, remote=True)
+
+    def _members(self, shard: int, row: int) -> list[memoryview]:
+        index = self.indexes[shard]
+        start, end = index.sample_start[row : row + 2].tolist()
+        span = self._checked(shard, row, start, end - start, index.sample_hash.item(row))
+        view = memoryview(span)
+        first, last = index.member_start[row : row + 2].tolist()
+        offsets = index.member_offset[first:last].tolist()
+        sizes = index.member_size[first:last].tolist()
+        return [
+            view[offset - start : offset - start + size]
+            for offset, size in zip(offsets, sizes, strict=True)
+        ]
 
     def _locate(self, sample: int) -> tuple[int, int]:
         """The shard that holds sample `sample`, and its row there."""
-        if not 0 <= sample < self.num_samples:
+        if not 0 <= sample < self._starts[-1]:
             raise IndexError(f"sample must be in [0, {self.num_samples}), got {sample}")
-        shard = int(np.searchsorted(self.sample_start, sample, side="right")) - 1
-        return shard, sample - int(self.sample_start[shard])
+        shard = bisect_right(self._starts, sample) - 1
+        return shard, int(sample) - self._starts[shard]
 
-    def _pread(self, shard: int, row: int, offset: int, size: int, crc32: int) -> bytes:
+    def _where(self, shard: int, row: int) -> str:
+        return f"{self._name(shard)}: sample {self.indexes[shard].key(row)}"
+
+    def _name(self, shard: int) -> str:
         path = self.paths[shard]
-        file = self._open(path)  # holding it keeps it open, even if the cache drops it meanwhile
-        data = os.pread(file.fd, size, offset)
-        if zlib.crc32(data) != crc32:
+        return shown(path) if isinstance(path, str) else str(path)
+
+    def _checked(self, shard: int, row: int, offset: int, size: int, expected: int) -> bytes:
+        """Bytes of a shard that have the checksum `expected`."""
+        index = self.indexes[shard]
+        # Holding the file keeps it open, even if the cache of open files drops it meanwhile.
+        file: File = self._open(self.paths[shard], index.tar_bytes, index.fingerprint)
+        data = file.read(offset, size)
+        if checksum(data) == expected:
+            return data
+        if isinstance(self.paths[shard], str):  # the disk of the cache may be what is damaged
+            file.forget(offset, size)
+            data = file.read(offset, size)
+        if checksum(data) != expected:
             raise ValueError(
-                f"{path}: sample {self.indexes[shard].key(row)}: the {size} bytes from {offset} "
-                f"must be those that were indexed, got {len(data)} bytes of another checksum; "
-                "the shard is damaged or was replaced: restore it"
+                f"{self._where(shard, row)}: the {size} bytes from {offset} must be those that "
+                f"were indexed, got {len(data)} bytes of another checksum; the shard is damaged or "
+                "was replaced: restore it"
             )
         return data
-
-
-def find_shards(paths: Sequence[str | Path]) -> list[Path]:
-    """The tar files that files, directories and globs name, as `Shards.open` orders them."""
-    if isinstance(paths, str | Path):
-        paths = [paths]
-    found: dict[Path, Path] = {}
-    for path in paths:
-        tars = _expand(Path(path))
-        if not tars:
-            raise ValueError(
-                f"{path}: must be a shard, a folder with *.tar or a glob, got nothing there; "
-                "check the path, or write shards with: triptych-data shard"
-            )
-        for tar in tars:
-            found.setdefault(tar.resolve(), tar)
-    if not found:
-        raise ValueError("shards: must name at least one shard, got none; add a folder or file")
-    return list(found.values())
-
-
-def _expand(path: Path) -> list[Path]:
-    if path.is_dir():
-        return sorted(path.glob("*.tar"))
-    if path.is_file():
-        return [path]
-    anchor = Path(path.anchor or ".")
-    matches = anchor.glob(str(path.relative_to(path.anchor)))
-    return sorted(match for match in matches if match.suffix == ".tar" and match.is_file())
-
-
-class _OpenFile:
-    """A descriptor that closes when its last user, the cache or a thread in `pread`, lets go."""
-
-    def __init__(self, path: Path) -> None:
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if hasattr(self, "fd"):
-            os.close(self.fd)

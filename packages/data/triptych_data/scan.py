@@ -1,50 +1,87 @@
 """The index of tars made elsewhere: one pass that reads, checks and measures every sample."""
 
 import multiprocessing
-import os
+import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from triptych_data.index import IndexRows, ShardIndex, index_paths, read_index, write_index
+from triptych_data.index import (
+    IndexRows,
+    Layout,
+    ShardIndex,
+    index_paths,
+    read_index,
+    write_index,
+)
 from triptych_data.probe import MEDIA_SUFFIXES, probe_media
 from triptych_data.sample import check_sample, load_json, media_kinds, media_parts, text_bytes
-from triptych_data.tar import Member, walk
+from triptych_data.storage import Location
+from triptych_data.tar import DIRECTORY, END, Entry, read_entries
 from triptych_data.workers import begin_worker
 
+PICKLES = {"pkl", "pickle", "pyd", "pth", "pt", "joblib", "dill", "ckpt"}
+"""Members that webdataset or torch would unpickle, which runs whatever code they hold."""
+META = re.compile(r"__[^/]*__(/|$)")
+"""Names of files about the tar, which webdataset and Energon pass over."""
+FIELD = re.compile(r"([A-Za-z_][\w-]*|\d+)(\.[A-Za-z0-9_][\w-]*)*")
+"""What may follow the first dot of a file's name: `jpg`, `0.jpg`, `left.png`; in `v1.0_img.jpg`
+`0_img.jpg` does, and shows that the dot was part of a key."""
+SAMPLE_LIMIT = 1 << 32
+"""A sample is held in memory as one piece."""
+MOST_SUFFIXES = 256
 
-def build_index(tar: str | Path) -> ShardIndex:
-    """The index of any WebDataset tar of our samples, in one pass that also checks all it can.
 
-    A member's key is its path up to the first dot of the file's name, as in webdataset. Raises
-    ValueError with file and offset or key for a damaged tar (`tar.walk`), a key that comes back
-    after another, a sample without `.json`, a member held twice, media not named `<key>.<i>.<ext>`
-    from 0 without gaps, a JSON that is no chat (`sample.check_sample`), a broken medium.
+def build_index(tar: str | Path, layout: Layout = "chat") -> ShardIndex:
+    """The index of any WebDataset tar, read once, front to back, and checked for all it can be.
+
+    A member's key is its path up to the first dot of the file's name, and what follows is its
+    field, as in webdataset. Nothing is unpacked to the disk, unpickled or executed. Raises
+    ValueError with file and offset or key for a damaged or unsafe tar (`tar.walk`), pickles, a dot
+    in a key, a key that comes back after another, a member held twice. In the layout "chat" also
+    for a sample without `.json`, media not named `<key>.<i>.<ext>` from 0 without gaps, a JSON that
+    is no chat (`sample.check_sample`), a broken medium; "members" takes any fields.
     """
-    rows, seen, end = IndexRows(), set[str](), 0
-    with Path(tar).open("rb", buffering=0) as file:
-        for key, group, end in _groups(walk(tar), str(tar)):
-            if key in seen:
-                raise ValueError(
-                    f"{tar}: byte {group[0].start}: members of one sample must lie side by side, "
-                    f"got {key!r} again after other samples; write the tar sorted by key"
-                )
-            seen.add(key)
-            span = os.pread(file.fileno(), end - group[0].start, group[0].start)
-            _add_group(rows, key, group, span, f"{tar}: sample {key}")
+    rows, seen, rest, end = IndexRows(), set[str](), b"", 0
+    size = 0
+    for key, group in _groups(read_entries(tar), str(tar)):
+        start, span = group[0].member.start, b"".join(entry.raw for entry in group)
+        if key is None:
+            rest += span
+            size = start + len(span)
+            continue
+        if key in seen:
+            raise ValueError(
+                f"{tar}: byte {start}: members of one sample must lie side by side, got {key!r} "
+                "again after other samples; write the tar sorted by key"
+            )
+        seen.add(key)
+        add = _add_chat if layout == "chat" else _add_members
+        add(rows, key, group, span, f"{tar}: sample {key}")
+        end = start + len(span)
     if not seen:
         raise ValueError(f"{tar}: a shard must hold a sample, got none; leave the file out")
-    return rows.finish(end, Path(tar).stat().st_size)
+    suffixes = {suffix for _, _, suffix in rows.members}
+    if len(suffixes) > MOST_SUFFIXES:
+        raise ValueError(
+            f"{tar}: a shard must have at most {MOST_SUFFIXES} kinds of members, got "
+            f"{len(suffixes)} such as {min(suffixes)}; name members by what they are, not by number"
+        )
+    return rows.finish(end, size, rest=rest, layout=layout)
 
 
 def index_shards(
-    tars: Sequence[Path], *, overwrite: bool = False, num_workers: int = 1
-) -> Generator[tuple[Path, tuple[ShardIndex, bool]], None, None]:
+    tars: Sequence[Location],
+    *,
+    overwrite: bool = False,
+    num_workers: int = 1,
+    layout: Layout = "chat",
+) -> Generator[tuple[Location, tuple[ShardIndex, bool]], None, None]:
     """`index_or_verify` for each of `tars`, in order."""
-    work = partial(index_or_verify, overwrite=overwrite)
+    work = partial(index_or_verify, overwrite=overwrite, layout=layout)
     num_workers = min(num_workers, len(tars))
-    if num_workers == 1:
+    if num_workers <= 1:
         yield from zip(tars, map(work, tars), strict=True)
         return
     context = multiprocessing.get_context("spawn")
@@ -55,18 +92,25 @@ def index_shards(
             pool.shutdown(cancel_futures=True)
 
 
-def index_or_verify(tar: str | Path, *, overwrite: bool = False) -> tuple[ShardIndex, bool]:
+def index_or_verify(
+    tar: Location, *, overwrite: bool = False, layout: Layout = "chat"
+) -> tuple[ShardIndex, bool]:
     """The index of `tar` and whether it was written: one that exists is compared with the bytes.
 
     An index is not replaced unless `overwrite`: it may be the only witness of damage. Raises
-    ValueError as `build_index`, and when the tar is not what its index says.
+    ValueError as `build_index`, for a URL, and when the tar is not what its index says.
     """
-    if overwrite or not index_paths(tar)[1].exists():
-        index = build_index(tar)
+    if isinstance(tar, str):
+        raise ValueError(
+            f"{tar}: must be a local file to be indexed, got a URL; index it where it lies, and "
+            "put the .idx and .columns files beside it"
+        )
+    if overwrite or not Path(index_paths(tar)[1]).exists():
+        index = build_index(tar, layout)
         write_index(tar, index)
         return index, True
     known = read_index(tar)
-    if build_index(tar).fingerprint != known.fingerprint:
+    if build_index(tar, known.layout).fingerprint != known.fingerprint:
         raise ValueError(
             f"{tar}: the shard must be as it was indexed, got other bytes; restore it, or accept "
             "the change with --overwrite"
@@ -74,72 +118,121 @@ def index_or_verify(tar: str | Path, *, overwrite: bool = False) -> tuple[ShardI
     return known, False
 
 
-def _groups(members: Iterable[Member], tar: str) -> Iterator[tuple[str, list[Member], int]]:
-    """Runs of members with one key, each with the offset where the next run starts."""
-    key, group = "", list[Member]()
-    for member in members:
-        folder, slash, name = member.name.rpartition("/")
-        stem, dot, _ = name.partition(".")
-        if not stem or not dot:
-            continue  # .DS_Store, ._x, README: no sample to webdataset either
-        if group and folder + slash + stem != key:
-            yield key, group, member.start
-            group = []
-        key = folder + slash + stem
-        group.append(member)
-    if group:
-        yield key, group, group[-1].end
+def _groups(entries: Iterable[Entry], tar: str) -> Iterator[tuple[str | None, list[Entry]]]:
+    """Runs of entries with one key, the entries of no sample that follow them included.
+
+    What comes before the first sample and the end of the tar are runs without a key.
+    """
+    key, group, size = None, list[Entry](), 0
+    for entry in entries:
+        name = entry.member.name
+        mine = None if entry.kind in (DIRECTORY, END) else _key(name)
+        if entry.kind == END or (mine is not None and mine != key):
+            if group:
+                yield key, group
+            key, group, size = mine, [], 0
+        group.append(entry)
+        size += len(entry.raw)
+        if size > SAMPLE_LIMIT:
+            raise ValueError(
+                f"{tar}: byte {group[0].member.start}: a sample must have at most {SAMPLE_LIMIT} "
+                f"bytes, got {size} and more; split it"
+            )
+    yield None, group
 
 
-def _add_group(rows: IndexRows, key: str, group: list[Member], span: bytes, where: str) -> None:
-    """Check one sample's members and add its row; `span` are its bytes in the tar."""
-    start = group[0].start
-    members = _sorted_members(key, group, where)
-    contents = [span[m.data - start : m.data - start + m.size] for m, _, _ in members]
-    record = load_json(contents[0], where)
+def _key(name: str) -> str | None:
+    """The key of a member; None for .DS_Store, ._x, README, which are no samples to webdataset."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, _ = file.partition(".")
+    return folder + slash + stem if stem and dot and not META.match(name) else None
+
+
+def _add_chat(rows: IndexRows, key: str, group: list[Entry], span: bytes, where: str) -> None:
+    """Check one chat's members and add its row; `span` are its bytes in the tar."""
+    members = _chat_members(key, _fields(key, group, where), where)
+    record = load_json(bytes(members[0][0].content), where)
     check_sample(record, len(members) - 1, where)
     media = [
-        probe_media(content, kind, f"{where}: member {member.name}", decode=False)
-        for (member, _, _), content, kind in zip(
-            members[1:], contents[1:], media_kinds(record), strict=True
+        probe_media(
+            bytes(entry.content), kind, f"{where}: member {entry.member.name}", decode=False
         )
+        for (entry, _, _), kind in zip(members[1:], media_kinds(record), strict=True)
     ]
     rows.add(
         key,
         span,
-        [(member.data, member.size, suffix) for member, _, suffix in members],
+        [(entry.member.data, entry.member.size, suffix) for entry, _, suffix in members],
         text_bytes(record),
         [media[index] for _, index in media_parts(record)],
-        start,
+        group[0].member.start,
     )
 
 
-def _sorted_members(key: str, group: list[Member], where: str) -> list[tuple[Member, int, str]]:
-    """(member, number, suffix) of the JSON, numbered -1, and the media; others are left out."""
-    found: dict[int, tuple[Member, int, str]] = {}
-    for member in group:
-        rest = member.name[len(key) + 1 :]
-        number, _, suffix = rest.rpartition(".")
-        suffix = suffix.lower()
-        if rest == "json":
+def _add_members(rows: IndexRows, key: str, group: list[Entry], span: bytes, where: str) -> None:
+    """Add a row of any members, in the order of the tar."""
+    found: dict[str, Entry] = {}
+    for field, entry in _fields(key, group, where):
+        if field in found:
+            raise _twice(found[field], entry, where)
+        found[field] = entry
+    members = [(entry.member.data, entry.member.size, field) for field, entry in found.items()]
+    rows.add(key, span, members, 0, [], group[0].member.start)
+
+
+def _fields(key: str, group: list[Entry], where: str) -> list[tuple[str, Entry]]:
+    """The members of a sample by what follows the first dot of their names, in lower case."""
+    fields = []
+    for entry in group:
+        name = entry.member.name
+        if entry.kind == DIRECTORY or _key(name) != key:
+            continue
+        field = name[len(key) + 1 :].lower()
+        if not PICKLES.isdisjoint(field.split(".")):
+            raise ValueError(
+                f"{where}: members must be data, got {name}, a pickle, which runs code when it is "
+                "loaded; convert it to safetensors or npy, or leave it out"
+            )
+        if not FIELD.fullmatch(field):
+            raise ValueError(
+                f"{where}: media must be named <key>.<i>.<ext>, other members <key>.<field>, got "
+                f"{name}; keep dots out of keys: a name is split at its first dot"
+            )
+        fields.append((field, entry))
+    return fields
+
+
+def _twice(first: Entry, second: Entry, where: str) -> ValueError:
+    return ValueError(
+        f"{where}: a member must be there once, got {first.member.name} and {second.member.name}; "
+        "write the tar anew"
+    )
+
+
+def _chat_members(
+    key: str, fields: list[tuple[str, Entry]], where: str
+) -> list[tuple[Entry, int, str]]:
+    """(entry, number, suffix) of the JSON, numbered -1, and the media; others are left out."""
+    found: dict[int, tuple[Entry, int, str]] = {}
+    for field, entry in fields:
+        number, _, suffix = field.rpartition(".")
+        if field == "json":
             position = -1
         elif number.isdecimal() and number.isascii():
             position = int(number)
         elif suffix in MEDIA_SUFFIXES:
             raise ValueError(
-                f"{where}: media must be named <key>.<i>.<ext> with i from 0, got {member.name}; "
-                "rename it, and keep dots out of keys: a name is split at its first dot"
+                f"{where}: media must be named <key>.<i>.<ext> with i from 0, got "
+                f"{entry.member.name}; rename it, keep dots out of keys (a name is split at its "
+                "first dot), or make chats of these files: triptych-data shard"
             )
         else:
             continue
         if position in found:
-            raise ValueError(
-                f"{where}: a member must be there once, got {found[position][0].name} and "
-                f"{member.name}; write the tar anew"
-            )
-        found[position] = (member, position, suffix)
+            raise _twice(found[position][0], entry, where)
+        found[position] = (entry, position, suffix)
     members = [found[position] for position in sorted(found)]
-    names = ", ".join(member.name for member in group[:4])
+    names = ", ".join(entry.member.name for _, entry in fields[:4])
     if -1 not in found:
         raise ValueError(
             f"{where}: a sample must have a member {key}.json, got {names}; add it, and keep dots "
