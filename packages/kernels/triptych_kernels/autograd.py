@@ -1,6 +1,7 @@
 """What the autograd.Functions of the ops share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,3 +16,17 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return (guarded if torch.is_grad_enabled() else backward)(ctx, *gradients)
 
     return differentiate
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Record a graph inside a torch.library op, which runs beneath autograd's dispatch keys.
+
+    `torch.enable_grad()` alone is not enough there: a library's autograd.Function would still make
+    a node, but a view of what it returns would lose it.
+    """
+    keys = torch._C.DispatchKey
+    with torch._C._PreserveDispatchKeyGuard(), torch.enable_grad():
+        for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        yield

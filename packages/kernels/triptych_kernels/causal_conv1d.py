@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autograd import recording
 from .dispatch import choose, is_traced
 from .documents import check_cu_seqlens, position_of
 
@@ -103,7 +104,7 @@ def _causal_conv1d_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dx, dweight, dbias (empty without a bias). The forward, one cheap pass, runs again."""
     inputs = [t.detach().requires_grad_() for t in (x, weight, bias) if t is not None]
-    with torch.enable_grad():
+    with recording():
         y = _call_fla(
             inputs[0], inputs[1], inputs[2] if bias is not None else None, cu_seqlens, silu
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .dispatch import choose, is_traced
 from .documents import check_cu_seqlens, document_of, position_of
+from .recompute import recomputed_gradients
 
 _CHUNK = 64
 
@@ -43,25 +44,15 @@ def gated_delta_rule(
     Returns (T, Hv, Dv) in q's dtype, and with return_state also the last state of each document,
     (num_docs, Hv, Dk, Dv) float32. The arithmetic is float32 (float64 for float64 q). chunked
     reads nothing on the host; fla reads a cu_seqlens tensor on the host the first time it sees it
-    (the layers of a step share that read when they share the tensor), and under torch.compile runs
-    its forward a second time in the backward. Raises ValueError for shapes that do not fit.
+    (the layers of a step share that read when they share the tensor). Under torch.compile the op is
+    one node on every backend and runs its forward a second time in the backward. Raises ValueError
+    for shapes that do not fit.
     """
     _check_shapes(q, k, v, g, beta, initial_state, cu_seqlens)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     name = choose("gated_delta_rule", q, backend)
-    if name == "fla":
-        call = _gated_delta_rule if is_traced(q) else _call_fla
-        out, state = call(q, k, v, g, beta, cu_seqlens, initial_state, scale, normalize_qk)
-    else:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        q_, k_, v_, g_, beta_ = (x.to(wide) for x in (q, k, v, g, beta))
-        if normalize_qk:
-            q_, k_ = _normalize(q_), _normalize(k_)
-        state = _first_states(q_, v_, cu_seqlens, initial_state)
-        run = _recurrent if name == "reference" else _chunked
-        with torch.autocast(q.device.type, enabled=False):
-            out, state = run(q_ * scale, k_, v_, g_, beta_, cu_seqlens, state)
-        out = out.to(q.dtype)
+    run = _gated_delta_rule if is_traced(q) else _run
+    out, state = run(q, k, v, g, beta, cu_seqlens, initial_state, scale, normalize_qk, name)
     return (out, state) if return_state else out
 
 
@@ -92,6 +83,32 @@ def gated_delta_rule_ref(
         normalize_qk=normalize_qk,
         backend="reference",
     )
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens: Tensor,
+    initial_state: Tensor | None,
+    scale: float,
+    normalize_qk: bool,
+    name: str,
+) -> tuple[Tensor, Tensor]:
+    """-> (T, Hv, Dv), (num_docs, Hv, Dk, Dv) on the backend of that name."""
+    if name == "fla":
+        return _call_fla(q, k, v, g, beta, cu_seqlens, initial_state, scale, normalize_qk)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q_, k_, v_, g_, beta_ = (x.to(wide) for x in (q, k, v, g, beta))
+    if normalize_qk:
+        q_, k_ = _normalize(q_), _normalize(k_)
+    state = _first_states(q_, v_, cu_seqlens, initial_state)
+    steps = _recurrent if name == "reference" else _chunked
+    with torch.autocast(q.device.type, enabled=False):
+        out, state = steps(q_ * scale, k_, v_, g_, beta_, cu_seqlens, state)
+    return out.to(q.dtype), state
 
 
 def _normalize(x: Tensor) -> Tensor:
@@ -254,9 +271,12 @@ def _gated_delta_rule(
     initial_state: Tensor | None,
     scale: float,
     normalize_qk: bool,
+    name: str,
 ) -> tuple[Tensor, Tensor]:
-    """-> (T, Hv, Dv), (num_docs, Hv, Dk, Dv) float32. fla's own op cannot be traced."""
-    return _call_fla(q, k, v, g, beta, cu_seqlens, initial_state, scale, normalize_qk)
+    """One node: fla's own op cannot be traced, and the chunks would be unrolled one by one."""
+    out, state = _run(q, k, v, g, beta, cu_seqlens, initial_state, scale, normalize_qk, name)
+    given = state is initial_state  # without a token
+    return out.contiguous(), state.clone() if given else state.contiguous()
 
 
 @_gated_delta_rule.register_fake
@@ -270,9 +290,11 @@ def _(
     initial_state: Tensor | None,
     scale: float,
     normalize_qk: bool,
+    name: str,
 ) -> tuple[Tensor, Tensor]:
-    state = (cu_seqlens.shape[0] - 1, v.shape[1], q.shape[2], v.shape[2])
-    return q.new_empty(v.shape), q.new_empty(state, dtype=torch.float32)
+    shape = (cu_seqlens.shape[0] - 1, v.shape[1], q.shape[2], v.shape[2])
+    wide = torch.float32 if name == "fla" else torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(v.shape), q.new_empty(shape, dtype=wide)
 
 
 @torch.library.custom_op("triptych::gated_delta_rule_backward", mutates_args=())
@@ -283,14 +305,15 @@ def _gated_delta_rule_backward(
     cu_seqlens: Tensor,
     scale: float,
     normalize_qk: bool,
+    name: str,
 ) -> list[Tensor]:
     """-> the gradient of each of `tensors`: q, k, v, g, beta and, where given, initial_state."""
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    with torch.enable_grad():
+
+    def forward(*leaves: Tensor) -> tuple[Tensor, Tensor]:
         initial = leaves[5] if len(leaves) == 6 else None
-        q, k, v, g, beta = leaves[:5]
-        outputs = _call_fla(q, k, v, g, beta, cu_seqlens, initial, scale, normalize_qk)
-        return list(torch.autograd.grad(outputs, leaves, (d_out, d_state)))
+        return _run(*leaves[:5], cu_seqlens, initial, scale, normalize_qk, name)
+
+    return recomputed_gradients(forward, tensors, [d_out, d_state])
 
 
 @_gated_delta_rule_backward.register_fake
@@ -301,8 +324,9 @@ def _(
     cu_seqlens: Tensor,
     scale: float,
     normalize_qk: bool,
+    name: str,
 ) -> list[Tensor]:
-    return [torch.empty_like(x) for x in tensors]
+    return [x.new_empty(x.shape) for x in tensors]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -315,7 +339,7 @@ def _differentiate(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Any, ...]:
     given = tensors if initial is None else [*tensors, initial]
     gradients = _gated_delta_rule_backward(d_out, d_state, given, cu_seqlens, *ctx.options)
     d_initial = None if initial is None else gradients[5]
-    return (*gradients[:5], None, d_initial, None, None)
+    return (*gradients[:5], None, d_initial, None, None, None)
 
 
 _gated_delta_rule.register_autograd(_differentiate, setup_context=_save)

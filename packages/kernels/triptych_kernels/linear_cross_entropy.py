@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from .cross_entropy_in_place import Terms
 from .dispatch import choose, is_traced
-from .linear_cross_entropy_chunks import compute, spread, wide_dtype
+from .linear_cross_entropy_chunks import compute, scaled, spread, wide_dtype
 
 
 @overload
@@ -173,6 +173,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         result = compute(hidden_states, *arguments)
         ctx.save_for_backward(result.d_hidden, result.d_weight, result.d_bias, result.rows)
         ctx.num_rows = len(hidden_states)
+        ctx.dtypes = [None if x is None else x.dtype for x in arguments[:2]]  # weight, bias
         losses = spread(result.losses, result.rows, len(hidden_states))
         ctx.mark_non_differentiable(losses)
         return result.loss, losses
@@ -183,9 +184,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden, d_weight, d_bias, rows = ctx.saved_tensors
         if d_hidden is not None:
             d_hidden = spread(d_hidden * d_loss, rows, ctx.num_rows)
-        d_weight = d_weight if d_weight is None else d_weight * d_loss
-        d_bias = d_bias if d_bias is None else d_bias * d_loss
-        return d_hidden, d_weight, d_bias, *[None] * 10
+        weight_dtype, bias_dtype = ctx.dtypes
+        d_weight = scaled(d_weight, d_loss, weight_dtype)
+        return d_hidden, d_weight, scaled(d_bias, d_loss, bias_dtype), *[None] * 10
 
 
 @torch.library.custom_op("triptych::linear_cross_entropy", mutates_args=())
@@ -227,9 +228,15 @@ def _linear_cross_entropy(
     d_hidden = result.d_hidden
     if d_hidden is not None:
         d_hidden = spread(d_hidden, result.rows, num_rows)
-    gradients = (d_hidden, result.d_weight, result.d_bias)
     losses = spread(result.losses, result.rows, num_rows)
-    d_hidden, d_weight, d_bias = (hidden_states.new_empty(0) if x is None else x for x in gradients)
+    d_hidden, d_weight, d_bias = (
+        hidden_states.new_empty(0) if gradient is None or like is None else gradient.to(like.dtype)
+        for gradient, like in (
+            (d_hidden, hidden_states),
+            (result.d_weight, weight),
+            (result.d_bias, bias),
+        )
+    )
     return result.loss, losses, d_hidden, d_weight, d_bias
 
 
@@ -242,7 +249,7 @@ def _(
     nothing = hidden_states.new_empty(0)
     gradients = (
         hidden_states.new_empty(hidden_states.shape) if wants_hidden else nothing,
-        torch.empty_like(weight) if wants_weight else nothing.clone(),
+        weight.new_empty(weight.shape) if wants_weight else nothing.clone(),
         bias.new_empty(bias.shape) if bias is not None and wants_bias else nothing.clone(),
     )
     losses = hidden_states.new_empty(hidden_states.shape[0], dtype=wide)

@@ -16,8 +16,8 @@ class Result(NamedTuple):
     loss: Tensor
     losses: Tensor
     d_hidden: Tensor | None  # (R, H)
-    d_weight: Tensor | None
-    d_bias: Tensor | None
+    d_weight: Tensor | None  # float32 where it was added up over chunks
+    d_bias: Tensor | None  # float32
     rows: Tensor  # (R,)
 
 
@@ -45,10 +45,8 @@ def compute(
     terms = Terms(z_loss, softcap, label_smoothing)
     wide = wide_dtype(hidden_states.dtype)
     num_chunks = max(1, -(-len(rows) // chunk_rows))
-    # The sum over several chunks is kept in float32; a single product rounds only once anyway.
-    d_weight_dtype = wide if num_chunks > 1 else weight.dtype
     d_hidden = hidden_states.new_empty(len(rows), weight.shape[1]) if wants[0] else None
-    d_weight = torch.zeros_like(weight, dtype=d_weight_dtype) if wants[1] else None
+    d_weight = _weight_gradient(weight, len(rows), num_chunks) if wants[1] else None
     d_bias = weight.new_zeros(weight.shape[0], dtype=wide) if wants[2] else None
     losses = hidden_states.new_empty(len(rows), dtype=wide)
     start = 0
@@ -64,13 +62,11 @@ def compute(
         if d_hidden is not None:
             torch.mm(logits, weight, out=d_hidden[here])
         if d_weight is not None:
-            _add_product(d_weight, logits, x)
+            _add_product(d_weight, logits, x, is_first=start == 0)
         if d_bias is not None:
             d_bias += logits.sum(0, dtype=wide)
         start += len(chunk)
         del logits  # or the next chunk's would be computed while these are still held
-    d_weight = d_weight if d_weight is None else d_weight.to(weight.dtype)
-    d_bias = d_bias if d_bias is None or bias is None else d_bias.to(bias.dtype)
     return Result(losses.sum(), losses, d_hidden, d_weight, d_bias, rows)
 
 
@@ -80,14 +76,33 @@ def spread(of_targets: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     return everywhere.index_copy_(0, rows, of_targets)
 
 
-def _add_product(d_weight: Tensor, d_logits: Tensor, x: Tensor) -> None:
-    """d_weight (V, H) += d_logits (C, V).T @ x (C, H), in the dtype of d_weight."""
+def scaled(gradient: Tensor | None, d_loss: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """gradient * d_loss in `dtype`, in one pass over memory; None stays None."""
+    if gradient is None:
+        return None
+    return torch.mul(gradient, d_loss, out=gradient.new_empty(gradient.shape, dtype=dtype))
+
+
+def _weight_gradient(weight: Tensor, num_rows: int, num_chunks: int) -> Tensor:
+    """Room for the weight's gradient; zeros where no product will be written there."""
+    # The sum over several chunks is kept in float32; a single product rounds only once anyway.
+    dtype = wide_dtype(weight.dtype) if num_chunks > 1 else weight.dtype
+    make = torch.empty_like if num_rows else torch.zeros_like
+    return make(weight, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _add_product(d_weight: Tensor, d_logits: Tensor, x: Tensor, is_first: bool) -> None:
+    """d_weight (V, H) += d_logits (C, V).T @ x (C, H) in the dtype of d_weight; = if `is_first`."""
+    y = d_logits.t()
+    if d_weight.dtype != x.dtype and not x.is_cuda:  # out_dtype exists on CUDA only
+        y, x = y.to(d_weight.dtype), x.to(d_weight.dtype)
     if d_weight.dtype == x.dtype:
-        d_weight.addmm_(d_logits.t(), x)
-    elif x.is_cuda:
-        torch.addmm(d_weight, d_logits.t(), x, out_dtype=d_weight.dtype, out=d_weight)
-    else:  # addmm knows out_dtype on CUDA only
-        d_weight.addmm_(d_logits.t().to(d_weight.dtype), x.to(d_weight.dtype))
+        product = torch.mm(y, x, out=d_weight) if is_first else d_weight.addmm_(y, x)
+    elif is_first:
+        product = torch.mm(y, x, out_dtype=d_weight.dtype, out=d_weight)
+    else:
+        product = torch.addmm(d_weight, y, x, out_dtype=d_weight.dtype, out=d_weight)
+    assert product is d_weight
 
 
 def _target_rows(labels: Tensor, ignore_index: int, num_targets: int | None) -> Tensor:

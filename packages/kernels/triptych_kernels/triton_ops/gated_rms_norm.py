@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
+from .partials import add_partials
 from .rms_norm import max_programs, tile_of
 from .rows import as_rows
 
@@ -55,7 +56,7 @@ def backward(
         (block_rows, block_width),
         num_warps,
     )
-    return dx, dgate, partials.sum(0).to(weight.dtype)
+    return dx, dgate, add_partials(partials, weight.dtype)
 
 
 @triton.jit
