@@ -191,7 +191,7 @@ def test_fla_op_has_the_shapes_it_promises():
     """fla itself runs on CUDA; what torch.compile is told about it is checked here."""
     tensors, cu_seqlens = pack([5, 66], dtype=torch.bfloat16)
     fakes = [x.to("meta").requires_grad_() for x in tensors]
-    out, state = _gated_delta_rule(*fakes, cu_seqlens.to("meta"), None, 1.0, True)
+    out, state = _gated_delta_rule(*fakes, cu_seqlens.to("meta"), None, 1.0, True, "fla")
     assert (out.shape, out.dtype) == ((71, 4, 5), torch.bfloat16)
     assert (state.shape, state.dtype) == ((2, 4, 8, 5), torch.float32)
     gradients = torch.autograd.grad((out, state), fakes, (out, state))

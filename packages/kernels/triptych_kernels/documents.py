@@ -5,6 +5,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .dispatch import is_traced
+
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, num_tokens: int) -> None:
     """Raise ValueError unless `cu_seqlens` is (num_docs + 1,) and rises from 0 to `num_tokens`.
@@ -16,7 +18,7 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, num_tokens: int) -> None:
             f"{op}: cu_seqlens must be (num_docs + 1,) int32 with at least one document, got "
             f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; convert it where the batch is made"
         )
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+    if cu_seqlens.device.type != "cpu" or is_traced(cu_seqlens):
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != num_tokens or any(b < a for a, b in pairwise(bounds)):

@@ -4,24 +4,25 @@ FlashAttention-2: Dao, arXiv 2307.08691; FlashAttention-4: Dao-AILab/flash-atten
 flash_attn/cute. All of them align the last query of a document with its last key.
 """
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 from .attention_pattern import Pattern
 from .dispatch import is_traced
 
 # torch 2.12 added the flag and checks it; 2.11 takes fewer key heads without being told.
-_HAS_GQA_FLAG = "enable_gqa" in inspect.signature(varlen_attn).parameters
+_HAS_GQA_FLAG = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
 
 
 def varlen(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """q (Tq, Hq, D), k and v (Tk, Hkv, D) -> out (Tq, Hq, D), lse (Hq, Tq) when it is wanted."""
+    # Here and not above: the module brings torch._dynamo along, a second of importing.
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
     sides = pattern.sides()
     if return_lse and sides == (-1, -1):
         # Without a window cuDNN may run (torch 2.14), whose lse is laid out differently.

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import moe_passes as passes
 from .dispatch import choose, is_traced
+from .moe_by_expert import by_expert
 
 
 def moe_mlp(
@@ -37,8 +37,8 @@ def moe_mlp(
     Bit-equal when repeated. Saved for the backward: T * k * 2F elements beside the arguments.
 
     The grouped products need H and F to be multiples of 16 bytes, and on CUDA bfloat16; other
-    tensors take the reference, a loop over the experts that on CUDA waits for the device and that
-    torch.compile cannot trace.
+    tensors take the reference, a loop over the experts that on CUDA waits for the device. Under
+    torch.compile the op is one node either way.
 
     Raises ValueError for shapes or dtypes that do not fit, and on the CPU for an expert outside
     0..E-1 (on CUDA that trips a device-side assertion).
@@ -50,7 +50,7 @@ def moe_mlp(
     # H decides and so does F; both widths are asked about, and a request is refused by either.
     names = {choose("moe_mlp", x, backend), choose("moe_mlp", down, backend)}
     if "reference" in names:
-        return moe_mlp_ref(x, gate_up, down, weights, experts)
+        return by_expert(x, gate_up, down, weights, experts)
     name = names.pop()
     if is_traced(x):
         return _moe_mlp(x, gate_up, down, weights, experts, name)[0]
@@ -61,14 +61,7 @@ def moe_mlp_ref(
     x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor
 ) -> Tensor:
     """`moe_mlp` in plain torch, one expert after the other."""
-    passes.check_experts(experts, len(gate_up))
-    y = torch.zeros(x.shape, dtype=_wide(x.dtype), device=x.device)
-    for expert, (gate_up_e, down_e) in enumerate(zip(gate_up, down, strict=True)):
-        token, choice = torch.where(experts == expert)
-        gate, up = F.linear(x[token], gate_up_e).chunk(2, dim=-1)
-        given = F.linear(F.silu(gate) * up, down_e)  # (n, H)
-        y = y.index_add(0, token, given.to(y.dtype) * weights[token, choice, None])
-    return y.to(x.dtype)
+    return by_expert(x, gate_up, down, weights, experts)
 
 
 class _MoEMLP(torch.autograd.Function):
@@ -196,7 +189,3 @@ def _check(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: T
             f"moe_mlp: x, gate_up and down must be of one dtype and experts integers, got "
             f"{x.dtype}, {gate_up.dtype}, {down.dtype} and {experts.dtype}; convert them"
         )
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -8,12 +8,15 @@ flash-linear-attention, whose Triton kernels are the fla backend, the blocks of 
 the same and do not overlap, and a block's mean stands for the paper's learned compression.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .attention import attention
-from .dispatch import choose
+from .dispatch import choose, is_traced
 from .documents import check_cu_seqlens
+from .recompute import recomputed_gradients
 
 _FORCED = 3  # the first block, the token's own and the one before it are always selected
 
@@ -46,27 +49,18 @@ def native_sparse_attention(
     The reference holds the (Hq, L, L) scores of a document of L tokens and reads cu_seqlens on the
     host. fla needs CUDA, float16 or bfloat16, Hq / Hkv a power of two of at least 16, D = Dv a
     multiple of 8 and at most 256, and block_size a power of two of at least twice num_selected
-    (rounded up to a power of two); it reads cu_seqlens on the host too, so that neither compiles
-    with fullgraph=True. Raises ValueError for shapes that do not fit.
+    (rounded up to a power of two); it reads cu_seqlens on the host too. Under torch.compile the op
+    is one node on both, and runs its forward a second time in the backward. Raises ValueError for
+    shapes that do not fit.
     """
     _check_shapes(q, k, v, gates, block_size, num_selected, window)
     check_cu_seqlens("native_sparse_attention", cu_seqlens, q.shape[0])
     scale = q.shape[2] ** -0.5 if scale is None else scale
     why_not = _beyond_fla(q, k, v, block_size, num_selected)
     needs = (why_not,) if why_not else ()
-    if choose("native_sparse_attention", q, backend, needs) == "fla":
-        return _call_fla(q, k, v, gates, cu_seqlens, block_size, num_selected, window, scale)
-    return native_sparse_attention_ref(
-        q,
-        k,
-        v,
-        gates,
-        cu_seqlens,
-        block_size=block_size,
-        num_selected=num_selected,
-        window=window,
-        scale=scale,
-    )
+    name = choose("native_sparse_attention", q, backend, needs)
+    run = _native_sparse_attention if is_traced(q) else _run
+    return run(q, k, v, gates, cu_seqlens, block_size, num_selected, window, scale, name)
 
 
 def native_sparse_attention_ref(
@@ -93,6 +87,33 @@ def native_sparse_attention_ref(
             for q_doc, k_doc, v_doc, gates_doc in documents
         ]
     return torch.cat(out).to(q.dtype)
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    cu_seqlens: Tensor,
+    block_size: int,
+    num_selected: int,
+    window: int,
+    scale: float,
+    name: str,
+) -> Tensor:
+    if name == "fla":
+        return _call_fla(q, k, v, gates, cu_seqlens, block_size, num_selected, window, scale)
+    return native_sparse_attention_ref(
+        q,
+        k,
+        v,
+        gates,
+        cu_seqlens,
+        block_size=block_size,
+        num_selected=num_selected,
+        window=window,
+        scale=scale,
+    )
 
 
 def _document(
@@ -233,3 +254,65 @@ def _check_shapes(
             f"at least {_FORCED}, the blocks that are always selected, got {block_size}, {window} "
             f"and {num_selected}; raise them"
         )
+
+
+@torch.library.custom_op("triptych::native_sparse_attention", mutates_args=())
+def _native_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    cu_seqlens: Tensor,
+    block_size: int,
+    num_selected: int,
+    window: int,
+    scale: float,
+    name: str,
+) -> Tensor:
+    settings = (block_size, num_selected, window, scale, name)
+    return _run(q, k, v, gates, cu_seqlens, *settings).contiguous()
+
+
+@_native_sparse_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+
+
+@torch.library.custom_op("triptych::native_sparse_attention_backward", mutates_args=())
+def _native_sparse_attention_backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    cu_seqlens: Tensor,
+    block_size: int,
+    num_selected: int,
+    window: int,
+    scale: float,
+    name: str,
+) -> list[Tensor]:
+    """-> dq, dk, dv, dgates."""
+
+    def forward(*leaves: Tensor) -> Tensor:
+        return _run(*leaves, cu_seqlens, block_size, num_selected, window, scale, name)
+
+    return recomputed_gradients(forward, (q, k, v, gates), [dy])
+
+
+@_native_sparse_attention_backward.register_fake
+def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *settings: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (q, k, v, gates)]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.settings = inputs[5:]
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    gradients = _native_sparse_attention_backward(dy, *ctx.saved_tensors, *ctx.settings)
+    return (*gradients, *[None] * 6)
+
+
+_native_sparse_attention.register_autograd(_differentiate, setup_context=_save)
