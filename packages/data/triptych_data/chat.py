@@ -107,11 +107,12 @@ class ChatTokenizer:
     def _make_encoder(self) -> TextEncoder:
         """Our encoder, after a look that it splits a text as the stock tokenizer does."""
         backend = self._tokenizer.backend_tokenizer
-        probe = self._template.render(_PROBE, None, add_generation_prompt=True)
+        messages = self._forms.prepare(_PROBE, None)
+        probe = self._template.render(messages, None, add_generation_prompt=True)
         stock = backend.encode(probe, add_special_tokens=False).ids
         where = self._template.where
         encoder = HuggingFaceEncoder(backend, self._controls.tokens, where)
-        chat = self._finder.locate(_PROBE, None, (), add_generation_prompt=True)
+        chat = self._finder.locate(messages, None, (), add_generation_prompt=True)
         assembly = assemble(chat, (), (), self._controls)
         ours = disassemble(encoder.encode(assembly.anchored), assembly).input_ids.tolist()
         if ours != stock:
@@ -123,7 +124,7 @@ class ChatTokenizer:
 
     def _find_end_token(self) -> str:
         probe = [*_PROBE, {"role": "assistant", "content": "b"}]
-        return self._finder.locate(probe, None, {1}).turns[-1].stop
+        return self._finder.stop_token(self._forms.prepare(probe, None))
 
     def _trained_turns(self, messages: Sequence[Message]) -> set[int]:
         """The assistant's messages to train; the last turn is all since the user's before it."""

@@ -9,25 +9,28 @@ from triptych_data.template import ChatTemplate, Message
 
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _OURS = ("train", "weight")
-_PROBE = "probe"
+_PROBE, _PROBE_NAME = "probe", "probe_name"  # unlikely in a template
 
 
 class MessageForms:
-    """How one template wants calls and reasoning, found out by asking it, once and when needed."""
+    """How one template wants contents, calls and reasoning: found out by asking it, when needed."""
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
+        self._content: Literal["text", "parts", "either"] | None = None
         self._empty: Any = _PROBE
         self._arguments: Literal["text", "object", "either"] | None = None
 
     def prepare(
         self, messages: Sequence[Message], tools: Sequence[Any] | None
     ) -> list[dict[str, Any]]:
-        """Return messages as templates expect them: no keys of ours, media parts bare.
+        """Return messages as the template expects them: no keys of ours, media parts bare.
 
-        `<think>…</think>` before an assistant's answer becomes its reasoning_content where the
-        template reads that and prints the same. Raises ValueError for arguments of calls that are
-        not what the template needs.
+        A content becomes a list of one part, or a text of all its parts joined, for a template
+        that knows only that. `<think>…</think>` before an assistant's answer becomes its
+        reasoning_content where the template reads that and prints the same.
+
+        Raises ValueError for arguments of calls that are not what the template needs.
         """
         prepared = [self._prepare(message, number) for number, message in enumerate(messages)]
         if "reasoning_content" not in self._template.source:
@@ -41,8 +44,8 @@ class MessageForms:
     def _prepare(self, message: Message, number: int) -> dict[str, Any]:
         kept = {key: value for key, value in message.items() if key not in _OURS}
         content = kept.get("content")
-        if isinstance(content, list):
-            kept["content"] = [_bare(part) for part in content]
+        if content:
+            kept["content"] = self._content_of(content)
         if kept.get("tool_calls"):
             if not content:
                 kept["content"] = self._empty_content()
@@ -51,6 +54,22 @@ class MessageForms:
                 for i, call in enumerate(kept["tool_calls"])
             ]
         return kept
+
+    def _content_of(self, content: Any) -> Any:
+        form = self._content_form()
+        if isinstance(content, str):
+            return [{"type": "text", "text": content}] if form == "parts" else content
+        if form == "text" and all(part["type"] == "text" for part in content):
+            return "".join(part["text"] for part in content)
+        return [_bare(part) for part in content]
+
+    def _content_form(self) -> Literal["text", "parts", "either"]:
+        if self._content is None:
+            text = self._print({"role": "user", "content": _PROBE})
+            parts = self._print({"role": "user", "content": [{"type": "text", "text": _PROBE}]})
+            # A template that expects no parts may print them as JSON: only the same text is right.
+            self._content = "either" if text == parts else "text" if text else "parts"
+        return self._content
 
     def _call(self, call: Any, where: str) -> dict[str, Any]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
@@ -79,10 +98,10 @@ class MessageForms:
         return arguments
 
     def _empty_content(self) -> str | None:
-        """A call's content when it says nothing: some templates ask for null, some fail on it."""
+        """A call's content when it says nothing: some templates ask for null, some print it."""
         if self._empty == _PROBE:
-            printed = self._ask({}, None) or self._ask("{}", None)
-            self._empty = None if printed else ""
+            printed = self._ask({}, "") or self._ask("{}", "")
+            self._empty = "" if printed else None
         return self._empty
 
     def _arguments_form(self) -> Literal["text", "object", "either"]:
@@ -97,18 +116,22 @@ class MessageForms:
         return self._arguments
 
     def _ask(self, arguments: Any, content: str | None) -> str | None:
-        """Render one call with an unlikely name; None if the template fails or leaves it out."""
-        function = {"name": "probe_name", "arguments": arguments}
-        call = {"id": "probe0000", "type": "function", "function": function}
-        messages: list[Message] = [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": content, "tool_calls": [call]},
-        ]
+        """Print one call; None if the template fails or leaves it out."""
+        call = {
+            "id": "probe0000",
+            "type": "function",
+            "function": {"name": _PROBE_NAME, "arguments": arguments},
+        }
+        question = self._content_of("a")
+        message = {"role": "assistant", "content": content, "tool_calls": [call]}
+        return self._print({"role": "user", "content": question}, message, expected=_PROBE_NAME)
+
+    def _print(self, *messages: Message, expected: str = _PROBE) -> str | None:
         try:
             rendered = self._template.render(messages, None)
         except ValueError:
             return None
-        return rendered if "probe_name" in rendered else None
+        return rendered if expected in rendered else None
 
 
 def is_trained(message: Message, where: str) -> bool:

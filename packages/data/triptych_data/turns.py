@@ -1,19 +1,22 @@
 """Where in a rendered chat the assistant's turns lie: what a model would have to generate."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from triptych_data.marks import RESERVED, MarkedChat, Rendering, Span, mark_chat, read_marks
-from triptych_data.template import ChatTemplate, Message
+from triptych_data.template import END_GENERATION, GENERATION, ChatTemplate, Message
 
+_GENERATIONS = re.compile(f"[{GENERATION}{END_GENERATION}]")
 _REMEMBERED = 4096  # surroundings of turns; templates make a dozen
 
 
 class Turn(NamedTuple):
     """What message `message` makes the model say: `[begin, end)`, its stop token included.
 
-    A template with generation blocks may cut a turn in several; only the last of them `stops`.
+    A template with generation blocks may cut a turn in several; the last of them holds `stop`.
     """
 
     message: int
@@ -44,6 +47,18 @@ class TurnFinder:
         self._is_risky = is_risky
         self._prompt_ends: dict[tuple[Any, ...], int] = {}
         self._own_stops: dict[tuple[Any, ...], str | None] = {}
+
+    def stop_token(self, messages: Sequence[Message]) -> str:
+        """Return the token that ends the last of `messages`, an assistant's.
+
+        Raises ValueError if there is none.
+        """
+        chat = mark_chat(messages, None, self._is_risky)
+        rendering = self._read(self._render(chat, len(messages), add_generation_prompt=False))
+        own = _spans_of(len(messages) - 1, chat, rendering)
+        if not own:
+            raise self._error("must print an assistant's text, got it dropped; use another")
+        return self._find_stop(len(messages) - 1, own[-1].end, rendering)[0]
 
     def locate(
         self,
@@ -122,29 +137,27 @@ class TurnFinder:
     def _check_all_printed(
         self, chat: MarkedChat, rendering: Rendering, trained: Collection[int]
     ) -> None:
-        printed = [span.number for span in rendering.spans]
-        seen = set(printed)
+        printed = Counter(span.number for span in rendering.spans)
         for number, (message, kind) in enumerate(chat.texts):
-            if kind in ("content", "call") and number not in seen:
+            if kind in ("content", "call") and not printed[number]:
                 raise self._error(
                     f"must print every text, got none of messages[{message}]'s "
                     f"{'tool_calls' if kind == 'call' else kind}; use a template that knows them"
                 )
-            if message not in trained:
-                continue
-            if kind == "reasoning" and number not in seen:
+            if kind == "reasoning" and not printed[number] and message in trained:
                 raise self._error(
                     f"must print the reasoning of a turn that is trained, got it dropped from "
-                    f"messages[{message}]; train the last turn only (data.chat.train_turns=last, "
-                    'or "train": false in the message), or make each turn a record of its own'
+                    f"messages[{message}]; if it is that of former turns which the template "
+                    "drops, train the last turn only (data.chat.train_turns=last, or "
+                    '"train": false in the message) or make each turn a record of its own'
                 )
-            if kind != "other" and printed.count(number) > 1:
+            if kind in ("content", "reasoning") and printed[number] > 1 and message in trained:
                 raise self._error(
                     f"must print a trained text once, got that of messages[{message}] repeated; "
                     "use another template"
                 )
         tools = {number for number, text in enumerate(chat.texts) if text.kind == "tool"}
-        if tools and not tools & seen:
+        if tools and not any(printed[number] for number in tools):
             raise self._error(
                 "must print the record's tools, got none of them; use a template that knows tools"
             )
@@ -152,8 +165,10 @@ class TurnFinder:
     def _generated(
         self, number: int, own: list[Span], chat: MarkedChat, rendering: Rendering, marked: str
     ) -> list[Turn]:
-        """The generation blocks around a message's texts, the last cut or grown to its stop."""
-        del marked
+        """The generation blocks around a message's texts, the last cut or grown to its stop.
+
+        What a block holds of the generation prompt is not the model's to say, and left out.
+        """
         blocks = [
             block for block in rendering.generations if any(_within(span, block) for span in own)
         ]
@@ -169,37 +184,51 @@ class TurnFinder:
                 f"must end a generation block with the stop token or before it, got {after!r} "
                 f"between in messages[{number}]; correct the blocks"
             )
-        turns = [Turn(number, begin, end, "") for begin, end in blocks[:-1]]
-        return [*turns, Turn(number, blocks[-1][0], stop.end(), stop[0])]
+        begins = [begin for begin, _ in blocks]
+        with suppress(ValueError):  # where no prompt is like it, the blocks alone say
+            begins[0] = max(begins[0], self._prompt_end(number, own, chat, rendering, marked))
+        ends = [*(end for _, end in blocks[:-1]), stop.end()]
+        return [Turn(number, begin, end, stop[0]) for begin, end in zip(begins, ends, strict=True)]
 
     def _prompted(
         self, number: int, own: list[Span], chat: MarkedChat, rendering: Rendering, marked: str
     ) -> list[Turn]:
         """From the generation prompt's end to the stop token that a model would have to say."""
         first, last = own[0].begin, own[-1].end
-        before = max((s.end for s in rendering.spans if s.end <= first), default=0)
-        if any(first < span.begin < last and span not in own for span in rendering.spans):
+        within = [span.number for span in rendering.spans if first < span.begin < last]
+        if any(chat.texts[other].message != number for other in within):
             raise self._error(
                 f"must print a turn in one piece, got other texts within messages[{number}]"
             )
+        begin = self._prompt_end(number, own, chat, rendering, marked)
+        stop = self._find_stop(number, last, rendering)
+        if number + 1 < len(chat.messages):
+            self._check_stop(number, stop[0], rendering.text[last : stop.end()], chat)
+        return [Turn(number, begin, stop.end(), stop[0])]
+
+    def _prompt_end(
+        self, number: int, own: list[Span], chat: MarkedChat, rendering: Rendering, marked: str
+    ) -> int:
+        """Where the generation prompt ends before a message, asked once for each surrounding."""
+        first = own[0].begin
+        before = max((span.end for span in rendering.spans if span.end <= first), default=0)
         key = rendering.text[before:first], chat.tools is None
         if key not in self._prompt_ends:
             offset = self._find_prompt_end(number, before, first, chat, marked) - before
             _remember(self._prompt_ends, key, offset)
-        stop = self._find_stop(number, last, rendering)
-        if number + 1 < len(chat.messages):
-            self._check_stop(number, stop[0], rendering.text[last : stop.end()], chat)
-        return [Turn(number, before + self._prompt_ends[key], stop.end(), stop[0])]
+        return before + self._prompt_ends[key]
 
     def _find_prompt_end(
         self, number: int, before: int, first: int, chat: MarkedChat, marked: str
     ) -> int:
         prompt = self._render(chat, number, add_generation_prompt=True)
-        rendering = read_marks(prompt)
-        if rendering is None or not marked.startswith(prompt):
+        rendering = self._read(prompt)
+        if not _GENERATIONS.sub("", marked).startswith(_GENERATIONS.sub("", prompt)):
             raise self._error(
                 f"must print messages[{number}] after the very prompt it makes for generating it, "
-                "got another; train the last turn only (data.chat.train_turns=last)"
+                f"got another than {rendering.text[-40:]!r}: the model would learn what it is never "
+                "asked; train the last turn only (data.chat.train_turns=last), set a variable such as "
+                "data.chat.variables.enable_thinking, or use a template that is consistent"
             )
         if not before <= len(rendering.text) <= first:
             raise self._error(
@@ -223,8 +252,7 @@ class TurnFinder:
         """A turn inside the history must end as the model ended it when it was the last."""
         key = ending, chat.tools is None
         if key not in self._own_stops:
-            rendering = read_marks(self._render(chat, number + 1, add_generation_prompt=False))
-            assert rendering is not None  # the whole chat's marks paired up
+            rendering = self._read(self._render(chat, number + 1, add_generation_prompt=False))
             own = _spans_of(number, chat, rendering)
             found = self._find_stop(number, own[-1].end, rendering)[0] if own else None
             _remember(self._own_stops, key, found)
@@ -235,16 +263,27 @@ class TurnFinder:
                 "(data.chat.train_turns=last)"
             )
 
+    def _read(self, marked: str) -> Rendering:
+        rendering = read_marks(marked)
+        if rendering is None:
+            raise self._error(
+                "must print every message's text in one piece, got one cut when the chat ends "
+                "earlier; use another template"
+            )
+        return rendering
+
     def _error(self, text: str) -> ValueError:
         return ValueError(f"{self._template.where}: the chat template {text}")
 
 
 def _spans_of(number: int, chat: MarkedChat, rendering: Rendering) -> list[Span]:
-    return [
-        span
-        for span in rendering.spans
-        if chat.texts[span.number].message == number and chat.texts[span.number].kind != "other"
-    ]
+    """A message's texts where they are printed first: results of a call may repeat its name."""
+    first: dict[int, Span] = {}
+    for span in rendering.spans:
+        text = chat.texts[span.number]
+        if text.message == number and text.kind != "other":
+            first.setdefault(span.number, span)
+    return list(first.values())
 
 
 def _within(span: Span, block: tuple[int, int]) -> bool:
