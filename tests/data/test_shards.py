@@ -192,7 +192,9 @@ def test_bad_records_are_listed_with_their_reasons(tmp_path):
     assert keys == [f"{i:09d}" for i in range(len(bad))]
 
 
-@pytest.mark.parametrize(("max_bad", "bad", "enough"), [(3, 3, True), (2, 3, False), (0.1, 3, True)])
+@pytest.mark.parametrize(
+    ("max_bad", "bad", "enough"), [(3, 3, True), (2, 3, False), (0.1, 3, True)]
+)
 def test_there_is_a_limit_to_bad_records(tmp_path, max_bad, bad, enough):
     records = [chat()] * (30 - bad) + [{"messages": []}] * (bad - 1) + ["{"]
     source = write_jsonl(tmp_path / "x.jsonl", records)
@@ -298,7 +300,7 @@ def test_another_command_does_not_go_on(tmp_path):
         write_shards(source, tmp_path / "out", shuffle_seed=1, **options)
     with source.open("a") as file:
         file.write(json.dumps(chat()) + "\n")
-    with pytest.raises(ValueError, match="inputs must be that .* keep its 3 finished shards"):
+    with pytest.raises(ValueError, match=r"inputs must be that .* keep its 3 finished shards"):
         write_shards(source, tmp_path / "out", **options)
     assert write_shards(source, tmp_path / "out", overwrite=True, **options).num_samples == 41
 

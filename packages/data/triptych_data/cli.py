@@ -5,7 +5,7 @@ import click
 from triptych_data.cli_index import index
 from triptych_data.cli_look import inspect, preview
 from triptych_data.cli_options import OneLineErrors
-from triptych_data.cli_shard import shard
+from triptych_data.cli_shard import reshard, shard
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -20,5 +20,5 @@ def main() -> None:
     """
 
 
-for command in (shard, index, inspect, preview):
+for command in (shard, index, inspect, preview, reshard):
     main.add_command(command)

@@ -1,5 +1,7 @@
 """`triptych-data index`: what gives shards made elsewhere their index, and checks it."""
 
+from typing import Literal
+
 import click
 
 from triptych_data import cli_options as options
@@ -9,9 +11,12 @@ from triptych_data.cli_options import print_json, progress
 @click.command()
 @click.argument("shards", nargs=-1, required=True)
 @click.option("--overwrite", is_flag=True, help="Replace an index that no longer fits its shard.")
+@click.option("--any-members", is_flag=True, help="Not chats: whatever files share a key.")
 @options.workers
 @options.as_json
-def index(shards: tuple[str, ...], overwrite: bool, workers: int, as_json: bool) -> None:
+def index(
+    shards: tuple[str, ...], overwrite: bool, any_members: bool, workers: int, as_json: bool
+) -> None:
     """Index shards made elsewhere, or verify.
 
     SHARDS that have an index already are compared with it, byte for byte.
@@ -19,13 +24,17 @@ def index(shards: tuple[str, ...], overwrite: bool, workers: int, as_json: bool)
     \b
     Example:
       triptych-data index /data/other/*.tar
+      triptych-data index /data/cc12m/*.tar --any-members
     """
     from triptych_data.reader import find_shards
     from triptych_data.scan import index_shards
 
     tars, results = find_shards(shards), []
+    layout: Literal["chat", "members"] = "members" if any_members else "chat"
     with progress() as on_progress:
-        for tar, (built, written) in index_shards(tars, overwrite=overwrite, num_workers=workers):
+        for tar, (built, written) in index_shards(
+            tars, overwrite=overwrite, num_workers=workers, layout=layout
+        ):
             results.append(
                 {
                     "shard": str(tar),

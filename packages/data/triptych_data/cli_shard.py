@@ -151,7 +151,7 @@ def shard(
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="File of keys, one a line: all samples but these.",
 )
-@click.option("--rekey", is_flag=True, help="Number the samples anew, for keys that are not unique.")
+@click.option("--rekey", is_flag=True, help="Number the samples anew, if keys repeat.")
 @click.option("--overwrite", is_flag=True, help="Replace the shards in OUTPUT, nothing else there.")
 @options.workers
 @options.as_json

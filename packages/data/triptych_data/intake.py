@@ -6,7 +6,6 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -78,16 +77,16 @@ class Intake(Reopened):
     allow_outside: bool = False
     decode: bool = True
 
-    def measure(self, rows: Sequence[int]) -> tuple[np.ndarray, list[Rejected]]:
-        """Check rows in full. Returns (len(rows), len(MEASURES)) int64 and what is no sample."""
+    def measure(self, rows: np.ndarray) -> tuple[np.ndarray, list[Rejected]]:
+        """Check rows (n,) in full. Returns (n, len(MEASURES)) int64 and those that are no sample."""
         table = np.zeros((len(rows), len(MEASURES)), dtype=np.int64)
         rejected = []
-        for at, row in enumerate(rows):
+        for at, row in enumerate(rows.tolist()):
             try:
                 sample = self.prepare(row, decode=self.decode)
             except ValueError as error:
                 table[at, 0] = BAD
-                rejected.append(Rejected(int(row), " ".join(str(error).split())))
+                rejected.append(Rejected(row, " ".join(str(error).split())))
                 continue
             kinds = [info.kind for info in sample.measures]
             table[at] = (sample.tar_bytes, sample.text_bytes, *map(kinds.count, KINDS))

@@ -66,6 +66,10 @@ class Shards:
         first = np.cumsum([0, *(len(index.media_kind) for index in indexes)])
         starts = [i.media_start[:-1] + at for i, at in zip(indexes, first, strict=False)]
         digest = hashlib.sha256("".join(index.fingerprint for index in indexes).encode())
+
+        def opener(shard: int) -> File:
+            return storage.open(paths[shard], indexes[shard].tar_bytes, indexes[shard].fingerprint)
+
         sample_start = np.cumsum([0, *(index.num_samples for index in indexes)])
         return cls(
             paths=paths,
@@ -76,7 +80,7 @@ class Shards:
             media=media,
             media_start=np.concatenate([*starts, first[-1:]]),
             storage=storage,
-            _open=functools.lru_cache(maxsize=OPEN_FILES)(storage.open),
+            _open=functools.lru_cache(maxsize=OPEN_FILES)(opener),
             _starts=sample_start.tolist(),
         )
 
@@ -138,6 +142,13 @@ class Shards:
         """
         return self._members(*self._locate(sample))
 
+    def read_span(self, sample: int) -> bytes:
+        """A sample as it lies in its tar, from its first header to the end. Raises as `read`."""
+        shard, row = self._locate(sample)
+        index = self.indexes[shard]
+        start, end = index.sample_start.item(row), index.sample_start.item(row + 1)
+        return self._checked(shard, row, start, end - start, index.sample_hash.item(row))
+
     def read_json(self, sample: int) -> dict[str, Any]:
         """The JSON of sample `sample` without its media: for measuring texts. Raises as `read`."""
         shard, row = self._locate(sample)
@@ -159,17 +170,14 @@ class Shards:
         in_parallel(lambda spot: self._members(*spot) and None, spots, remote=True)
 
     def _members(self, shard: int, row: int) -> list[memoryview]:
-        index = self.indexes[shard]
-        start, end = index.sample_start[row : row + 2].tolist()
+        index = self.indexes[shard]  # `item` takes 50 ns where numpy's other ways take 200
+        start, end = index.sample_start.item(row), index.sample_start.item(row + 1)
         span = self._checked(shard, row, start, end - start, index.sample_hash.item(row))
-        view = memoryview(span)
-        first, last = index.member_start[row : row + 2].tolist()
-        offsets = index.member_offset[first:last].tolist()
-        sizes = index.member_size[first:last].tolist()
-        return [
-            view[offset - start : offset - start + size]
-            for offset, size in zip(offsets, sizes, strict=True)
-        ]
+        view, members = memoryview(span), []
+        for member in range(index.member_start.item(row), index.member_start.item(row + 1)):
+            offset = index.member_offset.item(member) - start
+            members.append(view[offset : offset + index.member_size.item(member)])
+        return members
 
     def _locate(self, sample: int) -> tuple[int, int]:
         """The shard that holds sample `sample`, and its row there."""
@@ -187,9 +195,8 @@ class Shards:
 
     def _checked(self, shard: int, row: int, offset: int, size: int, expected: int) -> bytes:
         """Bytes of a shard that have the checksum `expected`."""
-        index = self.indexes[shard]
         # Holding the file keeps it open, even if the cache of open files drops it meanwhile.
-        file: File = self._open(self.paths[shard], index.tar_bytes, index.fingerprint)
+        file: File = self._open(shard)
         data = file.read(offset, size)
         if checksum(data) == expected:
             return data

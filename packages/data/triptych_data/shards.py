@@ -8,7 +8,7 @@ checked and written is kept; the same call goes on from there.
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from triptych_data.checked import Checked
-from triptych_data.index import read_index, write_whole
+from triptych_data.index import write_whole
 from triptych_data.intake import BAD, MEASURES, Intake, Rejected
 from triptych_data.mapping import Mapping
 from triptych_data.order import epoch_order
 from triptych_data.ordered import in_order
+from triptych_data.report import Progress, ShardReport
 from triptych_data.sample import KINDS
 from triptych_data.sources.kinds import find_inputs, identity, open_inputs
 from triptych_data.staging import CHECKED, SKIPPED, staging
@@ -33,31 +34,6 @@ from triptych_data.tarwriter import TarWriter, cut, kept_index
 SHARD_SIZE = 256_000_000
 MOST_AT_ONCE = 256
 """Records of one job of checking: a second of decoding images, so that progress shows."""
-Progress = Callable[[str, int, int], None]
-"""Called with what is done ("Checking", "Writing"), how many, and of how many."""
-
-
-@dataclass(slots=True)
-class ShardReport:
-    """What `write_shards` wrote: the tars in order, totals, and the records that were left out."""
-
-    shards: list[Path] = field(default_factory=list)
-    num_samples: int = 0
-    num_images: int = 0
-    num_videos: int = 0
-    num_audios: int = 0
-    text_bytes: int = 0
-    tar_bytes: int = 0
-    skipped: list[Rejected] = field(default_factory=list)
-    kept_records: int = 0
-    """records that an earlier, unfinished run had checked"""
-    kept_shards: int = 0
-    """shards that an earlier, unfinished run had written, verified byte by byte"""
-
-    @property
-    def skipped_reasons(self) -> dict[str, int]:
-        """How many records were left out for what reason, most frequent first."""
-        return dict(Counter(rejected.reason for rejected in self.skipped).most_common())
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +92,7 @@ def write_shards(
             if lines:
                 write_whole(place.shards / SKIPPED, "".join(lines).encode())
         report.shards = place.publish()
-    for index in map(read_index, report.shards):
-        images, videos, audios = np.bincount(index.media_kind, minlength=len(KINDS)).tolist()
-        report.num_samples += index.num_samples
-        report.num_images += images
-        report.num_videos += videos
-        report.num_audios += audios
-        report.text_bytes += int(index.text_bytes.sum())
-        report.tar_bytes += index.tar_bytes
+    report.count()
     return report
 
 

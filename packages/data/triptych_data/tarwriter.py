@@ -1,13 +1,13 @@
 """One shard on its way to the disk: samples appended, its index beside it, then its name."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Self
 
 import numpy as np
 
-from triptych_data.index import IndexRows, ShardIndex, checksum, read_index, write_index
+from triptych_data.index import IndexRows, Layout, ShardIndex, checksum, read_index, write_index
 from triptych_data.probe import MediaInfo
 from triptych_data.tar import END, header, padded
 
@@ -34,12 +34,23 @@ class TarWriter:
     def add(
         self, key: str, json: bytes, media: list[bytes], measures: list[MediaInfo], text_bytes: int
     ) -> None:
-        """Append a sample; media and measures in the order of the media's numbers."""
+        """Append a chat; media and measures in the order of the media's numbers."""
         suffixes = ["json", *(info.suffix for info in measures)]
-        names = [f"{key}.json", *(f"{key}.{i}.{suffix}" for i, suffix in enumerate(suffixes[1:]))]
+        self.add_members(key, chat_names(suffixes), suffixes, [json, *media], measures, text_bytes)
+
+    def add_members(
+        self,
+        key: str,
+        names: list[str],
+        suffixes: list[str],
+        contents: Sequence[bytes | memoryview],
+        measures: list[MediaInfo],
+        text_bytes: int,
+    ) -> None:
+        """Append a sample of any members: what follows the key in their names, and suffixes."""
         parts, members, offset = [], [], self.end
-        for name, suffix, data in zip(names, suffixes, [json, *media], strict=True):
-            head = header(name, len(data))
+        for name, suffix, data in zip(names, suffixes, contents, strict=True):
+            head = header(f"{key}.{name}", len(data))
             parts += [head, data, bytes(padded(len(data)) - len(data))]
             members.append((offset + len(head), len(data), suffix))
             offset += len(head) + padded(len(data))
@@ -58,16 +69,21 @@ class TarWriter:
         self._file.write(span)
         self.end += len(span)
 
-    def finish(self) -> ShardIndex:
+    def finish(self, layout: Layout = "chat") -> ShardIndex:
         """End the tar. It has its name only when all of it is on the disk."""
         self._file.write(END)
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        index = self._rows.finish(self.end, self.end + len(END))
+        index = self._rows.finish(self.end, self.end + len(END), layout=layout)
         self._temporary.replace(self.path)
         write_index(self.path, index)
         return index
+
+
+def chat_names(suffixes: list[str]) -> list[str]:
+    """What follows the key in the names of a chat's members: "json", "0.jpg", "1.mp4", …"""
+    return ["json", *(f"{i}.{suffix}" for i, suffix in enumerate(suffixes[1:]))]
 
 
 def span_bytes(sizes: list[int]) -> int:
