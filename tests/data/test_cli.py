@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from tests.data.chats import chat, encoded_image, make_shards, write_chats, write_jsonl
 from triptych_data.cli import main
@@ -53,7 +55,8 @@ def test_text_for_people(tmp_path):
         file.write("{\n")
     result = run("shard", source, folder, "--skip-bad", "--shuffle", "--workers", 1)
     assert re.search(r"12 samples with 15 images: 1 shards, [\d.]+ kB in ", result.stdout)
-    assert "1 bad lines left out" in result.stdout
+    assert "1 bad records left out" in result.stdout
+    assert "1 × must be valid JSON in UTF-8" in result.stdout
     assert f"skipped {source}:13: must be valid JSON" in result.stderr
     text = run("inspect", folder).stdout
     assert "12 samples, 15 images: 1 shards" in text and "████" in text
@@ -112,7 +115,11 @@ def test_errors_are_one_line_and_code_1(tmp_path):
     cases = {
         "bad.jsonl:2: messages must be": ["shard", bad, tmp_path / "out"],
         "the output folder must be empty": ["shard", bad, tmp_path / "shards"],
-        "must be a JSONL file": ["shard", tmp_path / "none.jsonl", tmp_path / "out"],
+        "the input must be a file, a folder or a glob": [
+            "shard",
+            tmp_path / "none.jsonl",
+            tmp_path / "out",
+        ],
         "must be a shard": ["inspect", tmp_path / "nowhere"],
         "--model and --seq-len must come together": ["inspect", tmp_path / "shards", "--model=x"],
         "nowhere/preprocessor_config.json": ["preview", tmp_path / "shards", "--model=nowhere"],
@@ -124,9 +131,28 @@ def test_errors_are_one_line_and_code_1(tmp_path):
         assert result.stdout == ""
 
 
-@pytest.mark.parametrize("command", ["shard", "index", "inspect", "preview"])
+@pytest.mark.parametrize("command", sorted(main.commands))
 def test_help_has_an_example(command):
     assert re.search(rf"Example:\n +triptych-data {command} ", run(command, "--help").stdout)
+
+
+@pytest.mark.parametrize("command", sorted(main.commands))
+def test_every_command_prints_json(command):
+    assert "--json" in run(command, "--help").stdout
+
+
+def test_typos_are_told_from_what_was_meant(tmp_path):
+    source = write_chats(tmp_path)
+    cases = {
+        "Did you mean 'shard'?": ["shart", source],
+        "--shuffle": ["shard", source, tmp_path / "out", "--shufle"],
+        f"did you mean {source}?": ["shard", tmp_path / "chat.jsonl", tmp_path / "out"],
+        "is no number such as 1000": ["shard", source, tmp_path / "out", "--max-bad", "x%"],
+    }
+    for message, arguments in cases.items():
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert result.exit_code in (1, 2) and message in result.stderr
+        assert "Traceback" not in result.stderr and result.stdout == ""
 
 
 def test_inspect_forecasts_tokens_and_packs(tmp_path):
@@ -166,7 +192,7 @@ def test_preview_shows_what_is_trained_and_escapes_the_rest(tmp_path):
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &lt;|im_end|&gt;" in ignored
     assert "<script" not in html and "<i>kept" not in html and "&lt;i&gt;kept" in html
     assert any(re.fullmatch(r"&lt;\|image_pad\|&gt; × \d+", text) for _, text in spans)
-    assert html.count("data:image/jpeg;base64,") == 1
+    assert html.count("data:image/jpeg;base64,") == 2
     assert "1700 × 20 px" in html
     assert "must be at most 200 times the shorter" in html, "a refused sample says why"
     assert not re.search(r"https?://", html)
@@ -191,21 +217,62 @@ for arguments in (["--help"], ["shard", {str(source)!r}, "s"], ["index", "s"], [
     assert result.stderr.startswith("Error: nowhere.jsonl: ") and "Traceback" not in result.stderr
 
 
-def test_a_killed_run_leaves_no_shard_and_no_process(tmp_path):
-    """The last image is a pipe nobody writes to, so that the kill falls in the middle."""
-    os.mkfifo(tmp_path / "endless.jpg")
-    source = write_chats(tmp_path, count=24)
-    with source.open("a") as file:
-        file.write(json.dumps(chat(image="endless.jpg")) + "\n")
-    command = [Path(sys.executable).parent / "triptych-data", "shard", source, tmp_path / "out"]
-    process = subprocess.Popen([*command, "--samples-per-shard", "4", "--workers", "2"])
-    await_that(lambda: (tmp_path / "out/.partial/shard-000004.tar.idx").exists())
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert len(children) >= 2
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".partial"]
-    await_that(lambda: not any(is_running(child) for child in children))
+def write_slow_input(folder: Path) -> Path:
+    """Photos that take long enough to decode for a signal to fall in the middle."""
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        noise = rng.integers(0, 256, (700, 700, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.jpg", quality=95)
+    records = [chat(image=f"{i % 8}.jpg", answer=f"Noise {i}.") for i in range(160)]
+    return write_jsonl(folder / "slow.jsonl", records)
+
+
+def start_shard(source: Path, output: Path) -> subprocess.Popen[str]:
+    command = [Path(sys.executable).parent / "triptych-data", "shard", source, output]
+    options = ["--samples-per-shard", "5", "--workers", "2", "--shuffle"]
+    return subprocess.Popen([*command, *options], text=True, stderr=subprocess.PIPE)
+
+
+def bytes_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def test_killed_runs_leave_nothing_half_and_no_process_and_go_on(tmp_path):
+    """Killed in each pass, then run to its end: byte for byte what an undisturbed run writes."""
+    source, out = write_slow_input(tmp_path), tmp_path / "out"
+    whole = ["--samples-per-shard", 5, "--shuffle", "--workers", 1]
+    run("shard", source, tmp_path / "whole", *whole)
+    for progressed in (
+        lambda: bytes_of(out / ".partial/checked") > 0,
+        lambda: (out / ".partial/shards/shard-000004.tar.idx").exists(),
+    ):
+        process = start_shard(source, out)
+        await_that(progressed)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert [path.name for path in out.iterdir()] == [".partial"]
+        assert len(children) >= 2
+        await_that(lambda pids=children: not any(map(is_running, pids)))
+    report = read_json("shard", source, out, *whole)
+    assert report["kept_records"] == 160 and report["kept_shards"] >= 5
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()
+    }
+
+
+def test_ctrl_c_says_what_is_kept(tmp_path):
+    source, out = write_slow_input(tmp_path), tmp_path / "out"
+    process = start_shard(source, out)
+    await_that(lambda: (out / ".partial/shards/shard-000004.tar.idx").exists())
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert re.fullmatch(
+        rf"Interrupted: \d+ finished shards are kept in {out}/.partial; the same command goes on "
+        r"from there\n",
+        errors,
+    )
 
 
 def await_that(happens: Any) -> None:

@@ -1,26 +1,21 @@
 """A web page of samples as the loss sees them: each token trained, ignored or special."""
 
-import base64
-import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
-from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
 from triptych_data.chat import IGNORE_INDEX
-from triptych_data.probe import FORMATS, probe_image
+from triptych_data.preview_media import figures
 from triptych_data.processor import EncodedSample, Processor
 from triptych_data.reader import Shards
-from triptych_data.sample import RawSample, media_parts
+from triptych_data.sample import KINDS, RawSample, media_parts
 
-LARGEST_SIDE = 800
-"""Larger images are shrunk for the page, so that it stays light; the shards keep them."""
 LONGEST_CHARACTER = 8
 """Tokens that one character may be cut into before its bytes are shown as they are."""
 
@@ -65,7 +60,9 @@ def build_page(
     )
 
 
-def pieces(encoded: EncodedSample, tokenizer: Tokenizer, image_token_id: int) -> Iterator[Piece]:
+def pieces(
+    encoded: EncodedSample, tokenizer: Tokenizer, media_ids: Collection[int]
+) -> Iterator[Piece]:
     """The tokens of a sample as text, in order; a target's kinds hold "trained"."""
     ids, labels = encoded.input_ids.tolist(), encoded.shift_labels.tolist()
     special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -73,8 +70,8 @@ def pieces(encoded: EncodedSample, tokenizer: Tokenizer, image_token_id: int) ->
     while start < len(ids):
         end = start + 1
         text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
-        if ids[start] == image_token_id:
-            while end < len(ids) and ids[end] == image_token_id:
+        if ids[start] in media_ids:
+            while end < len(ids) and ids[end] == ids[start]:
                 end += 1
             kinds: tuple[str, ...] = ("special", "image")
         elif ids[start] in special:
@@ -101,53 +98,27 @@ def _article(raw: RawSample, processor: Processor, tokenizer: Tokenizer) -> str:
         encoded = processor.encode(raw)
     except ValueError as error:
         chat = escape(json.dumps(raw.json, ensure_ascii=False, indent=2))
-        body = f'<p class="error">{escape(str(error))}</p><pre>{chat}</pre>'
+        body = (
+            f'<p class="error">{escape(str(error))}</p>{figures(raw, processor)}<pre>{chat}</pre>'
+        )
         return f"<article><header><b>{escape(raw.key)}</b></header>{body}</article>"
     tokens = len(encoded.input_ids)
     facts = [
         f"{tokens:,} tokens",
         f"{encoded.num_targets:,} trained ({encoded.num_targets / tokens:.0%})",
-        f"{len(encoded.image_grid_thw)} images",
+        *(f"{count} {kind}s" for kind, count in _counts(raw)),
     ]
     header = f"<b>{escape(raw.key)}</b>" + "".join(f"<span>{fact}</span>" for fact in facts)
-    shown = pieces(encoded, tokenizer, processor.image_token_id)
+    shown = pieces(encoded, tokenizer, (processor.image_token_id, processor.video_token_id))
     return (
-        f"<article><header>{header}</header>{_figures(raw, encoded, processor.merge_size)}"
+        f"<article><header>{header}</header>{figures(raw, processor)}"
         f"<pre>{_spans(shown)}</pre>{_other_keys(raw)}</article>"
     )
 
 
-def _figures(raw: RawSample, encoded: EncodedSample, merge_size: int) -> str:
-    figures = []
-    for number, (index, grid) in enumerate(
-        zip(
-            (index for _, index in media_parts(raw.json)),
-            encoded.image_grid_thw.tolist(),
-            strict=True,
-        )
-    ):
-        data = raw.media[index]
-        info = probe_image(data, raw.where, decode=False)
-        tokens = grid[0] * grid[1] * grid[2] // merge_size**2
-        caption = f"image {number}: {info.width} × {info.height} px, {tokens:,} tokens"
-        figures.append(
-            f'<figure><img src="{data_uri(data)}" alt="image {number}" loading="lazy">'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
-    return f'<div class="images">{"".join(figures)}</div>' if figures else ""
-
-
-def data_uri(data: bytes) -> str:
-    """An image as a `data:` URI, shrunk to at most LARGEST_SIDE pixels a side."""
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        kind = "jpeg" if image.format == "MPO" else str(image.format).lower()
-        if max(image.size) > LARGEST_SIDE:
-            small = ImageOps.exif_transpose(image).convert("RGB")
-            small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-            buffer = io.BytesIO()
-            small.save(buffer, "JPEG", quality=85)
-            kind, data = "jpeg", buffer.getvalue()
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+def _counts(raw: RawSample) -> list[tuple[str, int]]:
+    kinds = [kind for kind, _ in media_parts(raw.json)]
+    return [(kind, kinds.count(kind)) for kind in KINDS if kind in kinds]
 
 
 def _spans(shown: Iterable[Piece]) -> str:

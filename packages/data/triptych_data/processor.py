@@ -24,9 +24,17 @@ from triptych_data.images import ImageRules, encode_image, image_grid
 from triptych_data.index import MediaColumns
 from triptych_data.media_rules import read_bytes, read_image_rules, read_video_rules
 from triptych_data.positions import mrope_positions
+from triptych_data.probe import MediaInfo
 from triptych_data.sample import KINDS, RawSample, media_parts
 from triptych_data.template import read_template
-from triptych_data.video import VideoLayout, VideoRules, encode_video, video_layout, video_pieces
+from triptych_data.video import (
+    VideoLayout,
+    VideoRules,
+    encode_video,
+    frame_rate,
+    video_layout,
+    video_pieces,
+)
 
 ENCODING_VERSION = 2
 """To be raised whenever the same sample and model folder would give other tokens or patches."""
@@ -191,6 +199,18 @@ class Processor:
         num_targets = int(tokens.trained[1:].sum())
         patches = sum(t * h * w for medium in media_ for t, h, w in medium.grids)
         return Measures(len(tokens.input_ids), num_targets, patches)
+
+    def media_tokens(self, info: MediaInfo) -> int:
+        """Tokens of a medium that stand for its patches. Raises ValueError for one not taken."""
+        medium = self._measure_medium(info.kind, *info[2:])
+        return sum(piece for piece in medium.tokens.pieces if isinstance(piece, int))
+
+    def frame_times(self, info: MediaInfo) -> list[float]:
+        """The seconds of a video at which its frames are taken; none for a model without video."""
+        if self._video_rules is None:
+            return []
+        layout = video_layout(*info[2:], self._video_rules)
+        return (layout.frames / frame_rate(info.frames, info.seconds)).tolist()
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Return the text of token ids, without special tokens."""

@@ -96,7 +96,7 @@ def spread(values: np.ndarray) -> dict[str, float]:
     """Sum, mean and quantiles of per-sample values (N,)."""
     low, median, high, top = np.quantile(values, [0, 0.5, 0.99, 1]).tolist()
     return {
-        "total": int(values.sum()),
+        "total": round(values.sum().item(), 1),
         "mean": round(float(values.mean()), 1),
         "min": low,
         "median": median,
