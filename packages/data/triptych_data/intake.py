@@ -78,7 +78,7 @@ class Intake(Reopened):
     decode: bool = True
 
     def measure(self, rows: np.ndarray) -> tuple[np.ndarray, list[Rejected]]:
-        """Check rows (n,) in full. Returns (n, len(MEASURES)) int64 and those that are no sample."""
+        """Check rows (n,) in full. Returns (n, len(MEASURES)) int64 and what is no sample."""
         table = np.zeros((len(rows), len(MEASURES)), dtype=np.int64)
         rejected = []
         for at, row in enumerate(rows.tolist()):

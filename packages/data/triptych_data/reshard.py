@@ -212,8 +212,8 @@ def _measures(shards: Shards, sample: int) -> list[MediaInfo]:
     """What the index says of a sample's media, as it was measured."""
     columns = shards.media_of(sample)
     return [
-        MediaInfo(KINDS[kind], "", *size, frames, seconds)
-        for kind, size, frames, seconds in zip(
+        MediaInfo(KINDS[kind], "", width, height, frames, seconds)
+        for kind, (width, height), frames, seconds in zip(
             columns.kind.tolist(),
             columns.size.tolist(),
             columns.frames.tolist(),

@@ -1,5 +1,6 @@
 """From what a user names to rows: which kind of input each path is, and all of them as one."""
 
+import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -126,7 +127,7 @@ def _find(path: Path, kind: str | None) -> Iterator[tuple[Path, str]]:
         if not matches:
             raise ValueError(
                 f"{path}: the input must be a file, a folder or a glob, got nothing there; "
-                "check the path"
+                f"{_suggestion(path)}"
             )
         for match in matches:
             yield match, kind or _kind(match)
@@ -171,6 +172,12 @@ def _kind_of_name(name: str) -> str | None:
     packed = next((suffix for suffix in COMPRESSED if stem.endswith(suffix)), "")
     kind = SUFFIXES.get(stem.removesuffix(packed).rpartition(".")[2])
     return kind if not packed or kind in TEXTS else None
+
+
+def _suggestion(path: Path) -> str:
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"did you mean {path.parent / near[0]}?" if near else "check the path"
 
 
 def _glob(path: Path) -> Iterator[Path]:
