@@ -20,6 +20,7 @@ _BACKENDS: dict[str, _Run] = {
     "flash4": flash_attention.flash4,
     "varlen": flash_attention.varlen,
     "flash2": flash_attention.flash2,
+    "sdpa": by_document,  # which is torch's function for what dispatch.py lets through
     "reference": by_document,
 }
 
@@ -94,13 +95,22 @@ def attention(
     queries; the last query then stands beside the last key. Without max_seqlen_k, Tk stands in.
     A query that sees no key gives 0, and -inf in lse.
 
-    Raises ValueError for shapes and values that do not fit. The reference also checks the values
-    of cu_seqlens, which costs a synchronisation on CUDA; the others do not look at them.
+    Backends: varlen (torch.nn.attention.varlen), flash4 and flash2 (the packages flash-attn-4 and
+    flash-attn), sdpa (scaled_dot_product_attention, one document after the other) and reference.
+    Under torch.compile each is one node; flash2 has the package's own.
+
+    Raises ValueError for shapes and values that do not fit. sdpa and reference also check the
+    values of cu_seqlens, which costs a synchronisation on CUDA; the others do not look at them.
     """
     pattern = make_pattern(
         q, k, v, cu_seqlens, max_seqlen, causal, scale, window, softcap, cu_seqlens_k, max_seqlen_k
     )
-    asked = {"window": window is not None, "softcap": softcap is not None, "lse": return_lse}
+    asked = {
+        "window": window is not None,
+        "softcap": softcap is not None,
+        "lse": return_lse,
+        "key lengths": cu_seqlens_k is not None,
+    }
     name = choose("attention", q, backend, tuple(need for need in asked if asked[need]))
     out, lse = _BACKENDS[name](q, k, v, pattern, return_lse)
     if not return_lse:

@@ -15,8 +15,8 @@ def by_document(
 ) -> tuple[Tensor, Tensor | None]:
     """q (Tq, Hq, D), k and v (Tk, Hkv, D) -> out (Tq, Hq, D), lse (Hq, Tq) when it is wanted.
 
-    Without a window, a cap, lse or differing lengths it is torch's scaled_dot_product_attention,
-    otherwise the formula in float32 (float64 for float64 q), with all scores of a document at once.
+    Without a cap, lse or differing lengths it is torch's scaled_dot_product_attention, otherwise
+    the formula in float32 (float64 for float64 q), with all scores of a document at once.
     """
     if is_traced(q):  # while tracing, the documents' lengths are not known
         return _attention(q, k, v, *pattern, return_lse)
@@ -44,9 +44,11 @@ def _lengths(pattern: Pattern, num_queries: int, num_keys: int) -> tuple[list[in
 def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     """One document. q: (L, Hq, D), k and v: (L, Hkv, D) -> (L, Hq, D)."""
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, heads, L, D)
-    grouped = q.shape[1] != k.shape[1]
+    grouped, causal, visible = q.shape[1] != k.shape[1], pattern.causal, None
+    if pattern.window is not None:
+        visible, causal = ~_hidden(q.shape[2], q.shape[2], pattern, q.device), False
     out = F.scaled_dot_product_attention(
-        q, k, v, is_causal=pattern.causal, scale=pattern.scale, enable_gqa=grouped
+        q, k, v, visible, is_causal=causal, scale=pattern.scale, enable_gqa=grouped
     )  # (1, Hq, L, D)
     return out.squeeze(0).transpose(0, 1)
 
@@ -55,8 +57,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
     """One document. q: (Lq, Hq, D), k and v: (Lk, Hkv, D) -> (Lq, Hq, D), lse (Hq, Lq)."""
-    extras = pattern.window is not None or pattern.softcap is not None or return_lse
-    if not extras and len(q) == len(k):
+    if pattern.softcap is None and not return_lse and len(q) == len(k):
         return _attend_plainly(q, k, v, pattern), _no_lse(q)
     weights, scores = _weights(q, k, pattern)
     out = torch.einsum("hgqk,khd->qhgd", weights, v.to(weights.dtype)).flatten(1, 2)
@@ -68,17 +69,23 @@ def _weights(q: Tensor, k: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     scores = torch.einsum("qhgd,khd->hgqk", _grouped(q, k), k.to(_wide(q))) * _scale(q, pattern)
     if pattern.softcap is not None:
         scores = pattern.softcap * torch.tanh(scores / pattern.softcap)
+    hidden = _hidden(len(q), len(k), pattern, q.device)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    # Filled twice, for queries that see no key: the softmax of nothing but -inf is nan.
+    return scores.softmax(-1).masked_fill(hidden, 0.0), scores
+
+
+def _hidden(num_queries: int, num_keys: int, pattern: Pattern, device: torch.device) -> Tensor:
+    """-> (Lq, Lk) bool, True where the query does not see the key."""
     left, right = pattern.sides()
-    own = torch.arange(len(q), device=q.device) + (len(k) - len(q))  # the key beside each query
-    distance = own[:, None] - torch.arange(len(k), device=q.device)  # to the left
+    own = torch.arange(num_queries, device=device) + (num_keys - num_queries)  # beside each query
+    distance = own[:, None] - torch.arange(num_keys, device=device)  # to the left
     hidden = torch.zeros_like(distance, dtype=torch.bool)
     if left >= 0:
         hidden |= distance > left
     if right >= 0:
         hidden |= -distance > right
-    scores = scores.masked_fill(hidden, -torch.inf)
-    # Filled twice, for queries that see no key: the softmax of nothing but -inf is nan.
-    return scores.softmax(-1).masked_fill(hidden, 0.0), scores
+    return hidden
 
 
 def _differentiate_document(

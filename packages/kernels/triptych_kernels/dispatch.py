@@ -88,6 +88,13 @@ def _needs_varlen(
     return _needs_flash(device, dtype, width)
 
 
+def _needs_sdpa(
+    device: torch.device, dtype: torch.dtype, width: int, needs: tuple[str, ...] = ()
+) -> str:
+    beyond = [need for need in needs if need in ("softcap", "lse", "key lengths")]
+    return f"scaled_dot_product_attention has no {' and no '.join(beyond)}" if beyond else ""
+
+
 def _needs_flash2(
     device: torch.device, dtype: torch.dtype, width: int, needs: tuple[str, ...] = ()
 ) -> str:
@@ -164,6 +171,7 @@ BACKENDS: dict[str, dict[str, _Reason]] = {
         "varlen": _needs_varlen,
         "flash4": _needs_flash4,
         "flash2": _needs_flash2,
+        "sdpa": _needs_sdpa,
         "reference": _always,
     },
     "linear_cross_entropy": {"triton": _needs_triton, "chunked": _always, "reference": _always},

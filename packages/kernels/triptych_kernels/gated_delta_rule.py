@@ -309,9 +309,10 @@ def _gated_delta_rule_backward(
 ) -> list[Tensor]:
     """-> the gradient of each of `tensors`: q, k, v, g, beta and, where given, initial_state."""
 
-    def forward(*leaves: Tensor) -> tuple[Tensor, Tensor]:
-        initial = leaves[5] if len(leaves) == 6 else None
-        return _run(*leaves[:5], cu_seqlens, initial, scale, normalize_qk, name)
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return _run(q, k, v, g, beta, cu_seqlens, initial, scale, normalize_qk, name)
 
     return recomputed_gradients(forward, tensors, [d_out, d_state])
 

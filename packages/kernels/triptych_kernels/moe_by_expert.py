@@ -47,8 +47,8 @@ def _moe_mlp_by_expert_backward(
 ) -> list[Tensor]:
     """-> dx, dgate_up, ddown, dweights."""
 
-    def forward(*leaves: Tensor) -> Tensor:
-        return _run(*leaves, experts)
+    def forward(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor) -> Tensor:
+        return _run(x, gate_up, down, weights, experts)
 
     return recomputed_gradients(forward, (x, gate_up, down, weights), [dy])
 

@@ -294,8 +294,8 @@ def _native_sparse_attention_backward(
 ) -> list[Tensor]:
     """-> dq, dk, dv, dgates."""
 
-    def forward(*leaves: Tensor) -> Tensor:
-        return _run(*leaves, cu_seqlens, block_size, num_selected, window, scale, name)
+    def forward(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
+        return _run(q, k, v, gates, cu_seqlens, block_size, num_selected, window, scale, name)
 
     return recomputed_gradients(forward, (q, k, v, gates), [dy])
 

@@ -2,7 +2,7 @@
 
 Configurations that say "sdpa" are set to an implementation that takes packed rows (cu_seq_lens_q)
 and rows without padding to `attention`. Padded rows and generation with a cache stay with sdpa, as
-do calls for which `attention` would run its reference here.
+do calls for which `attention` itself would run sdpa or its reference.
 """
 
 import importlib.util
@@ -101,8 +101,8 @@ def _attend(
 def _takes(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]
 ) -> bool:
-    if choose("attention", query) == "reference" and not is_requested("attention"):
-        return False
+    if choose("attention", query) in ("sdpa", "reference") and not is_requested("attention"):
+        return False  # nothing faster can run here than what the model has
     windowed = kwargs.get("sliding_window") is not None and not _is_causal(module, kwargs)
     beyond = ("s_aux", "position_bias", "cache", "dropout")
     return (
