@@ -71,6 +71,7 @@ def main(config: SftConfig) -> None:
     from triptych_core.optim import build_adamw, parameter_groups
     from triptych_core.run import close_run, describe_run, open_run
     from triptych_data.heldout import Heldout
+    from triptych_data.ledger import Ledger
     from triptych_data.loader import PackLoader
     from triptych_data.processor import Processor
     from triptych_models.export import export
@@ -125,16 +126,20 @@ def main(config: SftConfig) -> None:
         metrics.note(describe_run(config, runtime, facts, start_step))
         test = partial(evaluate_if_due, engine, config, heldout, answer, metrics)
         save = partial(save_if_due, engine, config, batches, metrics)
+        stream, on_step = iter(batches), [test, save]
+        if config.data.ledger:
+            ledger = Ledger(config.run.dir / "ledger", start_step=start_step, **ranks)
+            stream, on_step = ledger.watch(stream), [ledger.write, *on_step]
         if start_step == 0:
             test(0)
         train(
             engine,
-            iter(batches),
+            stream,
             config,
             flops=model.flops,
             metrics=metrics,
             start_step=start_step,
-            on_step=[test, save],
+            on_step=on_step,
         )
     if config.export:
         export(

@@ -18,7 +18,7 @@ def record(step: int, loss: float = 1.0) -> StepRecord:
     return StepRecord(
         step=step,
         loss=torch.tensor(loss),
-        counts=torch.tensor([10, 60, 500]),
+        counts=torch.tensor([10, 60, 500, 1]),
         grad_norm=0.5,
         lr=0.1,
         capacity=100,

@@ -4,10 +4,10 @@ import stat
 import numpy as np
 import pytest
 
-from tests.data.chats import chat, write_jsonl
+from tests.data.chats import chat, encoded_image, write_jsonl
 from tests.data.packs import MODEL, tiny_processor, write_mixture
 from triptych_data import lengths as module
-from triptych_data.lengths import Lengths, fitting_samples, sample_lengths
+from triptych_data.lengths import Lengths, check_refused, fitting_samples, sample_lengths
 from triptych_data.processor import Processor
 from triptych_data.reader import Shards
 from triptych_data.shards import write_shards
@@ -114,22 +114,29 @@ def check_cached_elsewhere(shards, tmp_path):
     assert not reports
 
 
-def test_refused_sample_is_named(tmp_path):
-    shards = Shards.open(write_refused(tmp_path))
-    with pytest.raises(ValueError, match=r"shard-000000\.tar: sample 000000001: .*private-use"):
-        sample_lengths(shards, tiny_processor())
-    assert not caches(tmp_path)
-
-
-def test_refused_sample_is_named_by_a_pool(tmp_path, monkeypatch):
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_refused_samples_have_no_length_and_are_left_out(tmp_path, monkeypatch, num_workers):
     monkeypatch.setattr(module, "_INLINE_BYTES", 0)
     shards = Shards.open(write_refused(tmp_path))
-    with pytest.raises(ValueError, match=r"sample 000000001: .*private-use"):
-        sample_lengths(shards, tiny_processor(), num_workers=2)
+    lengths = sample_lengths(shards, tiny_processor(), num_workers=num_workers)
+    assert (lengths.num_tokens > 0).tolist() == [True, False, True]
+    assert_same(sample_lengths(shards, tiny_processor()), lengths)  # from the cache
+    assert fitting_samples(shards, lengths, 512, None, skip_long=False).tolist() == [0, 2]
+
+
+def test_too_many_refused_samples_are_an_error_that_names_the_first(tmp_path):
+    shards = Shards.open(write_refused(tmp_path))
+    lengths = sample_lengths(shards, tiny_processor())
+    assert check_refused(shards, lengths, tiny_processor(), 0.34) == 1
+    message = r"shard-000000\.tar: sample 000000001: .*200 times.*\(1 of 3 samples"
+    for rate in (0.33, 0.0):
+        with pytest.raises(ValueError, match=message):
+            check_refused(shards, lengths, tiny_processor(), rate)
 
 
 def write_refused(folder):
-    records = [chat(), chat(answer="\U0010fffb"), chat()]
+    (folder / "slim.png").write_bytes(encoded_image(2, 401, "PNG"))
+    records = [chat(), chat(image="slim.png"), chat()]
     write_shards(write_jsonl(folder / "chats.jsonl", records), folder / "shards")
     return [folder / "shards"]
 

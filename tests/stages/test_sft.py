@@ -16,6 +16,7 @@ import yaml
 
 from tests.ranks import run_ranks
 from tests.tiny import ROOT, make_model_dir, make_shards
+from triptych_data.ledger import audit
 
 CONFIGS = sorted((ROOT / "stages/configs").glob("*.yaml"))
 
@@ -42,6 +43,7 @@ def overrides(workspace: Path, run_dir: Path, *more: str) -> list[str]:
         "engine.precision=fp32",
         "optim.lr=1e-2",
         "checkpoint.every=3",
+        "data.ledger=true",
         f"evaluation.shards=[{workspace / 'heldout/shards'}]",
         "evaluation.max_new_tokens=3",
         "evaluation.batch_size=2",
@@ -107,7 +109,10 @@ def test_resumed_steps_are_bit_equal(workspace, finished):
         for run in (finished, resumed)
     ]
     assert states[0] == states[1]
-    assert states[0]["position"] == 6 * 2 * 2
+    for run in (finished, resumed):
+        found = audit(run / "ledger")
+        assert (found.problems, found.steps) == ([], 6)
+        assert states[0]["position"] == found.samples == 120
 
 
 def test_resuming_on_other_ranks_or_data_is_refused_by_name(workspace, finished):

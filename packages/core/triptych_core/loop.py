@@ -20,7 +20,7 @@ Batch = dict[str, Any]
 # Grids describe shapes: on the device every look at one would stall the step.
 HOST_KEYS = frozenset({"image_grid_thw"})
 # For people and logs, not for the model.
-LABEL_KEYS = frozenset({"sample_keys", "num_tokens"})
+LABEL_KEYS = frozenset({"sample_keys", "num_tokens", "holes", "place"})
 
 
 def train(
@@ -80,11 +80,12 @@ def train(
 def count_window(
     window: Sequence[Batch], flops: Callable[[Batch], float], device: torch.device
 ) -> torch.Tensor:
-    """(3,) int64 over all ranks: target tokens, tokens that are not padding, FLOPs."""
+    """(4,) int64 over all ranks: targets, tokens that are not padding, FLOPs, samples left out."""
     local = [
         sum(int(batch["num_targets"]) for batch in window),
         sum(int(batch["num_tokens"]) for batch in window),
         sum(int(flops(batch)) for batch in window),
+        sum(len(batch.get("holes", ())) for batch in window),
     ]
     counts = torch.tensor(local, dtype=torch.int64).to(device, non_blocking=True)
     dist.all_reduce(counts)

@@ -36,7 +36,7 @@ class StepRecord:
 
     step: int
     loss: torch.Tensor
-    counts: torch.Tensor  # (3,) int64: targets, tokens, FLOPs over all ranks
+    counts: torch.Tensor  # (4,) int64: targets, tokens, FLOPs, bad samples over all ranks
     grad_norm: Any
     lr: float
     capacity: int  # tokens the step's rows could hold
@@ -139,7 +139,7 @@ class Metrics:
 
     def _write(self, record: StepRecord, seconds: float) -> None:
         loss = float(record.loss)  # the one wait
-        num_targets, num_tokens, flops = (int(value) for value in record.counts.tolist())
+        num_targets, num_tokens, flops, bad_samples = (int(n) for n in record.counts.tolist())
         norm = None if record.grad_norm is None else float(record.grad_norm)
         line = {
             "step": record.step,
@@ -154,6 +154,7 @@ class Metrics:
             "data_wait_seconds": record.data_wait_seconds,
             "step_seconds": seconds,
             "packing_fill": num_tokens / record.capacity,
+            "bad_samples": bad_samples,
             "peak_memory_bytes": peak_memory_bytes(),
             "time": time.time(),
         }

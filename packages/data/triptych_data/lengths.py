@@ -2,10 +2,9 @@
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
-from functools import lru_cache
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,19 +12,24 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from triptych_data.processor import Processor
+from triptych_data.pool import run_workers
+from triptych_data.processor import Measures, Processor
 from triptych_data.reader import Shards
-from triptych_data.workers import begin_worker, worker_context
+from triptych_data.server import Note
 
 Progress = Callable[[int, int], None]
 """Called with the number of samples measured so far and the number to measure."""
 
 _CHUNK = 2048  # samples per task: ~1 s of one core
-_INLINE_BYTES = 2_000_000  # text that one process measures before a pool would have started
+_INLINE_BYTES = 2_000_000  # text that one process measures before workers would have started
+_TIMEOUT = 600.0  # seconds for a chunk
 
 
 class Lengths(NamedTuple):
-    """Per sample, (N,) int32 each: tokens, targets among them, image patches."""
+    """Per sample, (N,) int32 each: tokens, targets among them, image patches.
+
+    A sample that the processor refuses has no tokens.
+    """
 
     num_tokens: np.ndarray
     num_targets: np.ndarray
@@ -42,15 +46,14 @@ def sample_lengths(
     """Return the lengths of all samples, measuring those of shards without a valid cache.
 
     The cache of a shard is `<shard>.tar.lengths-<processor>.safetensors` beside it, or in
-    `$XDG_CACHE_HOME/triptych` if that place cannot be written. Processes that ask at the same time
-    on one host wait for the first. `num_workers` is the number of cores by default.
+    `$XDG_CACHE_HOME/triptych` if that is a server or cannot be written. Processes that ask at the
+    same time on one host wait for the first. `num_workers` is the number of cores by default.
 
-    Raises ValueError, naming the sample, for one that the processor refuses.
+    Raises ValueError, naming the sample, for one whose bytes are not those that were indexed.
     """
     cached = [_load(shards, shard, processor) for shard in range(len(shards.paths))]
     if None in cached:
-        first = shards.paths[cached.index(None)]
-        with _locked(first):
+        with _locked(shards.paths[cached.index(None)]):
             _measure_missing(shards, processor, num_workers or _num_cores(), progress)
             cached = [_load(shards, shard, processor) for shard in range(len(shards.paths))]
     lengths = [shard for shard in cached if shard is not None]
@@ -61,7 +64,7 @@ def sample_lengths(
 def fitting_samples(
     shards: Shards, lengths: Lengths, seq_len: int, max_patches: int | None, *, skip_long: bool
 ) -> np.ndarray:
-    """Return the ids (M,) int64 of the samples that one pack can hold.
+    """Return the ids (M,) int64 of the samples that one pack can hold, without refused ones.
 
     Raises ValueError, naming the first sample that does not fit, unless `skip_long`; and if none
     fits.
@@ -77,6 +80,7 @@ def fitting_samples(
             f"{lengths.num_patches[sample]} patches, and {(~fits).sum()} of {len(fits)} samples do "
             "not fit; raise the bounds, lower data.max_pixels, or set data.long_samples=skip"
         )
+    fits &= lengths.num_tokens > 0
     if not fits.any():
         raise ValueError(
             f"data.shards: must hold samples of at most data.seq_len={seq_len} tokens, got "
@@ -85,86 +89,82 @@ def fitting_samples(
     return np.flatnonzero(fits)
 
 
+def check_refused(
+    shards: Shards, lengths: Lengths, processor: Processor, max_bad_rate: float
+) -> int:
+    """Return how many samples the processor refuses.
+
+    Raises ValueError, with what it says of the first, if their share exceeds `max_bad_rate`.
+    """
+    refused = lengths.num_tokens == 0
+    count = int(refused.sum())
+    if count > max_bad_rate * len(refused):
+        first = int(np.argmax(refused))
+        try:
+            _measure_one(shards, processor, first)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} ({count} of {len(refused)} samples are refused, and data.max_bad_rate="
+                f"{max_bad_rate:g} allows {int(max_bad_rate * len(refused))})"
+            ) from error
+    return count
+
+
 def _measure_missing(
     shards: Shards, processor: Processor, num_workers: int, progress: Progress | None
 ) -> None:
-    """Measure and cache every shard that has no cache yet, one shard after the other."""
+    """Measure and cache every shard that has no cache yet."""
     missing = [i for i in range(len(shards.paths)) if _load(shards, i, processor) is None]
-    total = sum(shards.indexes[shard].num_samples for shard in missing)
+    spans = [range(*(int(i) for i in shards.sample_start[shard : shard + 2])) for shard in missing]
+    chunks = [span[i : i + _CHUNK] for span in spans for i in range(0, len(span), _CHUNK)]
     text = sum(int(shards.indexes[shard].text_bytes.sum()) for shard in missing)
-    done = 0
-
-    def report(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
-
+    work = _Measuring(shards, processor, chunks)
     if num_workers == 1 or text < _INLINE_BYTES:
-        for shard in missing:
-            first, last = (int(i) for i in shards.sample_start[shard : shard + 2])
-            rows = _measure(shards, processor, range(first, last), report)
-            _store(shards, shard, processor, rows)
-        return
-    with ProcessPoolExecutor(
-        num_workers, worker_context(), initializer=_begin, initargs=(processor,)
-    ) as pool:
-        try:
-            for shard in missing:
-                _store(shards, shard, processor, _measure_in(pool, shards, shard, report))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        results = work(lambda sample: None, 0, 1)
+    else:
+        num_workers = min(num_workers, len(chunks))
+        results = run_workers(work, num_workers, prefetch=2, timeout=_TIMEOUT, where=shards.where)
+    done, total = 0, sum(map(len, spans))
+    with closing(results):
+        for shard, span in zip(missing, spans, strict=True):
+            rows: list[np.ndarray] = []
+            while sum(map(len, rows)) < len(span):
+                rows.append(next(results))
+                done += len(rows[-1])
+                if progress is not None:
+                    progress(done, total)
+            _store(shards, shard, processor, np.concatenate(rows))
 
 
-def _measure_in(
-    pool: ProcessPoolExecutor, shards: Shards, shard: int, report: Callable[[int], None]
-) -> np.ndarray:
-    path, num_samples = str(shards.paths[shard]), shards.indexes[shard].num_samples
-    chunks = [range(i, min(i + _CHUNK, num_samples)) for i in range(0, num_samples, _CHUNK)]
-    futures = {pool.submit(_measure_chunk, path, chunk): chunk for chunk in chunks}
-    rows = np.zeros((num_samples, 3), dtype=np.int32)
-    for future in as_completed(futures):
-        chunk = futures[future]
-        rows[chunk.start : chunk.stop] = future.result()
-        report(len(chunk))
-    return rows
+@dataclass(frozen=True)
+class _Measuring:
+    """The work of processes that measure: the rows of `chunks`, shared out in turn."""
+
+    shards: Shards
+    processor: Processor
+    chunks: list[range]
+
+    def __call__(self, note: Note, worker: int, num_workers: int) -> Generator[np.ndarray]:
+        """Yield (len(chunk), 3) int32, the columns of `Lengths`, for each chunk."""
+        for chunk in self.chunks[worker::num_workers]:
+            rows = np.zeros((len(chunk), 3), dtype=np.int32)
+            for row, sample in enumerate(chunk):
+                note(sample)
+                with suppress(_Refused):
+                    rows[row] = _measure_one(self.shards, self.processor, sample)
+            yield rows
 
 
-def _measure(
-    shards: Shards,
-    processor: Processor,
-    samples: range,
-    report: Callable[[int], None] | None = None,
-) -> np.ndarray:
-    """Return (len(samples), 3) int32, the columns of `Lengths`."""
-    rows = np.zeros((len(samples), 3), dtype=np.int32)
-    for row, sample in enumerate(samples):
-        try:
-            rows[row] = processor.measure(shards.read_json(sample), shards.media_of(sample))
-        except ValueError as error:
-            raise ValueError(f"{shards.where(sample)}: {error}") from error
-        if report is not None and ((row + 1) % _CHUNK == 0 or row + 1 == len(samples)):
-            report(row % _CHUNK + 1)
-    return rows
+class _Refused(ValueError):
+    pass
 
 
-_processor: Processor | None = None  # of this worker process
-
-
-def _begin(processor: Processor) -> None:
-    global _processor
-    begin_worker()
-    _processor = processor
-
-
-def _measure_chunk(path: str, samples: range) -> np.ndarray:
-    assert _processor is not None, "set when the worker began"
-    return _measure(_open_shard(path), _processor, samples)
-
-
-@lru_cache(maxsize=4)
-def _open_shard(path: str) -> Shards:
-    return Shards.open([path])
+def _measure_one(shards: Shards, processor: Processor, sample: int) -> Measures:
+    record = shards.read_json(sample)
+    try:
+        return processor.measure(record, shards.media_of(sample))
+    except ValueError as error:
+        raise _Refused(f"{shards.where(sample)}: {error}") from error
 
 
 def _load(shards: Shards, shard: int, processor: Processor) -> Lengths | None:
@@ -179,10 +179,10 @@ def _load(shards: Shards, shard: int, processor: Processor) -> Lengths | None:
 def _store(shards: Shards, shard: int, processor: Processor, rows: np.ndarray) -> None:
     columns = {name: np.ascontiguousarray(rows[:, i]) for i, name in enumerate(Lengths._fields)}
     data = save(columns, metadata=_metadata(shards, shard, processor))
-    beside, elsewhere = _cache_paths(shards, shard, processor)
+    *beside, elsewhere = _cache_paths(shards, shard, processor)
     try:
-        _write_whole(beside, data)
-    except OSError:  # read-only data is common
+        _write_whole(beside[0], data)
+    except (OSError, IndexError):  # read-only data is common
         elsewhere.parent.mkdir(parents=True, exist_ok=True)
         _write_whole(elsewhere, data)
 
@@ -191,14 +191,17 @@ def _metadata(shards: Shards, shard: int, processor: Processor) -> dict[str, str
     return {"shard": shards.indexes[shard].fingerprint, "processor": processor.fingerprint}
 
 
-def _cache_paths(shards: Shards, shard: int, processor: Processor) -> tuple[Path, Path]:
+def _cache_paths(shards: Shards, shard: int, processor: Processor) -> list[Path]:
+    """Return where a shard's lengths may be: beside it if it is local, and in the user's cache."""
     tar, content = shards.paths[shard], shards.indexes[shard].fingerprint
     suffix = f"lengths-{processor.fingerprint[:12]}.safetensors"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (
-        tar.with_name(f"{tar.name}.{suffix}"),
-        home / "triptych" / f"{tar.name}.{content[:12]}.{suffix}",
-    )
+    beside = [tar.with_name(f"{tar.name}.{suffix}")] if isinstance(tar, Path) else []
+    name = tar.name if isinstance(tar, Path) else "remote"
+    return [*beside, _user_cache() / f"{name}.{content[:12]}.{suffix}"]
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triptych"
 
 
 def _write_whole(path: Path, data: bytes) -> None:
@@ -211,11 +214,18 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("rb") as file:
+def _locked(location: Path | str) -> Iterator[None]:
+    """Hold a lock on a local shard, or on the user's cache for one on a server."""
+    if isinstance(location, str):
+        location = _user_cache()
+        location.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(location, os.O_RDONLY)
+    try:
         with suppress(OSError):  # some network file systems cannot lock: then each process measures
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def _num_cores() -> int:

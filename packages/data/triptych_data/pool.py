@@ -1,0 +1,206 @@
+"""Worker processes seen from the trainer: a generator runs in each, and none can hang unseen."""
+
+import atexit
+import itertools
+import logging
+import mmap
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import suppress
+from typing import Any
+
+from triptych_data.server import DUMP_SIGNAL, NOTE, Work
+from triptych_data.transport import memory_file, receive, send
+
+_DUMP_SECONDS = 2.0  # a worker that can write its stack at all does so in milliseconds
+_log = logging.getLogger(__name__)
+
+
+def run_workers(
+    work: Work,
+    num_workers: int,
+    *,
+    prefetch: int,
+    timeout: float,
+    where: Callable[[int], str],
+) -> Generator[Any]:
+    """Yield what `work(note, w, num_workers)` yields in worker w, one item of each worker in turn.
+
+    Ends when the worker whose turn it is has no more. Each worker is ahead by `prefetch` items at
+    most. Workers end with this iterator and with this process, whatever kills it.
+
+    Raises a worker's ValueError as it is; ValueError that names the sample (by `where`) a worker
+    was on when it gave nothing for `timeout` seconds, and logs its stack; RuntimeError for a
+    worker that died or failed otherwise.
+    """
+    server = start_server()
+    server.request("load", work)
+    workers: list[_Worker] = []
+    try:
+        for number in range(num_workers):
+            workers.append(_Worker(server, number, num_workers, prefetch))
+        for worker in itertools.cycle(workers):
+            try:
+                yield worker.next_item(timeout, where)
+            except StopIteration:
+                return
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def start_server() -> "_Server":
+    """Return this process's server, started if need be: it imports while the caller goes on."""
+    if _Server.current is None or _Server.current.has_ended():
+        _Server.current = _Server()
+    return _Server.current
+
+
+class _Server:
+    """The trainer's end of `server.serve` in a process of its own."""
+
+    current: "_Server | None" = None
+
+    def __init__(self) -> None:
+        self._control, theirs = socket.socketpair()
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}\n"
+            f"from triptych_data.server import serve; serve({theirs.fileno()})"
+        )
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+        )
+        theirs.close()
+        self._lock = threading.Lock()
+        atexit.register(self.close)
+
+    def request(self, *words: Any, descriptors: tuple[int, ...] = ()) -> Any:
+        """Return the answer to a request. Raises what it raised, or RuntimeError if it died."""
+        with self._lock:
+            try:
+                send(self._control, words, descriptors)
+                answer, _ = receive(self._control)
+            except (EOFError, OSError) as error:
+                raise RuntimeError(
+                    "the server of data workers must live as long as the run, got its end; "
+                    "see its last words above, or whether the machine ran out of memory"
+                ) from error
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def has_ended(self) -> bool:
+        """Whether it closed its end: it says nothing unasked, so there is nothing else to read."""
+        readable, _, _ = select.select([self._control], [], [], 0)
+        return bool(readable) or self._process.poll() is not None
+
+    def close(self) -> None:
+        """Let the server end, and its workers with it."""
+        self._control.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
+
+
+def _forget_server() -> None:
+    """In a forked child: the server is the parent's, and must see the parent's end."""
+    if _Server.current is not None:
+        atexit.unregister(_Server.current.close)
+        _Server.current._control.close()
+        _Server.current = None
+
+
+os.register_at_fork(after_in_child=_forget_server)
+
+
+class _Worker:
+    def __init__(self, server: _Server, number: int, num_workers: int, prefetch: int) -> None:
+        self._owner = os.getpid()
+        self._server = server
+        self._number = number
+        self._log = memory_file()
+        os.pwrite(self._log, NOTE.pack(-1), 0)
+        os.lseek(self._log, NOTE.size, os.SEEK_SET)  # stacks are written behind the note
+        self._notes = mmap.mmap(self._log, NOTE.size)
+        self._connection, theirs = socket.socketpair()
+        with theirs:
+            self._pid: int | None = server.request(
+                "start",
+                number,
+                num_workers,
+                prefetch,
+                descriptors=(theirs.fileno(), self._log),
+            )
+
+    def next_item(self, timeout: float, where: Callable[[int], str]) -> Any:
+        """Return the worker's next item; raises StopIteration after the last."""
+        self._connection.settimeout(timeout)
+        try:
+            (kind, *rest), _ = receive(self._connection)
+        except TimeoutError:
+            raise self._hanging(timeout, where) from None
+        except (EOFError, ConnectionResetError):
+            raise self._dead(where) from None
+        if kind == "end":
+            raise StopIteration
+        if kind == "error":
+            raise rest[0]
+        with suppress(BrokenPipeError, ConnectionResetError):  # it may have sent its last item
+            self._connection.send(b".")
+        return rest[0]
+
+    def end(self, seconds: float = 0.0) -> int | None:
+        """Kill the worker unless it ends in time, and return its exit code."""
+        if self._owner != os.getpid() or self._pid is None:
+            return None
+        pid, self._pid = self._pid, None
+        self._connection.close()
+        os.close(self._log)
+        with suppress(RuntimeError):  # then the server's end was the worker's as well
+            return self._server.request("end", pid, seconds)
+        return None
+
+    def _hanging(self, timeout: float, where: Callable[[int], str]) -> ValueError:
+        assert self._pid is not None
+        place = self._place(where)
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, DUMP_SIGNAL)
+        stack = self._stack()
+        _log.error("data worker %d, process %d, %s:\n%s", self._number, self._pid, place, stack)
+        return ValueError(
+            f"data.timeout_s: a data worker must give a batch within {timeout:g} s, got none from "
+            f"worker {self._number} {place}; its stack was logged: look at that sample and its "
+            "storage, or allow more time"
+        )
+
+    def _dead(self, where: Callable[[int], str]) -> RuntimeError:
+        place = self._place(where)
+        code = self.end(seconds=5)
+        how = f"exit code {code}"
+        if code is not None and code < 0:
+            how = signal.Signals(-code).name
+        return RuntimeError(
+            f"data worker {self._number} must live as long as the run, got its end by {how} "
+            f"{place}; SIGKILL mostly means that the machine ran out of memory"
+        )
+
+    def _place(self, where: Callable[[int], str]) -> str:
+        (sample,) = NOTE.unpack_from(self._notes)
+        return "before its first sample" if sample < 0 else f"on {where(sample)}"
+
+    def _stack(self) -> str:
+        """Return what the worker wrote when it was asked for its stack; it may be unable to."""
+        text = b""
+        deadline = time.monotonic() + _DUMP_SECONDS
+        while time.monotonic() < deadline:
+            select.select([], [], [], 0.05)
+            before, text = text, os.pread(self._log, 1 << 20, NOTE.size)
+            if text and text == before:
+                break
+        return text.decode(errors="replace") or "(it wrote none: stopped, or in the kernel)"

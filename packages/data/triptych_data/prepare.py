@@ -1,0 +1,156 @@
+"""Planned samples to batches: what runs in data workers, or inline without any."""
+
+from bisect import bisect_right
+from collections.abc import Generator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import NamedTuple
+
+import numpy as np
+
+from triptych_data.batch import Batch, collate
+from triptych_data.faults import BadSample, Hole, reason_of
+from triptych_data.plan import Plan, PlanSource
+from triptych_data.processor import EncodedSample, Processor
+from triptych_data.reader import Shards
+from triptych_data.server import Note
+
+
+class Place(NamedTuple):
+    """Where a batch stands in the stream of packs, counted in samples."""
+
+    position: int
+    """samples before its pack"""
+    end: int
+    """samples before the pack after it"""
+    next_position: int
+    """samples before the first pack of the next micro-step, over all ranks"""
+    epoch: int
+
+
+@dataclass(frozen=True)
+class RankStream:
+    """The batches of one rank from `position` on, without end; callable as the work of `pool`.
+
+    Every worker plans for itself, and builds every `num_workers`-th batch. Rank r takes pack r of
+    each next `world_size` packs. A batch tells its `place`.
+    """
+
+    plan: Plan
+    builder: "PackBuilder"
+    position: int
+    rank: int
+    world_size: int
+
+    def __call__(self, note: Note, worker: int, num_workers: int) -> Generator[Batch]:
+        packs = self.plan.packs(self.position)
+        for turn in count():
+            group = list(islice(packs, self.world_size))
+            if turn % num_workers == worker:
+                pack = group[self.rank]
+                place = Place(
+                    pack.position,
+                    pack.next_position,
+                    group[-1].next_position,
+                    self.plan.epoch(pack.position),
+                )
+                yield self.builder.build(pack.samples.tolist(), note) | {"place": place}
+
+
+@dataclass(frozen=True)
+class PackBuilder:
+    """Reads, encodes and packs samples; one that fails leaves a hole."""
+
+    shards: Shards
+    processor: Processor
+    num_tokens: np.ndarray
+    """(N,) int32, of each sample, as planned"""
+    seq_len: int
+    sources: Sequence[PlanSource] = ()
+    """whose samples are those of `shards`, one source after the other"""
+
+    def build(self, samples: Sequence[int], note: Note) -> Batch:
+        """Return the batch of `samples`, in this order, with those left out listed in `holes`.
+
+        Raises ValueError, naming the shard, if a whole shard cannot be read any more.
+        """
+        encoded: list[EncodedSample] = []
+        holes: list[Hole] = []
+        self._warm(samples)
+        for sample in samples:
+            note(sample)
+            found = self._encode(sample)
+            if isinstance(found, Hole):
+                holes.append(found)
+            else:
+                encoded.append(found)
+        batch = collate(
+            encoded,
+            self.seq_len,
+            pad_token_id=self.processor.pad_token_id,
+        )
+        return batch | {"holes": holes}
+
+    def _warm(self, samples: Sequence[int]) -> None:
+        """Fetch what lies on servers, many samples at once; what fails will fail again alone."""
+        with suppress(OSError, ValueError):
+            self.shards.warm(samples)
+
+    def _encode(self, sample: int) -> EncodedSample | Hole:
+        try:
+            raw = self.shards.read(sample)
+        except OSError as error:
+            raise self._lost(sample, error) from error
+        except ValueError as error:
+            self._check_shard(sample)
+            return self._hole(sample, BadSample(str(error), "damaged"))
+        try:
+            encoded = self.processor.encode(raw)
+            self._check_length(sample, len(encoded.input_ids))
+        except Exception as error:  # one odd file must not end a run of weeks; holes have a limit
+            return self._hole(sample, error)
+        return encoded
+
+    def _check_length(self, sample: int, length: int) -> None:
+        planned = int(self.num_tokens[sample])
+        if length != planned:
+            raise BadSample(
+                f"{self.shards.where(sample)}: must have the {planned} tokens that were planned, "
+                f"got {length}; its media are not those in the index: run triptych-data index "
+                "--overwrite on its shard",
+                "too long" if length > planned else "too short",
+            )
+
+    def _check_shard(self, sample: int) -> None:
+        """Raise ValueError if it is not only this sample that is damaged."""
+        shard = bisect_right(self.shards.sample_start, sample) - 1
+        path, expected = self.shards.paths[shard], self.shards.indexes[shard].tar_bytes
+        if isinstance(path, str):
+            return  # what a server serves was checked when the file was opened
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise self._lost(sample, error) from error
+        if size != expected:
+            raise self._lost(sample, f"{size} bytes instead of {expected}")
+
+    def _lost(self, sample: int, what: object) -> ValueError:
+        return ValueError(
+            f"{self.shards.where(sample)}: its shard must stay as it is during a run, got {what}; "
+            "restore the shard and resume, or take it out of data.shards and start anew"
+        )
+
+    def _hole(self, sample: int, error: Exception) -> Hole:
+        where = self.shards.where(sample)
+        message = str(error)
+        if not message.startswith(where):
+            message = f"{where}: {type(error).__name__}: {message}"
+        return Hole(self.shards.keys(sample), self._source(sample), reason_of(error), message)
+
+    def _source(self, sample: int) -> str:
+        for source in self.sources:
+            if sample < source.num_samples:
+                return source.name
+            sample -= source.num_samples
+        return "shards"

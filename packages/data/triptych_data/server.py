@@ -1,0 +1,143 @@
+"""The process that data workers are forked from: clean of the trainer's threads, CUDA and NCCL.
+
+It imports torch and transformers once (~5 s), loads what the workers run once, and then a worker
+is a fork away. It leaves nothing behind: when the trainer dies, however it dies, it kills its
+workers, also those that hang, and ends.
+"""
+
+import faulthandler
+import gc
+import importlib
+import mmap
+import os
+import signal
+import socket
+import struct
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from triptych_data.transport import LoadError, receive, send
+
+Note = Callable[[int], None]
+"""Called with the number of the sample that a worker takes up next."""
+Work = Callable[[Note, int, int], Iterator[Any]]
+"""What workers run, called with a note-taker, a worker's number and how many workers there are."""
+
+DUMP_SIGNAL = signal.SIGUSR1
+"""Makes a worker write the stacks of its threads to its log."""
+NOTE = struct.Struct("<q")
+"""How a worker's log begins: the sample it is on, -1 before the first; stacks follow."""
+
+_PRELOADED = ("triptych_data.prepare", "transformers.models.auto.tokenization_auto")
+
+
+def serve(descriptor: int) -> None:
+    """Answer requests from the trainer until it is gone.
+
+    - `("load", work)` makes `work` what the workers started from now on run
+    - `("start", number, num_workers, prefetch)` with a socket and a log file forks a worker and
+      returns its process id
+    - `("end", pid, seconds)` waits for a worker, kills it if it takes longer, and returns its exit
+      code, negative if a signal ended it
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    control = socket.socket(fileno=descriptor)
+    for name in _PRELOADED:
+        importlib.import_module(name)
+    gc.freeze()  # or the workers' collections would copy every page of what was imported
+    state = _State(control)
+    with suppress(EOFError, OSError):
+        while True:
+            send(control, _answer(state, control))
+    for pid in state.living:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _answer(state: "_State", control: socket.socket) -> Any:
+    try:
+        (name, *args), descriptors = receive(control)
+    except LoadError as error:
+        return _portable(error.__cause__)
+    try:
+        return getattr(state, name)(*args, *descriptors)
+    except Exception as error:
+        return _portable(error)
+
+
+def _portable(error: BaseException | None) -> Exception:
+    """Return a user's mistake as it is, anything else with its traceback as text."""
+    if type(error) is ValueError:
+        return error
+    return RuntimeError("".join(traceback.format_exception(error)))
+
+
+class _State:
+    def __init__(self, control: socket.socket) -> None:
+        self.control = control
+        self.living: set[int] = set()
+        self.work: Work | None = None
+
+    def load(self, work: Work) -> None:
+        self.work = work
+
+    def start(self, number: int, num_workers: int, prefetch: int, connection: int, log: int) -> int:
+        assert self.work is not None
+        pid = os.fork()
+        if pid == 0:
+            self.control.close()
+            _run(self.work, number, num_workers, prefetch, connection, log)
+        os.close(connection)
+        os.close(log)
+        self.living.add(pid)
+        return pid
+
+    def end(self, pid: int, seconds: float) -> int:
+        deadline = time.monotonic() + seconds
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        while not ended and time.monotonic() < deadline:
+            time.sleep(0.005)
+            ended, status = os.waitpid(pid, os.WNOHANG)
+        if not ended:
+            os.kill(pid, signal.SIGKILL)
+            _, status = os.waitpid(pid, 0)
+        self.living.discard(pid)
+        return os.waitstatus_to_exitcode(status)
+
+
+def _run(
+    work: Work, number: int, num_workers: int, prefetch: int, descriptor: int, log: int
+) -> None:
+    """Be a worker: send `("item", value)` again and again, `("end",)` or `("error", …)` at last.
+
+    At most `prefetch` items are under way; for each one taken the trainer sends a byte.
+    """
+    code = 1
+    try:
+        faulthandler.register(DUMP_SIGNAL, file=log, all_threads=True)
+        torch.set_num_threads(1)
+        notes = mmap.mmap(log, NOTE.size)
+        connection = socket.socket(fileno=descriptor)
+        last: tuple[Any, ...] = ("end",)
+        try:
+            items = work(lambda sample: NOTE.pack_into(notes, 0, sample), number, num_workers)
+            for count, item in enumerate(items):
+                if count >= prefetch and not connection.recv(1):
+                    return  # the trainer is gone or wants no more
+                send(connection, ("item", item))
+        except (BrokenPipeError, ConnectionResetError):
+            return
+        except Exception as error:
+            last = ("error", _portable(error))
+        send(connection, last)
+        connection.recv(1)  # the log is of interest until the trainer has read the last item
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)  # never back into the server's own code

@@ -1,0 +1,202 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.data import works
+from tests.data.packs import MODEL, write_mixture
+from tests.ranks import run_ranks
+from triptych_data.pool import run_workers, start_server
+from triptych_data.server import DUMP_SIGNAL
+
+
+def run(work, num_workers=1, *, prefetch=2, timeout=60.0):
+    return run_workers(
+        work, num_workers, prefetch=prefetch, timeout=timeout, where=lambda i: f"sample {i}"
+    )
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_items_come_in_turn_and_equal(num_workers):
+    items = list(run(works.numbers, num_workers))
+    assert [item["number"] for item in items] == list(range(10))
+    assert [item["worker"] for item in items] == [i % num_workers for i in range(10)]
+    assert len({item["pid"] for item in items} | {os.getpid()}) == num_workers + 1
+    assert all(torch.equal(item["big"], torch.full((5000,), item["number"])) for item in items)
+
+
+def test_a_worker_has_one_thread_and_no_file_of_its_siblings():
+    (first,), (*_, last) = (list(run(works.environment, n)) for n in (1, 3))
+    assert first == last
+    assert first["threads"] == first["python threads"] == 1
+    assert first["parallel"] == "false"
+
+
+def test_workers_end_with_the_iterator():
+    items = run(works.endless, 2)
+    assert list(islice(items, 5)) == [0, 1, 2, 3, 4]
+    pids = children(server_pid())
+    assert len(pids) == 2
+    items.close()
+    assert not children(server_pid())
+
+
+def test_workers_are_ahead_by_prefetch_only(tmp_path):
+    path = tmp_path / "made"
+    with closing(run(works.CountAhead(str(path)), prefetch=3)) as items:
+        assert next(items) == 0
+        time.sleep(0.3)
+        # One was taken, two wait, and for the byte of the one taken a fourth was made and sent,
+        # and the next one made before the worker looks for another byte.
+        assert int(path.read_text()) == 5
+
+
+def test_a_users_mistake_is_raised_as_it_is():
+    with pytest.raises(ValueError, match=r"^a\.tar: must be whole, got half; restore it$"):
+        list(run(works.mistaken))
+
+
+def test_a_bug_comes_with_its_traceback():
+    with pytest.raises(RuntimeError, match=r"(?s)in broken.*KeyError: 'a bug of ours'"):
+        list(run(works.broken))
+
+
+@pytest.mark.parametrize(
+    ("work", "how"),
+    [
+        (works.dying, r"worker 0 .* by SIGKILL on sample 5; .* out of memory"),
+        (works.leaving, r"worker 0 .* by exit code 7 before its first sample"),
+    ],
+)
+def test_a_dead_worker_is_noticed_at_once(work, how):
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=how):
+        list(run(work))
+    assert time.monotonic() - started < 10
+
+
+def test_work_that_cannot_be_loaded_is_an_error_here():
+    class Local:
+        pass
+
+    with pytest.raises((AttributeError, TypeError)):  # not picklable at all
+        list(run(Local()))
+    with pytest.raises(ValueError, match="shards changed"):
+        list(run(Unloadable()))
+    assert list(islice(run(works.endless), 2)) == [0, 1]  # the server is none the worse
+
+
+class Unloadable:
+    def __reduce__(self):
+        return _refuse, ()
+
+
+def _refuse():
+    raise ValueError("shards changed")
+
+
+def test_a_killed_server_is_no_harm_to_workers_and_is_replaced():
+    server = start_server()
+    with closing(run(works.endless)) as items:
+        next(items)
+        server._process.kill()
+        wait_until(server.has_ended)
+        assert next(items) == 1
+        with pytest.raises(RuntimeError, match="server of data workers must live"):
+            server.request("load", works.endless)
+    assert list(islice(run(works.endless), 2)) == [0, 1]
+    assert start_server() is not server
+
+
+def fork_and_use(rank_pids):
+    assert server_pid() not in rank_pids
+    return [list(islice(run(works.endless, 2), 4)), server_pid()]
+
+
+def test_forked_trainers_have_servers_of_their_own():
+    with closing(run(works.endless)) as items:
+        next(items)
+        mine = server_pid()
+        (one, first), (other, second) = run_ranks(fork_and_use, 2, [mine])
+        assert one == other == [0, 1, 2, 3]
+        assert len({mine, first, second}) == 3
+        assert next(items) == 1  # the children's ends did not touch it
+
+
+SCRIPT = """
+import sys
+from triptych_data.config import DataConfig
+from triptych_data.loader import PackLoader
+from triptych_data.processor import Processor
+config = DataConfig(shards=[sys.argv[1]], seq_len=512, num_workers=2)
+loader = PackLoader(config, Processor.from_directory(sys.argv[2]), rank=0, world_size=1)
+for batch in loader:
+    print("batch", flush=True)
+"""
+
+
+@pytest.mark.parametrize("killer", ["SIGKILL", "SIGKILL of a group", "SIGINT", "SIGTERM"])
+def test_a_killed_trainer_leaves_nothing_behind(tmp_path, killer):
+    shards = write_mixture(tmp_path)
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    before = set(Path("/dev/shm").iterdir())
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, shards[0], str(MODEL)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env=os.environ | {"TMPDIR": str(temporary)},
+    )
+    assert trainer.stdout.readline() == b"batch\n", trainer.stderr.read()
+    assert len(members(trainer.pid)) == 4  # trainer, server, two workers
+    if killer == "SIGKILL":  # the worst case: a worker that cannot see the end itself
+        os.kill(max(members(trainer.pid)), signal.SIGSTOP)
+    sent = getattr(signal, killer.split()[0])
+    kill = os.kill if killer in ("SIGKILL", "SIGTERM") else os.killpg
+    kill(trainer.pid, sent)
+    trainer.stdout.close()
+    trainer.wait(20)
+    wait_until(lambda: not members(trainer.pid))
+    assert set(Path("/dev/shm").iterdir()) <= before
+    assert list(temporary.iterdir()) == []
+    words = trainer.stderr.read().decode()
+    assert words.count("Traceback") == (killer == "SIGINT"), words  # the trainer's own, no other
+
+
+def server_pid():
+    return start_server()._process.pid
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_until(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def members(session):
+    """The living processes of a session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, *fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it ended meanwhile
+        if int(fields[2]) == session and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+assert DUMP_SIGNAL != signal.SIGINT
