@@ -16,13 +16,12 @@ from typing import NamedTuple
 import numpy as np
 
 from triptych_data.index import ShardIndex, checksum
-from triptych_data.order import epoch_order
 from triptych_data.ordered import in_order
 from triptych_data.probe import MediaInfo
 from triptych_data.reader import Shards
 from triptych_data.report import Progress, ShardReport
 from triptych_data.sample import KINDS
-from triptych_data.shards import SHARD_SIZE
+from triptych_data.shards import SHARD_SIZE, shuffled
 from triptych_data.staging import staging
 from triptych_data.tar import BLOCK
 from triptych_data.tarwriter import TarWriter, chat_names, cut, kept_index
@@ -55,7 +54,7 @@ def reshard(
     _check_inputs(opened, output)
     chosen = _chosen(opened, keys, without_keys, rekey)
     if shuffle_seed is not None:
-        chosen = chosen[epoch_order(len(chosen), shuffle_seed, epoch=0)]
+        chosen = chosen[shuffled(len(chosen), shuffle_seed)]
     chosen = chosen[:num_samples]
     sizes = np.concatenate([_sizes(index, rekey) for index in opened.indexes])[chosen]
     starts = cut(sizes, shard_size, samples_per_shard).tolist()

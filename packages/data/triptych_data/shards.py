@@ -22,8 +22,8 @@ from triptych_data.checked import Checked
 from triptych_data.index import write_whole
 from triptych_data.intake import BAD, MEASURES, Intake, Rejected
 from triptych_data.mapping import Mapping
-from triptych_data.order import epoch_order
 from triptych_data.ordered import in_order
+from triptych_data.permutation import permute, stream_key
 from triptych_data.report import Progress, ShardReport
 from triptych_data.sample import KINDS
 from triptych_data.sources.kinds import find_inputs, identity, open_inputs
@@ -155,6 +155,11 @@ def write_shard(intake: Intake, job: _Job) -> bool:
     return False
 
 
+def shuffled(count: int, seed: int) -> np.ndarray:
+    """The numbers from 0 to count - 1, (count,) int64, in an order that the seed gives."""
+    return permute(np.arange(count), count, stream_key(seed, "shards"))
+
+
 def _listed(inputs: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
     return [inputs] if isinstance(inputs, str | Path) else inputs
 
@@ -189,7 +194,7 @@ def _check(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The order of all rows (N,) and what each measures (N, len(MEASURES)), in that order."""
     total, seed = len(intake.rows), settings.shuffle_seed
-    order = np.arange(total) if seed is None else epoch_order(total, seed, epoch=0)
+    order = np.arange(total) if seed is None else shuffled(total, seed)
     limit = settings.max_bad if settings.max_bad >= 1 else int(settings.max_bad * total)
     checked = Checked(folder / CHECKED, len(MEASURES))
     report.kept_records = checked.count
