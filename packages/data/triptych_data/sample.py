@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from triptych_data.strict_json import load_json
 from triptych_data.tools import check_tools
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -28,7 +29,6 @@ SOURCE_KEYS = {
     "input_audio": "audio",
 }
 """An input part's type, which is also the key of its source, to its kind of media."""
-SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _PLACEHOLDER = re.compile("(" + "|".join(PLACEHOLDERS) + ")")
 
 
@@ -153,25 +153,9 @@ def text_bytes(record: dict[str, Any]) -> int:
     )
 
 
-def load_json(data: str | bytes, where: str) -> Any:
-    """`data` as JSON. Raises ValueError, for NaN, half a surrogate pair and no UTF-8 as well."""
-    try:
-        text = data if isinstance(data, str) else data.decode("utf-8-sig")
-        value = json.loads(text, parse_constant=_refuse_constant)
-        if SURROGATE_ESCAPE.search(text):  # only so can half a surrogate pair get in
-            json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: must be valid JSON in UTF-8, got {error}; fix it") from error
-    return value
-
-
 def dump_json(record: dict[str, Any]) -> bytes:
     """The bytes a shard stores for `record`: compact UTF-8, keys in the record's own order."""
     return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"the constant {name}, which JSON does not have")
 
 
 def _check_media_use(record: dict[str, Any], num_media: int, where: str) -> None:
