@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +16,8 @@ from triptych_data.controls import Controls
 from triptych_data.encoder import HuggingFaceEncoder, TextEncoder
 from triptych_data.messages import MessageForms, is_trained
 from triptych_data.template import ChatTemplate, Message
+from triptych_data.tiktoken_encoder import TiktokenEncoder, UnlikeTokenizerError
+from triptych_data.tiktoken_proof import check_equal, proof_key
 from triptych_data.turns import TurnFinder
 
 __all__ = ["ChatTokenizer", "ChatTokens", "MediaTokens", "message_text", "shift_targets"]
@@ -23,6 +26,7 @@ IGNORE_INDEX = -100
 CHAT_VERSION = 2
 """To be raised whenever the same chat, template and tokenizer would give other tokens."""
 
+_log = logging.getLogger(__name__)
 _PROBE = [{"role": "user", "content": "Hi, there:  12 é\n"}]
 
 
@@ -34,10 +38,21 @@ class ChatTokenizer:
     a quoted control token is ordinary text, and that no token joins an answer's first letters to
     the prompt before it.
 
-    Raises ValueError for a template that prints no special token after an assistant's text.
+    `options.tiktoken` asks for a faster encoder that is proven to give the same ids; `proof` is
+    that of another process, `tiktoken_proof` ours, None if it is not used, and `tiktoken_refusal`
+    why not.
+
+    Raises ValueError for a template that prints no special token after an assistant's text, and
+    for a tokenizer that tiktoken cannot stand in for if it is required.
     """
 
-    def __init__(self, directory: Path, template: str, options: ChatConfig | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        template: str,
+        options: ChatConfig | None = None,
+        proof: str | None = None,
+    ) -> None:
         from transformers import AutoTokenizer
 
         self._options = options or ChatConfig()
@@ -50,7 +65,9 @@ class ChatTokenizer:
         self._forms = MessageForms(self._template)
         self._finder = TurnFinder(self._template, self._controls.special, self._controls.is_risky)
         self.fingerprint = self._make_fingerprint(variables)
-        self._encoder = self._make_encoder()
+        self.tiktoken_proof: str | None = None
+        self.tiktoken_refusal: str | None = None
+        self._encoder = self._make_encoder(proof)
 
         self.image_token_id = self._controls.media_ids.get("image", -1)  # -1: takes none
         self.video_token_id = self._controls.media_ids.get("video", -1)
@@ -104,8 +121,29 @@ class ChatTokenizer:
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         return digest.hexdigest()
 
-    def _make_encoder(self) -> TextEncoder:
+    def _make_encoder(self, proof: str | None) -> TextEncoder:
         """Our encoder, after a look that it splits a text as the stock tokenizer does."""
+        description = self._tokenizer.backend_tokenizer.to_str()
+        encoder = self._make_plain_encoder()
+        if self._options.tiktoken == "off":
+            return encoder
+        try:
+            fast = TiktokenEncoder(description, self._controls.tokens, encoder)
+            self.tiktoken_proof = proof_key(description)
+            if proof != self.tiktoken_proof:
+                check_equal(fast, encoder)
+            return fast
+        except UnlikeTokenizerError as error:
+            self.tiktoken_proof, self.tiktoken_refusal = None, str(error)
+            if self._options.tiktoken == "require":
+                raise ValueError(
+                    f"data.chat.tiktoken: require needs a tokenizer tiktoken can stand in for, got "
+                    f"{self._template.where}: {error}; set it to off"
+                ) from error
+            _log.warning("%s: text is not encoded by tiktoken: %s", self._template.where, error)
+            return encoder
+
+    def _make_plain_encoder(self) -> HuggingFaceEncoder:
         backend = self._tokenizer.backend_tokenizer
         messages = self._forms.prepare(_PROBE, None)
         probe = self._template.render(messages, None, add_generation_prompt=True)

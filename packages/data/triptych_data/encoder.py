@@ -8,6 +8,8 @@ from tokenizers import AddedToken, Tokenizer
 
 _ANCHORS = 0x10F000  # the first of the private-use characters below
 MOST_CONTROLS = 0xF00
+ANY_ANCHOR = f"[{chr(_ANCHORS)}-{chr(_ANCHORS + 1 + MOST_CONTROLS)}]"
+"""A pattern of all of them."""
 CLOSE, OPEN = chr(_ANCHORS), chr(_ANCHORS + 1)
 """Borders of what is trained: tokens never cross them, and they leave none behind."""
 
@@ -15,6 +17,11 @@ CLOSE, OPEN = chr(_ANCHORS), chr(_ANCHORS + 1)
 def anchor(number: int) -> str:
     """The character that stands for control token `number` in anchored text."""
     return chr(_ANCHORS + 2 + number)
+
+
+def anchor_id(character: str) -> int:
+    """What encoders give for a border or an anchor."""
+    return _ANCHORS - 1 - ord(character)
 
 
 CLOSE_ID, OPEN_ID, FIRST_CONTROL_ID = -1, -2, -3

@@ -225,10 +225,10 @@ class TurnFinder:
         rendering = self._read(prompt)
         if not _GENERATIONS.sub("", marked).startswith(_GENERATIONS.sub("", prompt)):
             raise self._error(
-                f"must print messages[{number}] after the very prompt it makes for generating it, "
-                f"got another than {rendering.text[-40:]!r}: the model would learn what it is never "
-                "asked; train the last turn only (data.chat.train_turns=last), set a variable such as "
-                "data.chat.variables.enable_thinking, or use a template that is consistent"
+                f"must print messages[{number}] after the prompt it makes for generating it, got "
+                f"another than {rendering.text[-40:]!r}: the model would learn what it is never "
+                "asked; train the last turn only (data.chat.train_turns=last), set a variable "
+                "such as data.chat.variables.enable_thinking, or take a consistent template"
             )
         if not before <= len(rendering.text) <= first:
             raise self._error(
