@@ -8,9 +8,10 @@ from typing import Any
 from triptych_data.batch import Batch
 from triptych_data.chat import message_text
 from triptych_data.loader import eval_batches
-from triptych_data.preview import data_uri
+from triptych_data.preview_media import data_uri
 from triptych_data.processor import EncodedSample, Processor
 from triptych_data.reader import Shards
+from triptych_data.sample import media_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,5 +70,9 @@ class Heldout:
         return {
             "key": raw.key,
             "prompt": message_text(raw.json["messages"][-2]),
-            "images": [data_uri(data) for data in raw.media],
+            "images": [
+                data_uri(raw.media[index])
+                for kind, index in media_parts(raw.json)
+                if kind == "image"
+            ],
         }
