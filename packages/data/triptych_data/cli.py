@@ -4,6 +4,7 @@ import click
 
 from triptych_data.cli_index import index
 from triptych_data.cli_look import inspect, preview
+from triptych_data.cli_mix import ledger, mix
 from triptych_data.cli_options import OneLineErrors
 from triptych_data.cli_shard import reshard, shard
 
@@ -20,5 +21,5 @@ def main() -> None:
     """
 
 
-for command in (shard, index, inspect, preview, reshard):
+for command in (shard, index, inspect, preview, mix, reshard, ledger):
     main.add_command(command)

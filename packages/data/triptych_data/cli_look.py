@@ -12,6 +12,8 @@ from triptych_data.cli_options import print_json, progress
 @click.argument("shards", nargs=-1, required=True)
 @click.option("--model", help="A Hugging Face model folder: adds tokens and targets.")
 @click.option("--seq-len", type=click.IntRange(8), help="Tokens of a pack: adds the packing.")
+@click.option("--ranks", type=click.IntRange(1), default=8, show_default=True, help="For balance.")
+@click.option("--plot", "picture", type=click.Path(path_type=Path), help="Draw it: a .png or .svg.")
 @options.min_pixels
 @options.max_pixels
 @options.as_json
@@ -19,35 +21,48 @@ def inspect(
     shards: tuple[str, ...],
     model: str | None,
     seq_len: int | None,
+    ranks: int,
+    picture: Path | None,
     min_pixels: int | None,
     max_pixels: int | None,
     as_json: bool,
 ) -> None:
-    """Count samples, images, tokens, packs.
+    """Count samples, media, tokens, packs.
 
-    Tokens and packs need a model and a length.
+    Tokens, and how full packs are and how even the load of ranks, need a model and a length; they
+    are those of the planner that training uses.
 
     \b
     Example:
-      triptych-data inspect shards/ --model Qwen3-VL-8B --seq-len 8192
+      triptych-data inspect shards/ --plot shards.png
+      triptych-data inspect shards/ --model Qwen3-VL-8B --seq-len 8192 --ranks 64
     """
     from triptych_data.reader import Shards
-    from triptych_data.survey import as_text, forecast, survey
+    from triptych_data.survey import as_text, survey
 
     if (model is None) != (seq_len is None):
         raise ValueError("--model and --seq-len must come together, got one; add the other")
     opened = Shards.open(shards)
-    report = survey(opened)
+    report, expected = survey(opened), None
     if model is not None and seq_len is not None:
+        from triptych_data.forecast import forecast
+
         with progress() as on_progress:
-            report |= forecast(
+            expected = forecast(
                 opened,
                 model,
                 seq_len,
+                ranks=ranks,
                 min_pixels=min_pixels,
                 max_pixels=max_pixels,
                 progress=lambda done, total: on_progress("Measuring", done, total),
             )
+        report |= expected.report
+    if picture:
+        from triptych_data.plot import plot
+
+        plot(opened, picture, expected)
+        report["plot"] = str(picture)
     if as_json:
         print_json(report)
     else:

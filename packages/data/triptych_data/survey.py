@@ -1,12 +1,10 @@
-"""What shards hold, in numbers: sizes, texts, media, and under a model tokens and packing."""
+"""What shards hold, in numbers: sizes, texts, media."""
 
-from collections.abc import Callable
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from triptych_data.config import DataConfig
 from triptych_data.reader import Shards
 from triptych_data.sample import KINDS
 
@@ -48,47 +46,6 @@ def survey(shards: Shards) -> dict[str, Any]:
         "video_seconds": spread(shards.media.seconds[videos]) if videos.any() else None,
         "video_frames": spread(shards.media.frames[videos]) if videos.any() else None,
         "audio_seconds": spread(shards.media.seconds[audios]) if audios.any() else None,
-    }
-
-
-def forecast(
-    shards: Shards,
-    model: str,
-    seq_len: int,
-    *,
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """What the samples become under the model folder `model`: tokens, targets, packs of `seq_len`.
-
-    Measures every sample once and keeps the lengths beside the shards. Raises ValueError for a
-    sample that the model's chat template refuses.
-    """
-    from triptych_data.lengths import fitting_samples, sample_lengths
-    from triptych_data.plan import Plan, PlanSource
-    from triptych_data.processor import Processor
-
-    processor = Processor.from_directory(model, min_pixels=min_pixels, max_pixels=max_pixels)
-    lengths = sample_lengths(shards, processor, progress=progress)
-    fitting = fitting_samples(shards, lengths, seq_len, None, skip_long=True)
-    source = PlanSource("shards", shards.num_samples, shards.fingerprint)
-    plan = Plan(DataConfig(shards=[str(shards.paths[0])], seq_len=seq_len), [source], lengths)
-    packs = takewhile(lambda pack: pack.position < shards.num_samples, plan.packs(0))
-    num_packs = sum(1 for _ in packs)
-    tokens = int(lengths.num_tokens[fitting].sum())
-    return {
-        "tokens": spread(lengths.num_tokens),
-        "targets": spread(lengths.num_targets),
-        "patches": spread(lengths.num_patches),
-        "packing": {
-            "seq_len": seq_len,
-            "num_packs": num_packs,
-            "samples_per_pack": round(len(fitting) / num_packs, 2),
-            "fill": round(tokens / (num_packs * seq_len), 4),
-            "target_share": round(int(lengths.num_targets[fitting].sum()) / tokens, 4),
-            "too_long": shards.num_samples - len(fitting),
-        },
     }
 
 
@@ -157,6 +114,13 @@ def as_text(report: dict[str, Any]) -> str:
         ]
         if packing["too_long"]:
             lines.append(f"{packing['too_long']:,} samples are longer than a pack and left out")
+        if packing["refused"]:
+            lines.append(f"{packing['refused']:,} samples are refused: {packing['refused_first']}")
+    if (balance := report.get("balance")) and balance["imbalance"]:
+        lines.append(
+            f"the slowest of {balance['ranks']} ranks computes {balance['imbalance'] - 1:.1%} "
+            f"longer than the mean (packs at random: {balance['imbalance_at_random'] - 1:.1%})"
+        )
     return "\n".join(lines)
 
 
