@@ -144,7 +144,7 @@ def _recurrent(
             # o = S^T q, with the scale already in q
             out.append(torch.einsum("hkv,hk->hv", state, q_t))
         last.append(state)
-    return torch.stack(out) if out else torch.zeros_like(v), torch.stack(last)
+    return torch.stack(out) if out else v, torch.stack(last)
 
 
 def _chunked(

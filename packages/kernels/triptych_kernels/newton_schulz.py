@@ -83,7 +83,8 @@ def newton_schulz(
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=_wide(g.dtype))
     x = (x / (norm.clamp_min(eps) * s)).to(compute_dtype).contiguous()
     name = choose("newton_schulz", x, backend)
-    x = _iterate_gram(x, triples, name) if gram else _iterate(x, triples, name)
+    with torch.autocast(x.device.type, enabled=False):  # compute_dtype is what was asked for
+        x = _iterate_gram(x, triples, name) if gram else _iterate(x, triples, name)
     y = x.reshape(*g.shape[:-2], short, long)
     return (y.mT if tall else y).to(g.dtype)
 

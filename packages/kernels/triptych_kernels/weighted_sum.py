@@ -82,7 +82,8 @@ def _sum(
 
 
 def _into(name: str, tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> Tensor:
-    flat = [x.detach().reshape(-1) for x in tensors]
+    # contiguous first: a reshape alone may be a view with gaps, which the kernel does not see
+    flat = [x.detach().contiguous().view(-1) for x in tensors]
     total = out.view(-1) if out.is_contiguous() else out.new_empty(out.numel())
     if name == "triton":
         from .triton_ops import weighted_sum as kernels
