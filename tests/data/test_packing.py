@@ -11,23 +11,34 @@ def bins(lengths, capacity, budgets=()):
     return [packs[p].tolist() for p in range(len(packs))]
 
 
-def first_fit_decreasing(lengths, capacity):
-    """The textbook's: each item, longest first, into the first pack with room for it."""
-    packs, rooms = [], []
-    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        for pack, room in enumerate(rooms):
-            if room >= lengths[item]:
-                packs[pack].append(item)
-                rooms[pack] -= lengths[item]
+def reference(lengths, capacity):
+    """The rule written as it is said, item by item."""
+    drawn = list(range(int(len(lengths) * 7 / 8)))
+    left = set(range(len(lengths)))
+    packs = []
+    while left:
+        pack, room = [], capacity
+        while drawn:
+            if drawn[0] in left:
+                if lengths[drawn[0]] > room:
+                    break
+                pack.append(drawn[0])
+                left.remove(drawn[0])
+                room -= lengths[drawn[0]]
+            drawn.pop(0)
+            if room < capacity / 4:
                 break
-        else:
-            packs.append([item])
-            rooms.append(capacity - lengths[item])
+        while fitting := [i for i in left if lengths[i] <= room]:
+            longest = min(fitting, key=lambda i: (-lengths[i], i))
+            pack.append(longest)
+            left.remove(longest)
+            room -= lengths[longest]
+        packs.append(pack)
     return packs
 
 
-def test_longest_that_fits_comes_next():
-    assert bins([5, 7, 3, 2], 10) == [[1, 2], [0, 3]]
+def test_items_come_in_order_until_a_quarter_is_left():
+    assert bins([4, 2, 2, 7, 1, 5, 5, 3, 2], 10) == [[0, 1, 2, 8], [3, 4], [5, 6], [7]]
 
 
 def test_of_equal_lengths_the_first_comes_first():
@@ -39,11 +50,11 @@ def test_no_lengths_give_no_packs():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_equals_first_fit_decreasing(seed):
+def test_equals_the_reference(seed):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 30 if seed % 2 else 3000, 400)
     capacity = int(lengths.max() + rng.integers(0, 3000))
-    assert bins(lengths, capacity) == first_fit_decreasing(lengths.tolist(), capacity)
+    assert bins(lengths, capacity) == reference(lengths.tolist(), capacity)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -82,4 +93,19 @@ def test_padding_is_small_and_packing_fast():
         packs = pack_lengths(lengths, 8192)
         seconds.append(time.process_time() - begin)
     assert 1 - lengths.sum() / (len(packs) * 8192) < 0.002
-    assert len(lengths) / min(seconds) > 1_000_000  # 3.5 M/s on a quiet core
+    assert len(lengths) / min(seconds) > 500_000  # 1.5 M/s on a quiet core
+
+
+def test_short_documents_are_spread_over_the_packs():
+    """Best-fit-decreasing alone leaves all of them to the last packs: a spread of 13."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(6, 1, 8192).astype(np.int32), 1, 8192)
+    counts = np.diff(pack_lengths(lengths, 8192).starts)
+    assert 12 < counts.mean() < 13
+    assert counts.std() < 7
+
+
+def test_the_largest_fields_of_the_configuration_fit():
+    lengths = np.array([2**21, 1, 2**20])
+    budgets = [Budget(np.array([0, 2**22, 2**22]), 2**22), Budget(np.array([2**14] * 3), 2**14)]
+    assert sorted(bins(lengths, 2**21, budgets)) == [[0], [1], [2]]

@@ -94,7 +94,9 @@ class DataConfig(BaseModel):
         default="samples",
         description="What weights are shares of, and what counts the points at which they change.",
     )
-    seq_len: int = Field(ge=8, description="Tokens in every pack (T of a batch), padding included.")
+    seq_len: int = Field(
+        ge=8, le=2**21, description="Tokens in every pack (T of a batch), padding included."
+    )
     min_pixels: Pixels | None = Field(
         default=None,
         description="Smaller images are enlarged to this many pixels; null: as model.path says.",
@@ -134,11 +136,13 @@ class DataConfig(BaseModel):
     max_patches: int | None = Field(
         default=None,
         ge=1,
+        le=2**22,
         description="Most image patches in a pack, to bound the vision tower's memory; null: any.",
     )
     max_images: int | None = Field(
         default=None,
         ge=1,
+        le=2**14,
         description="Most images and video frames in a pack; null: any.",
     )
     balance_group: int = Field(

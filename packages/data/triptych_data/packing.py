@@ -1,12 +1,15 @@
-"""Packing a window of lengths, the longest first, under budgets."""
+"""Packing a window of samples: in the order they come, closed by the best fit, under budgets."""
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import le
 from typing import NamedTuple
 
 import numpy as np
+
+_CLOSING = 4  # a pack is closed when a quarter of it is left: enough for some document to fit
+_DRAWN = 7 / 8  # of the items come in their order; the last ones longest first, to leave no gaps
+_MOST_CLOSING = 8  # items that close a pack under budgets: else they use up those that need nothing
 
 
 @dataclass(frozen=True)
@@ -34,121 +37,156 @@ class Budget(NamedTuple):
 
 
 def pack_lengths(lengths: np.ndarray, capacity: int, budgets: Sequence[Budget] = ()) -> Packs:
-    """Fill pack after pack with the longest item that still fits, until every item has its place.
+    """Put items of `lengths (N,)`, in [1, capacity], into packs of at most `capacity`.
 
-    `lengths (N,)` are in [1, capacity]; of equal items the first comes first. Without budgets these
-    are the packs of first-fit-decreasing, but found pack by pack, equal lengths at once: 3 M
-    items/s on one core. Under budgets that bind, not every item is tried.
+    A pack takes items as they come until a quarter of it is left, then the longest that still fit;
+    the last eighth of the items only closes packs or is packed longest first. Items that are alike
+    are interchangeable: the first of them comes first.
+
+    Best-fit-decreasing for all items wastes as little, but puts all short documents into the same
+    packs: on the reference mixture (mean 755 tokens in 8192) both waste 0.08 %, with 10.8 ± 5
+    documents a pack here and ± 13 there. 1.6 M items/s on one core; 0.5 M under a budget that binds
+    (one that all items together keep costs nothing).
     """
     assert not len(lengths) or 0 < lengths.min() <= lengths.max() <= capacity
     assert all(not len(b.sizes) or 0 <= b.sizes.min() <= b.sizes.max() <= b.limit for b in budgets)
-    binding = [budget for budget in budgets if budget.sizes.sum() > budget.limit]
-    sizes = [budget.sizes for budget in binding]
-    free = np.flatnonzero(np.sum(sizes, axis=0) == 0) if binding else np.arange(len(lengths))
-    rows, slots = _rows(lengths, [], free)
-    if not binding:
-        places, starts = _fill(rows, capacity)
-        return Packs(slots[np.array(places, dtype=np.int64)], np.array(starts, dtype=np.int64))
-    bound = np.setdiff1d(np.arange(len(lengths)), free, assume_unique=True)
-    bound_rows, bound_slots = _rows(lengths, sizes, bound, first_slot=len(free))
-    limits = tuple(budget.limit for budget in binding)
-    places, starts = _fill_within(rows, bound_rows, capacity, limits)
-    slots = np.concatenate([slots, bound_slots])
-    return Packs(slots[np.array(places, dtype=np.int64)], np.array(starts, dtype=np.int64))
+    budgets = [budget for budget in budgets if budget.sizes.sum() > budget.limit]
+    fields = _Fields.of([capacity, *(budget.limit for budget in budgets)])
+    keys = fields.join([lengths, *(budget.sizes for budget in budgets)])
+    is_free = (keys & fields.mask_of_needs) == 0
+    free, free_items = _rows(keys, np.flatnonzero(is_free))
+    bound, bound_items = _rows(keys, np.flatnonzero(~is_free), first_slot=len(free_items))
+    drawn = keys[: int(_DRAWN * len(keys))].tolist()
+    slots, starts = _fill(free, bound, drawn, fields)
+    items = np.concatenate([free_items, bound_items])
+    return Packs(items[np.array(slots, dtype=np.int64)], np.array(starts, dtype=np.int64))
+
+
+class _Fields(NamedTuple):
+    """Length and needs of an item in one integer, length highest, with a spare bit above each.
+
+    When all spare bits of what is left of a pack are set, taking an item away is one subtraction,
+    and it fits if they are still set: no field borrowed.
+    """
+
+    full: int
+    """an empty pack's room and limits, spare bits set"""
+    spare: int
+    """the spare bits"""
+    shifts: list[int]
+
+    @classmethod
+    def of(cls, limits: Sequence[int]) -> "_Fields":
+        full = spare = shift = 0
+        shifts = []
+        for limit in reversed(limits):
+            shifts.append(shift)
+            full |= limit << shift
+            shift += limit.bit_length()
+            spare |= 1 << shift
+            shift += 1
+        assert shift < 64, "the configuration bounds them"
+        return cls(full | spare, spare, shifts[::-1])
+
+    @property
+    def mask_of_needs(self) -> int:
+        return (1 << self.shifts[0]) - 1
+
+    @property
+    def closing(self) -> int:
+        """What is left of a pack that is to be closed is less than this, without spare bits."""
+        capacity = (self.full & ~self.spare) >> self.shifts[0]
+        return -(-capacity // _CLOSING) << self.shifts[0]
+
+    def join(self, columns: Sequence[np.ndarray]) -> np.ndarray:
+        """Return lengths and needs (N,) each as one int64 (N,)."""
+        keys = np.zeros(len(columns[0]), dtype=np.int64)
+        for column, shift in zip(columns, self.shifts, strict=True):
+            keys += column.astype(np.int64) << shift
+        return keys
 
 
 class _Rows(NamedTuple):
     """Alike items as rows, shortest first; the items of a row have consecutive slots."""
 
-    lengths: list[int]
+    keys: list[int]
     counts: list[int]
     slots: list[int]
     """of the first item that is left"""
-    needs: list[tuple[int, ...]]
-    """of every budget"""
 
-    def take(self, row: int, count: int) -> range:
-        """Take items of a row, and the row with the last; return their slots."""
-        slot = self.slots[row]
-        if count == self.counts[row]:
-            for column in self:
-                if column:
-                    del column[row]
+    def take(self, row: int) -> int:
+        """Take an item of a row away, and the row with its last; return the item's slot."""
+        keys, counts, slots = self
+        slot = slots[row]
+        if counts[row] == 1:
+            del keys[row], counts[row], slots[row]
         else:
-            self.counts[row] -= count
-            self.slots[row] += count
-        return range(slot, slot + count)
+            counts[row] -= 1
+            slots[row] = slot + 1
+        return slot
 
 
-def _rows(
-    lengths: np.ndarray, sizes: list[np.ndarray], items: np.ndarray, first_slot: int = 0
-) -> tuple[_Rows, np.ndarray]:
-    """Return items as rows, and (num_items,) the item in each slot."""
-    columns = [lengths[items], *(size[items] for size in sizes)]
-    order = np.lexsort(columns[::-1]) if sizes else np.argsort(columns[0], kind="stable")
-    columns = [column[order] for column in columns]
-    changes = np.any([np.diff(column, prepend=-1) != 0 for column in columns], axis=0)
-    first = np.flatnonzero(changes)
-    counts = np.diff(first, append=len(items)).tolist()
-    row_lengths, *needs = (column[first].tolist() for column in columns)
-    slots = (first + first_slot).tolist()
-    return _Rows(row_lengths, counts, slots, list(zip(*needs, strict=True))), items[order]
+def _rows(keys: np.ndarray, items: np.ndarray, first_slot: int = 0) -> tuple[_Rows, np.ndarray]:
+    """Return items as rows, and the item in each slot."""
+    items = items[np.argsort(keys[items], kind="stable")]
+    keys = keys[items]
+    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    counts = np.diff(first, append=len(keys)).tolist()
+    return _Rows(keys[first].tolist(), counts, (first + first_slot).tolist()), items
 
 
-def _fill(rows: _Rows, capacity: int) -> tuple[list[int], list[int]]:
-    """Return the slots of all packs, one pack after another, and where each begins."""
-    lengths, counts, first, _ = rows
-    slots: list[int] = []
-    starts = [0]
-    while lengths:
-        room, row = capacity, len(lengths)
-        while row and (row := bisect_right(lengths, room, 0, row)):
-            row -= 1
-            length, count, slot = lengths[row], counts[row], first[row]
-            if count == 1:  # nearly always, so it is spared what follows
-                slots.append(slot)
-                room -= length
-                del lengths[row], counts[row], first[row]
-                continue
-            taken = min(count, room // length)
-            slots.extend(rows.take(row, taken))
-            room -= taken * length
-        starts.append(len(slots))
-    return slots, starts
-
-
-def _fill_within(
-    free: _Rows, bound: _Rows, capacity: int, limits: tuple[int, ...]
+def _fill(
+    free: _Rows, bound: _Rows, drawn: list[int], fields: _Fields
 ) -> tuple[list[int], list[int]]:
-    """As `_fill`, with rows that need nothing of the budgets and rows that do."""
+    """Return the slots of all packs, one pack after another, and where each begins.
+
+    `free` rows need nothing of any budget, `bound` ones do; items with the keys `drawn` come in
+    this order, as long as such items are left.
+    """
     slots: list[int] = []
     starts = [0]
-    while free.lengths or bound.lengths:
-        room, left = capacity, limits
-        while True:
-            row = bisect_right(free.lengths, room) - 1
-            other = _find(bound, room, left)
-            if row < 0 and other < 0:
-                break
-            if other >= 0 and (row < 0 or bound.lengths[other] >= free.lengths[row]):
-                room -= bound.lengths[other]
-                left = tuple(a - b for a, b in zip(left, bound.needs[other], strict=True))
-                slots.extend(bound.take(other, 1))
+    early: dict[int, int] = {}  # placed before they were drawn, by key
+    spare, closing, needs = fields.spare, fields.closing, fields.mask_of_needs
+    draws = iter(drawn)
+    key = next(draws, 0)
+    while free.keys or bound.keys:
+        left = fields.full
+        while key:
+            if before := early.get(key):
+                early[key] = before - 1
+            elif (left - key) & spare == spare:
+                rows = bound if key & needs else free
+                slots.append(rows.take(bisect_left(rows.keys, key)))
+                left -= key
             else:
-                room -= free.lengths[row]
-                slots.extend(free.take(row, 1))
+                break
+            key = next(draws, 0)
+            if left - spare < closing:
+                break
+        most = _MOST_CLOSING if key and bound.keys else len(drawn) + fields.full
+        while most and (found := _longest(free, bound, left, spare)):
+            rows, row = found
+            fit = rows.keys[row]
+            slots.append(rows.take(row))
+            left -= fit
+            early[fit] = early.get(fit, 0) + 1
+            most -= 1
         starts.append(len(slots))
     return slots, starts
 
 
-def _find(rows: _Rows, room: int, left: tuple[int, ...]) -> int:
-    """Return a long row that fits room and budgets, or -1: the longest ones are tried, then ever
-    shorter ones in growing steps, since what needs less is mostly shorter."""
-    row = bisect_right(rows.lengths, room) - 1
+def _longest(free: _Rows, bound: _Rows, left: int, spare: int) -> tuple[_Rows, int] | None:
+    """Return a long row that fits into what is left, None if none is found.
+
+    Of the bound rows the longest ones are tried, then ever shorter ones in growing steps: what
+    needs less is mostly shorter.
+    """
+    row = bisect_right(free.keys, left - spare) - 1
+    other = bisect_right(bound.keys, left - spare) - 1
     tries = 0
-    while row >= 0:
-        if all(map(le, rows.needs[row], left)):
-            return row
+    while other >= 0 and (row < 0 or bound.keys[other] >= free.keys[row]):
+        if (left - bound.keys[other]) & spare == spare:
+            return bound, other
         tries += 1
-        row -= 1 << tries // 8
-    return -1
+        other -= 1 << tries // 8
+    return (free, row) if row >= 0 else None
