@@ -30,7 +30,7 @@ def randn(*shape, seed=0):
 def test_float32_takes_the_kernels():
     table = explain("cpu", torch.float32)
     for op in ("linear_cross_entropy", "rms_norm", "swiglu"):
-        assert f"{op:<21} triton     runs" in table
+        assert f"{op:<23} triton     runs" in table
     with pytest.raises(ValueError, match="interpreter needs float32"):
         swiglu(randn(2, 4).bfloat16(), randn(2, 4).bfloat16(), backend="triton")
 

@@ -198,11 +198,11 @@ def test_what_is_needed_moves_the_choice(monkeypatch):
     monkeypatch.setattr(dispatch, "_HAS_FLASH2", True)
     monkeypatch.setattr(dispatch, "_HAS_FLASH4", False)
     chosen = [
-        dispatch._first_able("attention", CUDA, HALF, 128, needs) for needs in ((), ("softcap",))
+        dispatch.first_able("attention", CUDA, HALF, 128, needs) for needs in ((), ("softcap",))
     ]
     assert chosen == ["varlen", "flash2"]
     monkeypatch.setattr(dispatch, "_HAS_FLASH2", False)
-    assert dispatch._first_able("attention", CUDA, HALF, 128, ("softcap",)) == "reference"
+    assert dispatch.first_able("attention", CUDA, HALF, 128, ("softcap",)) == "reference"
 
 
 @pytest.mark.parametrize(
@@ -210,9 +210,10 @@ def test_what_is_needed_moves_the_choice(monkeypatch):
     [
         (8, 128, "compute capability 9.x to 11.x, got 8.x"),
         (12, 128, "got 12.x"),
-        (9, 256, ""),
+        (9, 256, "head_dim of 32, 64, 128, got 256"),
+        (9, 64, ""),
         (10, 128, ""),
-        (10, 192, "head_dim of at most 128"),
+        (10, 192, "head_dim of 32, 64, 128, got 192"),
     ],
 )
 def test_flash4_knows_its_devices(monkeypatch, major, width, message):

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 
@@ -27,7 +28,7 @@ def test_cpu_tensors_take_the_reference():
     ],
 )
 def test_cuda_tensors_take_the_first_backend_that_fits(op, dtype, width, expected):
-    assert dispatch._first_able(op, CUDA, dtype, width) == expected
+    assert dispatch.first_able(op, CUDA, dtype, width) == expected
 
 
 def test_a_request_that_cannot_be_met_says_why():
@@ -42,20 +43,20 @@ def test_an_unknown_backend_lists_the_known_ones():
 
 def test_argument_beats_block_beats_environment(monkeypatch):
     monkeypatch.setenv(dispatch.ENVIRONMENT, "reference,linear_cross_entropy=chunked")
-    assert dispatch._requested("swiglu", None) == ("reference", dispatch.ENVIRONMENT)
-    assert dispatch._requested("linear_cross_entropy", None)[0] == "chunked"
+    assert dispatch.requested("swiglu", None) == ("reference", dispatch.ENVIRONMENT)
+    assert dispatch.requested("linear_cross_entropy", None)[0] == "chunked"
     with use_backend(swiglu="triton"):
-        assert dispatch._requested("swiglu", None) == ("triton", "use_backend")
-        assert dispatch._requested("swiglu", "reference") == ("reference", "backend=")
-        assert dispatch._requested("rms_norm", None) == ("reference", dispatch.ENVIRONMENT)
+        assert dispatch.requested("swiglu", None) == ("triton", "use_backend")
+        assert dispatch.requested("swiglu", "reference") == ("reference", "backend=")
+        assert dispatch.requested("rms_norm", None) == ("reference", dispatch.ENVIRONMENT)
 
 
 def test_the_inner_block_wins_and_both_end():
     with use_backend(swiglu="triton"):
         with use_backend("reference"):
-            assert dispatch._requested("swiglu", None)[0] == "reference"
-        assert dispatch._requested("swiglu", None)[0] == "triton"
-    assert dispatch._requested("swiglu", None) == (None, "")
+            assert dispatch.requested("swiglu", None)[0] == "reference"
+        assert dispatch.requested("swiglu", None)[0] == "triton"
+    assert dispatch.requested("swiglu", None) == (None, "")
 
 
 def test_an_unknown_op_is_refused(monkeypatch):
@@ -66,13 +67,25 @@ def test_an_unknown_op_is_refused(monkeypatch):
         dispatch.choose("rms_norm", X)
 
 
-def test_explain_gives_a_reason_for_every_backend():
-    table = explain("cpu")
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_explain_gives_a_reason_for_every_backend(device, dtype):
+    lines = [line.split(maxsplit=2) for line in explain(device, dtype).splitlines()]
+    states = {(line[0], line[1]): line[2] for line in lines if len(line) == 3}
     for op, backends in dispatch.BACKENDS.items():
-        for backend in backends:
-            assert any(op in line and backend in line for line in table.splitlines())
+        runs = [b for b in backends if states[op, b].startswith("runs")]
+        assert runs == [dispatch.first_able(op, torch.device(device), dtype, 128)]
+        for backend in set(backends) - set(runs):
+            assert re.search("needs|could run|missing|not installed", states[op, backend])
+    for op in ("route", "balance_loss", "z_loss", "expert_counts", "rope_tables"):
+        assert states[op, "torch"] == "runs, on every device"
+
+
+def test_explain_names_the_packages():
+    table = explain("cpu")
     assert "needs a CUDA tensor, got cpu" in table
-    assert table.count(" runs") == len(dispatch.BACKENDS)
+    for package in ("triton", "flash-attn-4", "flash-attn", "fla-core", "liger-kernel"):
+        assert re.search(rf"^  {package} (is not installed|\d[\w.+]*): for ", table, re.M)
 
 
 def test_explain_shows_requests_that_fail():
@@ -82,16 +95,49 @@ def test_explain_shows_requests_that_fail():
     assert "refused: does not exist (asked by use_backend)" in table
 
 
-def test_import_without_triton():
-    code = "import sys; sys.modules['triton'] = None; import triptych_kernels as t; t.explain()"
-    missing = "import importlib.util as u; f = u.find_spec; "
-    missing += "u.find_spec = lambda n, *a: None if n == 'triton' else f(n, *a); "
-    check = "; import torch; x = torch.ones(2, 8); t.rms_norm(x, x[0]); t.swiglu(x, x)"
-    check += "; assert 'not installed' in t.explain('cuda')"
-    run = subprocess.run(
-        [sys.executable, "-c", missing + code + check],
+HIDDEN = """
+import importlib.util, sys
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else found(name, *rest)
+sys.modules["triton"] = None
+"""
+USED = """
+import torch
+import triptych_kernels as tk
+x = torch.ones(2, 8, requires_grad=True)
+tk.rms_norm(x, x[0]).sum().backward()
+tk.swiglu(x, x), tk.geglu(x, x), tk.layer_norm(x), tk.newton_schulz(x), tk.weighted_sum([x], [1.0])
+tk.linear_cross_entropy(x, x, torch.tensor([0, 1])).backward()
+assert "the package triton is not installed" in tk.explain("cuda")
+assert tk.fuse(torch.nn.LayerNorm(8)).replaced
+try:
+    tk.swiglu(x, x, backend="triton")
+except ValueError as error:
+    assert "the package triton is not installed" in str(error)
+else:
+    raise AssertionError("an explicit request fell back")
+"""
+
+
+def run(code):
+    result = subprocess.run(
+        [sys.executable, "-c", code],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )
-    assert run.returncode == 0, run.stderr
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_without_triton():
+    run(HIDDEN + USED)
+
+
+def test_import_brings_nothing_heavy_along():
+    code = "import sys, torch; before = set(sys.modules); import triptych_kernels; "
+    code += "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+    code += "; print(sum(name.startswith('torch._dynamo') for name in sys.modules))"
+    names, dynamo = run(code).splitlines()
+    assert not set(names.split()) & {"triton", "transformers", "flash_attn", "fla", "liger_kernel"}
+    assert dynamo == "0"

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import triptych_kernels as tk
-from triptych_kernels import dispatch
+from triptych_kernels import dispatch, functional
 
 spec = importlib.util.spec_from_file_location("op_cases", Path(__file__).with_name("op_cases.py"))
 sys.modules["op_cases"] = op_cases = importlib.util.module_from_spec(spec)
@@ -262,7 +262,8 @@ def test_every_exported_op_has_a_case():
     modules |= {"RotaryEmbedding", "AdaLayerNorm", "FuseReport"}
     others = {"explain", "fuse", "unfuse", "use_backend", "register_attention"}
     ops = {n for n in tk.__all__ if not n.endswith("_ref")} - modules - others
-    assert ops == {name.split()[0] for name in CASES}
+    assert ops == {name.split()[0] for name in CASES} == set(functional.__all__)
+    assert all(getattr(functional, name) is getattr(tk, name) for name in ops)
     assert {case.op for case in CASES.values()} - {""} == set(dispatch.BACKENDS)
 
 

@@ -3,7 +3,8 @@
 from .add_rms_norm import add_rms_norm, add_rms_norm_ref
 from .attention import attention, attention_ref
 from .causal_conv1d import causal_conv1d, causal_conv1d_ref
-from .dispatch import explain, use_backend
+from .dispatch import use_backend
+from .explain import explain
 from .fuse import FuseReport, fuse, unfuse
 from .gate_add import gate_add, gate_add_ref
 from .gated_delta_rule import gated_delta_rule, gated_delta_rule_ref

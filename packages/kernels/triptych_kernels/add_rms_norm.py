@@ -47,7 +47,7 @@ def add_rms_norm(
 def add_rms_norm_ref(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, *, zero_centered: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm` in plain torch."""
+    """`add_rms_norm` in plain torch, which torch.compile may fuse with what is around it."""
     summed = x + residual
     return rms_norm_ref(summed, weight, eps, zero_centered=zero_centered), summed
 

@@ -3,10 +3,16 @@
 A request is taken from, in this order: the op's `backend=` argument, `use_backend(...)`, the
 environment variable TRIPTYCH_KERNELS_BACKEND. A request that cannot be met raises; it never falls
 back. Without a request the first backend of `BACKENDS` that can run the tensor is taken.
+
+Under torch.compile, and for fake tensors, a backend with kernels of its own, or with loops over
+documents, experts or chunks, is one node, a torch.library op. The references of the element-wise
+ops stay plain torch there: Inductor fuses them with what is around them, which a node would stop.
 """
 
+import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,16 +29,30 @@ def _has_file(package: str, *path: str) -> bool:
     return any(Path(folder, *path).is_file() for folder in folders)
 
 
+def _version(package: str) -> tuple[int, ...]:
+    """Of an installed package, as numbers: (3, 6, 0); zeros where it does not say."""
+    try:
+        digits = re.match(r"\d+(\.\d+)*", importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        digits = None
+    return tuple(int(part) for part in digits[0].split(".")) if digits else (0, 0, 0)
+
+
 # Plain constants and not functions: torch.compile traces through `choose`.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_TRITON_VERSION = _version("triton") if _HAS_TRITON else (0, 0, 0)
 _HAS_FLASH2 = _has_file("flash_attn", "flash_attn_interface.py")
 # Its backward on Hopper tells flash-attn-4 from the early form of it that flash-attn 2.8 carries.
 _HAS_FLASH4 = _has_file("flash_attn", "cute", "flash_bwd_sm90.py") and all(
     importlib.util.find_spec(needed) for needed in ("cutlass", "quack")
 )
+_HAS_TILELANG = importlib.util.find_spec("tilelang") is not None
 _HAS_FLA = importlib.util.find_spec("fla") is not None
 _INTERPRETS = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 _HALVES = (torch.float16, torch.bfloat16)
+# Those whose gradients were checked on an H100. At 72 and 80 the gradients of flash-attn-4
+# 4.0.0b36 are wrong without a word.
+_FLASH4_WIDTHS = (32, 64, 128)
 _MAX_NORM_WIDTH = 65536  # one program holds a whole row in registers
 
 # Set by `use_backend`. A plain global and not a ContextVar: activation checkpointing re-runs the
@@ -115,8 +135,8 @@ def _needs_flash4(
     major = torch.cuda.get_device_properties(device).major
     if major not in (9, 10, 11):
         return f"needs compute capability 9.x to 11.x, got {major}.x"
-    if major > 9 and width > 128:
-        return f"needs a head_dim of at most 128 on compute capability {major}.x, got {width}"
+    if width not in _FLASH4_WIDTHS:
+        return f"needs a head_dim of {', '.join(map(str, _FLASH4_WIDTHS))}, got {width}"
     return ""
 
 
@@ -127,6 +147,16 @@ def _needs_fla(device: torch.device, dtype: torch.dtype, width: int) -> str:
         return f"needs a CUDA tensor, got {device.type}"
     if dtype not in _HALVES:
         return f"needs float16 or bfloat16, got {dtype}"
+    return ""
+
+
+def _needs_sound_fla(device: torch.device, dtype: torch.dtype, width: int) -> str:
+    """fla itself raises in the backward, where Triton miscompiles it (fla issue 640)."""
+    if why_not := _needs_fla_and_narrow_heads(device, dtype, width):
+        return why_not
+    on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9
+    if on_hopper and (3, 4, 0) <= _TRITON_VERSION < (3, 7, 1) and not _HAS_TILELANG:
+        return "on Hopper needs triton 3.7.1 or newer, or tilelang: its backward is wrong otherwise"
     return ""
 
 
@@ -165,11 +195,10 @@ def _needs_grouped_mm_and_triton(device: torch.device, dtype: torch.dtype, width
 
 # op -> its backends, the preferred first, the plain reference last.
 BACKENDS: dict[str, dict[str, _Reason]] = {
-    # flash4 and flash2 are faster or know more, but have not been run on a GPU here yet: what was
-    # checked comes first.
+    # flash4 takes 0.5 to 0.6 of varlen's time on an H100. flash2 is varlen's kernel; not run here.
     "attention": {
-        "varlen": _needs_varlen,
         "flash4": _needs_flash4,
+        "varlen": _needs_varlen,
         "flash2": _needs_flash2,
         "sdpa": _needs_sdpa,
         "reference": _always,
@@ -194,7 +223,7 @@ BACKENDS: dict[str, dict[str, _Reason]] = {
     "gate_add": {"triton": _needs_triton, "reference": _always},
     "causal_conv1d": {"fla": _needs_fla, "reference": _always},
     "gated_delta_rule": {
-        "fla": _needs_fla_and_narrow_heads,
+        "fla": _needs_sound_fla,
         "chunked": _always,
         "reference": _always,
     },
@@ -238,9 +267,9 @@ def choose(
 
     Raises ValueError when the backend that was asked for does not exist or cannot take `x`.
     """
-    name, asked_by = _requested(op, backend)
+    name, asked_by = requested(op, backend)
     if name is None:
-        return _first_able(op, x.device, x.dtype, x.shape[-1], needs)
+        return first_able(op, x.device, x.dtype, x.shape[-1], needs)
     reasons = BACKENDS[op]
     if name not in reasons:
         raise ValueError(
@@ -257,7 +286,7 @@ def choose(
 
 def is_requested(op: str) -> bool:
     """Whether `use_backend` or the environment asks for a backend of `op`."""
-    return _requested(op, None)[0] is not None
+    return requested(op, None)[0] is not None
 
 
 def is_traced(x: torch.Tensor) -> bool:
@@ -269,40 +298,17 @@ def is_traced(x: torch.Tensor) -> bool:
     return torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter)
 
 
-def explain(
-    device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16, width: int = 128
-) -> str:
-    """Tell per op which backend would run here, and why each other one would not.
-
-    The answer is for tensors on `device` (by default CUDA where there is one) of `dtype` whose
-    last dimension is `width`.
-    """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    lines = [f"triptych_kernels for {dtype} on {device.type}, last dimension {width}"]
-    for op, reasons in BACKENDS.items():
-        name, asked_by = _requested(op, None)
-        runs = name or _first_able(op, device, dtype, width)
-        states = {
-            backend: reason(device, dtype, width) or f"could run; {runs} was taken"
-            for backend, reason in reasons.items()
-        }
-        refused = name is not None and (name not in reasons or reasons[name](device, dtype, width))
-        states[runs] = "runs" if not refused else f"refused: {states.get(runs, 'does not exist')}"
-        states[runs] += f" (asked by {asked_by})" if name else ""
-        lines += [f"  {op:<21} {backend:<10} {state}" for backend, state in states.items()]
-    return "\n".join(lines)
-
-
-def _first_able(
+def first_able(
     op: str, device: torch.device, dtype: torch.dtype, width: int, needs: tuple[str, ...] = ()
 ) -> str:
+    """The backend that is taken when the choice is open."""
     for name, reason in BACKENDS[op].items():
         if not reason(device, dtype, width, *([needs] if needs else [])):
             return name
     raise AssertionError(f"{op} has no reference backend")
 
 
-def _requested(op: str, backend: str | None) -> tuple[str | None, str]:
+def requested(op: str, backend: str | None) -> tuple[str | None, str]:
     """The backend that was asked for, and by whom; (None, "") when the choice is open."""
     if backend is not None:
         return backend, "backend="

@@ -40,7 +40,7 @@ def gated_rms_norm(
 
 
 def gated_rms_norm_ref(x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """`gated_rms_norm` in plain torch."""
+    """`gated_rms_norm` in plain torch, which torch.compile may fuse with what is around it."""
     wide = x if x.dtype == torch.float64 else x.float()
     x_hat = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     scaled = weight * x_hat.to(x.dtype)

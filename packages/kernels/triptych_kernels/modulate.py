@@ -50,7 +50,7 @@ def modulate(
 def modulate_ref(
     x: Tensor, shift: Tensor, scale: Tensor, *, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """`modulate` in plain torch."""
+    """`modulate` in plain torch, which torch.compile may fuse with what is around it."""
     shift = as_groups("modulate_ref", "shift", shift, x, cu_seqlens)
     scale = as_groups("modulate_ref", "scale", scale, x, cu_seqlens)
     return _reference(x, shift, scale, cu_seqlens)

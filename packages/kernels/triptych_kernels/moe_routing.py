@@ -1,4 +1,11 @@
-"""Which experts a token goes to, and the two losses that keep the router healthy."""
+"""Which experts a token goes to, and the two losses that keep the router healthy.
+
+    scores = softmax(logits) or sigmoid(logits);  experts = the top_k of scores + bias
+    balance_loss = E sum_e f_e P_e;  z_loss = mean over tokens of logsumexp(logits)^2
+
+All of it is (T, E), small beside the experts' work, and plain torch on every device: torch.compile
+fuses it, and no op of its own would be faster.
+"""
 
 import torch
 from torch import Tensor

@@ -45,7 +45,7 @@ def rms_norm(
 def rms_norm_ref(
     x: Tensor, weight: Tensor, eps: float = 1e-6, *, zero_centered: bool = False
 ) -> Tensor:
-    """`rms_norm` in plain torch."""
+    """`rms_norm` in plain torch, which torch.compile may fuse with what is around it."""
     wide = x if x.dtype == torch.float64 else x.float()
     x_hat = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if zero_centered:

@@ -53,7 +53,7 @@ def apply_rope(
 def apply_rope_ref(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, rotary_dim: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`apply_rope` in plain torch."""
+    """`apply_rope` in plain torch, which torch.compile may fuse with what is around it."""
     rotary_dim = q.shape[-1] if rotary_dim is None else rotary_dim
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     half = rotary_dim // 2

@@ -30,7 +30,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
 
 
 def swiglu_ref(gate: Tensor, up: Tensor) -> Tensor:
-    """`swiglu` in plain torch."""
+    """`swiglu` in plain torch, which torch.compile may fuse with what is around it."""
     return F.silu(gate) * up
 
 
