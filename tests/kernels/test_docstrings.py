@@ -1,4 +1,4 @@
-"""What a docstring of an op must say: shapes, errors, and in its file the formula and its source."""
+"""What a docstring of an op says: shapes and errors; and its file: the formula and its source."""
 
 import inspect
 import re
