@@ -84,7 +84,12 @@ def main(config: SftConfig) -> None:
 
     # Data: shards → packs of whole documents, the same global stream on any number of ranks.
     processor = Processor.from_directory(
-        config.model.path, min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels
+        config.model.path,
+        min_pixels=config.data.min_pixels,
+        max_pixels=config.data.max_pixels,
+        video=config.data.video,
+        jpeg=config.data.jpeg,
+        chat=config.data.chat,
     )
     batches = PackLoader(config.data, processor, **ranks)
     heldout = None

@@ -1,4 +1,5 @@
 import io
+import resource
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from triptych_data.images import ImageRules, decode_image, encode_image, image_g
 
 RULES = ImageRules(14, 2, 2, 56 * 56, 28 * 28 * 64)
 SMALL = ImageRules(8, 2, 2, 1024, 16384)
+QWEN3 = ImageRules(16, 2, 2, 65536, 16777216)  # Qwen3-VL's own
 
 
 def save(image, kind="PNG", **options):
@@ -26,7 +28,7 @@ def photo(width, height, mode="RGB"):
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR).convert(mode)
 
 
-@pytest.mark.parametrize("rules", [RULES, SMALL], ids=["patch 14", "patch 8"])
+@pytest.mark.parametrize("rules", [RULES, SMALL, QWEN3], ids=["patch 14", "patch 8", "Qwen3-VL"])
 @pytest.mark.parametrize(
     "size", [(28, 28), (56, 84), (100, 37), (640, 480), (333, 1000), (9, 9), (300, 4)]
 )
@@ -132,3 +134,41 @@ def test_damaged_files_are_refused(kind):
     for broken in (b"", b"no image", data[:30], data[: len(data) // 2]):
         with pytest.raises(ValueError, match="must be a whole JPEG, PNG or WebP"):
             decode_image(broken)
+
+
+def test_a_bomb_is_refused_by_its_header():
+    """121 megapixels in 15 kB: no decoder may see them."""
+    bomb = save(Image.new("1", (11_000, 11_000)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="11000 x 11000 pixels, over 89478485"):
+        decode_image(bomb)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_an_animation_shows_its_first_picture(kind):
+    first, second = Image.new("RGB", (16, 8), (200, 10, 10)), Image.new("RGB", (16, 8), (0, 0, 250))
+    data = save(first, kind, save_all=True, append_images=[second], lossless=True)
+    pixels = decode_image(data)
+    assert pixels.shape == (3, 8, 16) and pixels[:, 0, 0].tolist() == [200, 10, 10]
+
+
+def test_other_formats_are_not_even_tried():
+    for kind in ("GIF", "TIFF", "BMP", "PPM"):
+        with pytest.raises(ValueError, match="must be a whole JPEG, PNG or WebP"):
+            decode_image(save(photo(16, 16), kind))
+
+
+def test_damage_of_any_kind_is_a_value_error():
+    rng = np.random.default_rng(0)
+    for kind in ("JPEG", "PNG", "WEBP"):
+        data = save(photo(64, 48), kind)
+        for _ in range(60):
+            broken = bytearray(data)
+            for at in rng.integers(0, len(data), 4):
+                broken[at] = rng.integers(256)
+            try:
+                pixels = decode_image(bytes(broken))
+            except ValueError:
+                continue
+            assert pixels.dtype == torch.uint8 and pixels.shape[0] == 3

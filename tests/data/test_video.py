@@ -13,6 +13,7 @@ from tests.data.media import clip, decoded, picture, sound
 from tests.data.packs import MODEL, tiny_processor
 from triptych_data import clips
 from triptych_data.index import MediaColumns
+from triptych_data.media_config import VideoConfig
 from triptych_data.media_rules import read_video_rules
 from triptych_data.probe import probe_media
 from triptych_data.processor import Processor
@@ -266,12 +267,12 @@ def test_audio_is_refused_by_name():
 
 
 def test_options_replace_the_folders(tmp_path):
-    rules = read_video_rules(MODEL, fps=4, max_frames=3, max_pixels=9000)
+    rules = read_video_rules(MODEL, VideoConfig(fps=4, max_frames=3, max_pixels=9000))
     assert rules == RULES._replace(fps=4, max_frames=3, min_frames=3, max_pixels=9000)
     raw = sample([{"type": "video", "index": 0}], [clip(100)])
-    few = Processor.from_directory(MODEL, video_max_frames=4)
-    fast = Processor.from_directory(MODEL, video_fps=6)
-    small = Processor.from_directory(MODEL, video_max_pixels=8192)
+    few = Processor.from_directory(MODEL, video=VideoConfig(max_frames=4))
+    fast = Processor.from_directory(MODEL, video=VideoConfig(fps=6))
+    small = Processor.from_directory(MODEL, video=VideoConfig(max_pixels=8192))
     assert len(few.encode(raw).image_grid_thw) == 2
     assert len(fast.encode(raw).image_grid_thw) == 13
     assert len(small.encode(raw).pixel_values) * 64 * 2 <= 8192

@@ -4,6 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from triptych_data.chat_config import ChatConfig
+from triptych_data.media_config import JpegConfig, VideoConfig
+
 # A pixel count below one 2x2 patch pair cannot be an image; the exact floor depends on the model.
 Pixels = Annotated[int, Field(ge=16)]
 
@@ -104,6 +107,19 @@ class DataConfig(BaseModel):
     max_pixels: Pixels | None = Field(
         default=None,
         description="Larger images are shrunk to this many pixels; null: as model.path says.",
+    )
+    video: VideoConfig = Field(
+        default_factory=VideoConfig,
+        description="How videos are sampled, {fps, max_frames, max_pixels}, if not as model.path "
+        "says.",
+    )
+    jpeg: JpegConfig | None = Field(
+        default=None,
+        description="Images in training compressed again at random: {share, quality, seed}.",
+    )
+    chat: ChatConfig = Field(
+        default_factory=ChatConfig,
+        description="Which turns are trained, and what the chat template is told.",
     )
     num_workers: int = Field(
         default=2,

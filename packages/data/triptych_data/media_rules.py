@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from triptych_data.images import ImageRules
+from triptych_data.media_config import VideoConfig
 from triptych_data.video import VideoRules
 
 IMAGE_FILE = "preprocessor_config.json"
@@ -31,36 +32,30 @@ def read_image_rules(
     return rules, settings
 
 
-def read_video_rules(
-    directory: Path,
-    *,
-    fps: float | None = None,
-    max_frames: int | None = None,
-    max_pixels: int | None = None,
-) -> VideoRules | None:
+def read_video_rules(directory: Path, config: VideoConfig) -> VideoRules | None:
     """The rules for videos by video_preprocessor_config.json; None if the folder has none.
 
-    `max_pixels` bounds the pixels of all frames together. Raises ValueError if the file asks for
-    what we do not do.
+    What `config` holds replaces the file's. Raises ValueError if the file asks for what we do not
+    do.
     """
     path = directory / VIDEO_FILE
     if not path.exists():
         return None
     settings = read_json(path)
-    numbers = _geometry(path, settings, {"min_pixels": None, "max_pixels": max_pixels})
+    numbers = _geometry(path, settings, {"min_pixels": None, "max_pixels": config.max_pixels})
     sampling = {**_VIDEO_DEFAULTS, **{n: settings[n] for n in _VIDEO_DEFAULTS if n in settings}}
-    if fps is not None:
-        sampling["fps"] = fps
-    if max_frames is not None:
-        sampling["max_frames"] = max_frames
-        sampling["min_frames"] = min(sampling["min_frames"], max_frames)
+    if config.fps is not None:
+        sampling["fps"] = config.fps
+    if config.max_frames is not None:
+        sampling["max_frames"] = config.max_frames
+        sampling["min_frames"] = min(sampling["min_frames"], config.max_frames)
     for name, value in sampling.items():
         if not isinstance(value, int | float) or value <= 0:
             raise ValueError(f"{path}: {name} must be positive, got {value!r}; fix it")
     capped = settings.get("cap_pixels_per_frame")
     tokens = settings.get("max_video_tokens", _VIDEO_FRAME_TOKENS) if capped else None
     rules = VideoRules(**numbers, **sampling, max_frame_tokens=tokens)
-    _check_bounds(path, rules, "size.shortest_edge", "data.video_max_pixels")
+    _check_bounds(path, rules, "size.shortest_edge", "data.video.max_pixels")
     return rules
 
 

@@ -55,7 +55,8 @@ class RankStream:
                     group[-1].next_position,
                     self.plan.epoch(pack.position),
                 )
-                yield self.builder.build(pack.samples.tolist(), note) | {"place": place}
+                batch = self.builder.build(pack.samples.tolist(), note, place.epoch)
+                yield batch | {"place": place}
 
 
 @dataclass(frozen=True)
@@ -70,34 +71,33 @@ class PackBuilder:
     sources: Sequence[PlanSource] = ()
     """whose samples are those of `shards`, one source after the other"""
 
-    def build(self, samples: Sequence[int], note: Note) -> Batch:
+    def build(self, samples: Sequence[int], note: Note, epoch: int | None = None) -> Batch:
         """Return the batch of `samples`, in this order, with those left out listed in `holes`.
 
-        Raises ValueError, naming the shard, if a whole shard cannot be read any more.
+        `sample_ids` are the numbers of those that are in it.         Images are varied by `epoch`, and without it as they are stored. Raises ValueError, naming
+        the shard, if a whole shard cannot be read any more.
         """
         encoded: list[EncodedSample] = []
         holes: list[Hole] = []
         self._warm(samples)
         for sample in samples:
             note(sample)
-            found = self._encode(sample)
+            found = self._encode(sample, epoch)
             if isinstance(found, Hole):
                 holes.append(found)
             else:
                 encoded.append(found)
-        batch = collate(
-            encoded,
-            self.seq_len,
-            pad_token_id=self.processor.pad_token_id,
-        )
-        return batch | {"holes": holes}
+        batch = collate(encoded, self.seq_len, pad_token_id=self.processor.pad_token_id)
+        lost = {hole.sample for hole in holes}
+        ids = [sample for sample in samples if sample not in lost]
+        return batch | {"sample_ids": ids, "holes": holes}
 
     def _warm(self, samples: Sequence[int]) -> None:
         """Fetch what lies on servers, many samples at once; what fails will fail again alone."""
         with suppress(OSError, ValueError):
             self.shards.warm(samples)
 
-    def _encode(self, sample: int) -> EncodedSample | Hole:
+    def _encode(self, sample: int, epoch: int | None) -> EncodedSample | Hole:
         try:
             raw = self.shards.read(sample)
         except OSError as error:
@@ -106,8 +106,10 @@ class PackBuilder:
             self._check_shard(sample)
             return self._hole(sample, BadSample(str(error), "damaged"))
         try:
-            encoded = self.processor.encode(raw)
+            encoded = self.processor.encode(raw, epoch)
             self._check_length(sample, len(encoded.input_ids))
+        except ImportError:  # a decoder is missing, not a sample bad
+            raise
         except Exception as error:  # one odd file must not end a run of weeks; holes have a limit
             return self._hole(sample, error)
         return encoded
@@ -146,7 +148,8 @@ class PackBuilder:
         message = str(error)
         if not message.startswith(where):
             message = f"{where}: {type(error).__name__}: {message}"
-        return Hole(self.shards.keys(sample), self._source(sample), reason_of(error), message)
+        key, source = self.shards.keys(sample), self._source(sample)
+        return Hole(key, source, reason_of(error), message, sample)
 
     def _source(self, sample: int) -> str:
         for source in self.sources:

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from triptych_data.augment import vary_jpeg
 from triptych_data.chat import (
     IGNORE_INDEX,
     ChatTokenizer,
@@ -20,8 +22,10 @@ from triptych_data.chat import (
     shift_targets,
 )
 from triptych_data.chat_config import ChatConfig
+from triptych_data.faults import BadSample
 from triptych_data.images import ImageRules, encode_image, image_grid
 from triptych_data.index import MediaColumns
+from triptych_data.media_config import JpegConfig, VideoConfig
 from triptych_data.media_rules import read_bytes, read_image_rules, read_video_rules
 from triptych_data.positions import mrope_positions
 from triptych_data.probe import MediaInfo
@@ -91,12 +95,15 @@ class Processor:
         settings: dict[str, Any],
         video_rules: VideoRules | None,
         options: dict[str, Any],
+        tiktoken_proof: str | None = None,
     ) -> None:
         self._directory = directory
         self._rules = rules
         self._video_rules = video_rules
         self._options = options
-        self._chat = ChatTokenizer(directory, read_template(directory), options["chat"])
+        self._jpeg: JpegConfig | None = options["jpeg"]
+        template = read_template(directory)
+        self._chat = ChatTokenizer(directory, template, options["chat"], tiktoken_proof)
         self.patch_size = rules.patch_size
         self.merge_size = rules.merge_size
         self.temporal_patch_size = rules.temporal_patch_size
@@ -112,6 +119,7 @@ class Processor:
                 "chat": self._chat.fingerprint,
                 "image": rules._asdict(),
                 "video": video_rules._asdict() if video_rules else None,
+                "jpeg": self._jpeg.model_dump() if self._jpeg else None,
             },
         )
 
@@ -122,46 +130,47 @@ class Processor:
         *,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
-        video_fps: float | None = None,
-        video_max_frames: int | None = None,
-        video_max_pixels: int | None = None,
+        video: VideoConfig | None = None,
+        jpeg: JpegConfig | None = None,
         chat: ChatConfig | None = None,
+        tiktoken_proof: str | None = None,
     ) -> "Processor":
         """Read tokenizer, chat template and preprocessor files of a local model folder.
 
-        `min_pixels` and `max_pixels` replace the folder's bounds on an image's size, `video_*` its
-        frames per second, most frames and most pixels of all frames together; `chat` says which
-        turns are trained. Raises ValueError if a file is missing or asks for what we do not do.
+        `min_pixels` and `max_pixels` replace the folder's bounds on an image's size, `video` its
+        rules for videos; `jpeg` varies images' quality; `chat` says which turns are trained.
+        Raises ValueError if a file is missing or asks for what we do not do.
         """
         directory = Path(path)
         read_bytes(directory / "tokenizer.json")  # without it transformers makes an empty one
         rules, settings = read_image_rules(directory, min_pixels=min_pixels, max_pixels=max_pixels)
-        video_rules = read_video_rules(
-            directory, fps=video_fps, max_frames=video_max_frames, max_pixels=video_max_pixels
-        )
+        video_rules = read_video_rules(directory, video or VideoConfig())
         _check_alike(directory, rules, video_rules)
         options = {
             "min_pixels": min_pixels,
             "max_pixels": max_pixels,
-            "video_fps": video_fps,
-            "video_max_frames": video_max_frames,
-            "video_max_pixels": video_max_pixels,
+            "video": video,
+            "jpeg": jpeg,
             "chat": chat,
         }
-        return cls(directory, rules, settings, video_rules, options)
+        return cls(directory, rules, settings, video_rules, options, tiktoken_proof)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (str(self._directory.resolve()), self._options, self.fingerprint)
+        options = {**self._options, "tiktoken_proof": self._chat.tiktoken_proof}
+        return _reopen, (str(self._directory.resolve()), options, self.fingerprint)
 
     @property
     def patch_dim(self) -> int:
         """Values of one patch: 3 * temporal_patch_size * patch_size**2."""
         return 3 * self.temporal_patch_size * self.patch_size**2
 
-    def encode(self, raw: RawSample) -> EncodedSample:
-        """Encode a whole sample with its targets. Raises ValueError that names the sample."""
+    def encode(self, raw: RawSample, epoch: int | None = None) -> EncodedSample:
+        """Encode a whole sample with its targets; with an `epoch` its images may be varied.
+
+        Raises ValueError that names the sample.
+        """
         try:
-            return self._encode(raw, raw.json["messages"])
+            return self._encode(raw, raw.json["messages"], epoch=epoch)
         except ValueError as error:
             raise ValueError(f"{raw.where}: {error}") from error
 
@@ -221,15 +230,23 @@ class Processor:
         raw: RawSample,
         messages: list[dict[str, Any]],
         *,
+        epoch: int | None = None,
         add_generation_prompt: bool = False,
     ) -> EncodedSample:
         patches: list[Tensor] = []
         media: list[_Medium] = []
         for kind, index in media_parts({"messages": messages}):
+            if index >= len(raw.media):
+                raise BadSample(
+                    f"{kind} {index}: must be a member of the sample, got {len(raw.media)} media; "
+                    "write its shard again",
+                    reason="missing member",
+                )
+            vary = self._vary(raw.key, index, epoch)
             try:
-                pixels, medium = self._encode_medium(kind, raw.media[index])
+                pixels, medium = self._encode_medium(kind, raw.media[index], vary)
             except ValueError as error:
-                raise ValueError(f"{kind} {index}: {error}") from error
+                raise BadSample(f"{kind} {index}: {error}", reason=f"corrupt {kind}") from error
             patches.append(pixels)
             media.append(medium)
         tokens = self._tokenize(raw.json, messages, media, add_generation_prompt)
@@ -251,9 +268,17 @@ class Processor:
             num_targets=int((labels != IGNORE_INDEX).sum()),
         )
 
-    def _encode_medium(self, kind: str, data: bytes) -> tuple[Tensor, _Medium]:
+    def _vary(self, key: str, number: int, epoch: int | None) -> Callable[[Tensor], Tensor] | None:
+        """What changes the pixels of an image; without epoch they are as stored."""
+        if self._jpeg is None or epoch is None:
+            return None
+        return partial(vary_jpeg, config=self._jpeg, key=key, number=number, epoch=epoch)
+
+    def _encode_medium(
+        self, kind: str, data: bytes, vary: Callable[[Tensor], Tensor] | None
+    ) -> tuple[Tensor, _Medium]:
         if kind == "image":
-            patches, grid = encode_image(data, self._rules)
+            patches, grid = encode_image(data, self._rules, vary)
             return patches, self._image(grid)
         patches, layout = encode_video(data, self._rules_for(kind))
         return patches, self._video(layout)
