@@ -1,3 +1,5 @@
+import base64
+import hashlib
 import json
 import os
 import re
@@ -190,7 +192,10 @@ def test_preview_shows_what_is_trained_and_escapes_the_rest(tmp_path):
     assert trained == "Größe 👍&lt;b&gt;&lt;|im_end|&gt;No.&lt;|im_end|&gt;"
     ignored = "".join(text for kinds, text in spans if kinds == "ignored")
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &lt;|im_end|&gt;" in ignored
-    assert "<script" not in html and "<i>kept" not in html and "&lt;i&gt;kept" in html
+    [script] = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{allowed}'" in html and "alert" not in script
+    assert html.count("<script") == 1 and "<i>kept" not in html and "&lt;i&gt;kept" in html
     assert any(re.fullmatch(r"&lt;\|image_pad\|&gt; × \d+", text) for _, text in spans)
     assert html.count("data:image/jpeg;base64,") == 2
     assert "1700 × 20 px" in html

@@ -74,6 +74,7 @@ def inspect(
 @click.option("--model", required=True, help="A Hugging Face model folder.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("preview.html"))
 @click.option("-n", "--num-samples", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--key", "keys", multiple=True, help="Show this sample; may be given again.")
 @options.min_pixels
 @options.max_pixels
 @options.as_json
@@ -82,26 +83,30 @@ def preview(
     model: str,
     output: Path,
     num_samples: int,
+    keys: tuple[str, ...],
     min_pixels: int | None,
     max_pixels: int | None,
     as_json: bool,
 ) -> None:
     """Show samples as the loss sees them.
 
-    Writes a web page: which tokens are trained, ignored, special. The samples are spread evenly
-    over all shards; the page holds its images and needs no network.
+    Writes a web page: which tokens are trained, ignored, special, with images, frames and sound.
+    The samples are spread evenly over all shards; the page holds all it shows and needs no network.
 
     \b
     Example:
       triptych-data preview shards/ --model Qwen3-VL-8B -n 20 -o preview.html
+      triptych-data preview shards/ --model Qwen3-VL-8B --key 000000123
     """
     from triptych_data.preview import build_page
     from triptych_data.reader import Shards
 
     opened = Shards.open(shards)
-    page = build_page(opened, model, num_samples, min_pixels=min_pixels, max_pixels=max_pixels)
+    page = build_page(
+        opened, model, num_samples, keys=keys, min_pixels=min_pixels, max_pixels=max_pixels
+    )
     output.write_text(page, encoding="utf-8")
-    count = min(num_samples, opened.num_samples)
+    count = len(keys) or min(num_samples, opened.num_samples)
     if as_json:
         print_json({"page": str(output), "num_samples": count})
     else:

@@ -31,12 +31,12 @@ def plot(shards: Shards, path: Path, forecast: Forecast | None = None) -> None:
     panels = _panels(shards, forecast)
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(11, 3.2 * rows), layout="constrained")
-    all_axes = figure.subplots(rows, 2, squeeze=False).ravel()
-    for axes, draw in zip(all_axes, panels, strict=False):
+    grid = figure.add_gridspec(rows, 2)
+    for i, draw in enumerate(panels):
+        alone = i + 1 == len(panels) and i % 2 == 0
+        axes = figure.add_subplot(grid[i // 2, :] if alone else grid[i // 2, i % 2])
         draw(axes)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in all_axes[len(panels) :]:
-        axes.set_axis_off()
     media = ", ".join(
         f"{count:,} {kind}s"
         for kind, count in zip(KINDS, np.bincount(shards.media.kind, minlength=3), strict=True)
@@ -80,22 +80,10 @@ def _lengths(axes: Any, values: np.ndarray, title: str, inner: np.ndarray | None
     axes.hist(positive, bins, color=COLORS[0], alpha=0.75, label="tokens")
     if inner is not None:
         axes.hist(inner[inner > 0], bins, color=COLORS[1], alpha=0.75, label="of these targets")
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper right")
     axes.set(xscale="log", title=title, ylabel="samples")
-    for share in (50, 99):
-        at = float(np.percentile(values, share))
-        if at > 0:
-            axes.axvline(at, color="0.4", linewidth=1, linestyle=":")
-            axes.annotate(
-                f"p{share}: {at:,.4g}",
-                (at, 0.97),
-                xycoords=("data", "axes fraction"),
-                rotation=90,
-                va="top",
-                ha="right",
-                fontsize=8,
-                color="0.3",
-            )
+    median, high_end = np.percentile(values, [50, 99])
+    axes.set_xlabel(f"median {median:,.5g}, 99 % below {high_end:,.5g}")
 
 
 def _sizes(axes: Any, sizes: np.ndarray) -> None:
@@ -104,7 +92,7 @@ def _sizes(axes: Any, sizes: np.ndarray) -> None:
     bins = np.linspace(0, limit, BINS)
     counts = axes.hist2d(*sizes.T, bins=[bins, bins], cmap="Blues", cmin=1)[3]
     axes.plot([0, limit], [0, limit], color="0.6", linewidth=0.8)
-    axes.set(title="image size, pixels", xlabel="width", ylabel="height", aspect="equal")
+    axes.set(title="image size, pixels", xlabel="width", ylabel="height")
     axes.figure.colorbar(counts, ax=axes, label="images", shrink=0.9)
 
 

@@ -1,7 +1,9 @@
 """A web page of samples as the loss sees them: each token trained, ignored or special."""
 
+import base64
+import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -34,29 +36,33 @@ def build_page(
     model: str | Path,
     num_samples: int,
     *,
+    keys: Sequence[str] = (),
     min_pixels: int | None = None,
     max_pixels: int | None = None,
 ) -> str:
     """The HTML of `num_samples` samples, spread evenly over `shards`, under a model folder.
 
-    Self-contained; whatever the samples hold is escaped. A sample the model's chat template
-    refuses is shown with the reason.
+    With `keys` it shows these samples instead. Self-contained; whatever the samples hold is
+    escaped, and the page may run no script but its own. A sample the model's chat template refuses
+    is shown with the reason. Raises ValueError for a key that no sample has.
     """
     processor = Processor.from_directory(model, min_pixels=min_pixels, max_pixels=max_pixels)
     tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
-    count = min(num_samples, shards.num_samples)
-    chosen = [i * shards.num_samples // count for i in range(count)]
-    template = Template(
-        resources.files("triptych_data").joinpath("preview_template.html").read_text("utf-8")
-    )
+    chosen = _with_keys(shards, keys) if keys else _spread(shards.num_samples, num_samples)
+    files = resources.files("triptych_data")
+    template = Template(files.joinpath("preview_template.html").read_text("utf-8"))
+    script = files.joinpath("preview.js").read_text("utf-8")
     about = (
-        f"{count} of {shards.num_samples:,} samples in {', '.join(map(str, shards.paths[:3]))}"
+        f"{len(chosen)} of {shards.num_samples:,} samples in "
+        f"{', '.join(map(str, shards.paths[:3]))}"
         f"{' …' if len(shards.paths) > 3 else ''}, under {model}"
     )
     return template.substitute(
         title="Samples as the loss sees them",
         about=escape(about),
         samples="\n".join(_article(shards.read(i), processor, tokenizer) for i in chosen),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
@@ -93,6 +99,23 @@ def pieces(
         start = end
 
 
+def _spread(total: int, wanted: int) -> list[int]:
+    count = min(wanted, total)
+    return [i * total // count for i in range(count)]
+
+
+def _with_keys(shards: Shards, keys: Sequence[str]) -> list[int]:
+    wanted = set(keys)
+    found = {key: i for i in range(len(shards)) if (key := shards.keys(i)) in wanted}
+    for key in keys:
+        if key not in found:
+            raise ValueError(
+                f"{shards.paths[0]}: a key must be one of the shards', got {key!r}, which no "
+                "sample has; check that key and shards belong together"
+            )
+    return [found[key] for key in keys]
+
+
 def _article(raw: RawSample, processor: Processor, tokenizer: Tokenizer) -> str:
     try:
         encoded = processor.encode(raw)
@@ -106,7 +129,7 @@ def _article(raw: RawSample, processor: Processor, tokenizer: Tokenizer) -> str:
     facts = [
         f"{tokens:,} tokens",
         f"{encoded.num_targets:,} trained ({encoded.num_targets / tokens:.0%})",
-        *(f"{count} {kind}s" for kind, count in _counts(raw)),
+        *(f"{count} {kind}{'s' * (count > 1)}" for kind, count in _counts(raw)),
     ]
     header = f"<b>{escape(raw.key)}</b>" + "".join(f"<span>{fact}</span>" for fact in facts)
     shown = pieces(encoded, tokenizer, (processor.image_token_id, processor.video_token_id))
