@@ -20,7 +20,7 @@ Batch = dict[str, Any]
 # Grids describe shapes: on the device every look at one would stall the step.
 HOST_KEYS = frozenset({"image_grid_thw"})
 # For people and logs, not for the model.
-LABEL_KEYS = frozenset({"sample_keys", "num_tokens", "holes", "place"})
+LABEL_KEYS = frozenset({"sample_keys", "sample_ids", "num_tokens", "holes", "place"})
 
 
 def train(

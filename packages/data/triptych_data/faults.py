@@ -19,6 +19,8 @@ class Hole(NamedTuple):
     source: str
     reason: str
     message: str
+    sample: int
+    """its number, as in the plan"""
 
 
 class BadSample(ValueError):

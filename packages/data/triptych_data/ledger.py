@@ -3,10 +3,12 @@
 `ledger/rank-00000.jsonl` has one line per optimizer step of a rank:
 
     {"step": 7, "position": 448, "packs": [{"position": 384, "end": 401, "epoch": 0,
-     "keys": ["000012", …], "holes": [["000007", "web", "corrupt image", "…"]]}, …]}
+     "keys": ["000012", …], "ids": [12, …],
+     "holes": [["000007", "web", "corrupt image", "…", 7]]}, …]}
 
 `position` of a line counts the samples that all ranks had consumed after the step; `position` and
-`end` of a pack those before it and those before the next pack of the global order.
+`end` of a pack those before it and those before the next pack of the global order. Keys are for
+people; ids count through the sources, and so differ where two shards use the same key.
 `python -m triptych_data.ledger runs/x/ledger` checks a run.
 """
 
@@ -50,6 +52,7 @@ class Ledger:
                     "end": place.end,
                     "epoch": place.epoch,
                     "keys": batch["sample_keys"],
+                    "ids": batch["sample_ids"],
                     "holes": batch["holes"],
                 }
             )
@@ -82,8 +85,8 @@ def audit(folder: Path, *, once_per_epoch: bool = True) -> Audit:
 
     In the global order each pack must begin where the one before ended: then nothing the plan gave
     was lost or taken twice, whatever the number of ranks. With `once_per_epoch`, which holds for
-    mixtures without weights or repeats, no key may occur twice in an epoch, and every finished
-    epoch must have the keys of the first.
+    mixtures without weights or repeats, no sample may occur twice in an epoch, and all finished
+    epochs must have the same ones.
 
     Raises ValueError if there is no ledger.
     """
@@ -150,17 +153,19 @@ def _gaps(packs: list[dict[str, Any]], end: int) -> Iterator[str]:
 
 
 def _repeats(packs: list[dict[str, Any]]) -> Iterator[str]:
-    epochs: dict[int, Counter[str]] = {}
+    epochs: dict[int, Counter[int]] = {}
     for pack in packs:
-        keys = [*pack["keys"], *(hole[0] for hole in pack["holes"])]
-        epochs.setdefault(pack["epoch"], Counter()).update(keys)
+        samples = [*pack["ids"], *(hole[-1] for hole in pack["holes"])]
+        epochs.setdefault(pack["epoch"], Counter()).update(samples)
+    finished = sorted(epochs)[:-1]
+    every = set[int]().union(*(epochs[epoch] for epoch in finished))
     for epoch, counts in sorted(epochs.items()):
-        twice = [key for key, count in counts.items() if count > 1]
+        twice = [sample for sample, count in counts.items() if count > 1]
         if twice:
-            yield f"epoch {epoch}: {len(twice)} keys were taken twice, the first is {twice[0]}"
-        missing = epochs[min(epochs)].keys() - counts.keys()
-        if missing and epoch != max(epochs):
-            yield f"epoch {epoch}: {len(missing)} keys of the first epoch are missing"
+            yield f"epoch {epoch}: {len(twice)} samples were taken twice, the first is {twice[0]}"
+        missing = every - counts.keys()
+        if missing and epoch in finished:
+            yield f"epoch {epoch}: {len(missing)} samples that other epochs have are missing"
 
 
 def main(arguments: list[str]) -> int:

@@ -74,8 +74,9 @@ class PackBuilder:
     def build(self, samples: Sequence[int], note: Note, epoch: int | None = None) -> Batch:
         """Return the batch of `samples`, in this order, with those left out listed in `holes`.
 
-        `sample_ids` are the numbers of those that are in it.         Images are varied by `epoch`, and without it as they are stored. Raises ValueError, naming
-        the shard, if a whole shard cannot be read any more.
+        `sample_ids` are the numbers of those that are in it. Images are varied by `epoch`, and
+        without it as they are stored. Raises ValueError, naming the shard, if a whole shard cannot
+        be read any more.
         """
         encoded: list[EncodedSample] = []
         holes: list[Hole] = []

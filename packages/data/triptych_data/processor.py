@@ -67,11 +67,17 @@ class EncodedSample:
 
 
 class Measures(NamedTuple):
-    """What a sample will take: tokens, targets among them, image patches."""
+    """What a sample will take.
+
+    Tokens, targets among them, patches, images or pairs of video frames that they belong to, and
+    the sum of the squares of their patches: attention is over the pairs of patches of each.
+    """
 
     num_tokens: int
     num_targets: int
     num_patches: int
+    num_images: int
+    patch_pairs: int
 
 
 class _Medium(NamedTuple):
@@ -206,8 +212,9 @@ class Processor:
         ]
         tokens = self._tokenize(record, record["messages"], media_)
         num_targets = int(tokens.trained[1:].sum())
-        patches = sum(t * h * w for medium in media_ for t, h, w in medium.grids)
-        return Measures(len(tokens.input_ids), num_targets, patches)
+        images = [h * w for medium in media_ for t, h, w in medium.grids for _ in range(t)]
+        pairs = sum(patches * patches for patches in images)
+        return Measures(len(tokens.input_ids), num_targets, sum(images), len(images), pairs)
 
     def media_tokens(self, info: MediaInfo) -> int:
         """Tokens of a medium that stand for its patches. Raises ValueError for one not taken."""
