@@ -94,7 +94,13 @@ def ledger(folder: Path, mixed: bool, as_json: bool) -> None:
 
     from triptych_data.ledger import audit
 
-    found = audit(folder, once_per_epoch=not mixed)
+    try:
+        found = audit(folder, once_per_epoch=not mixed)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder}: must hold the lines of a run's ledger, got one without {error}; check the "
+            "path"
+        ) from error
     if as_json:
         print_json(asdict(found))
     else:

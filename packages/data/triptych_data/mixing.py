@@ -15,7 +15,8 @@ from triptych_data.reader import Shards
 
 POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Where in the run shares are shown: weights may change."""
-WINDOW = 8192
+WINDOW = 64
+"""Samples between which shares count as constant: finer than what is packed together."""
 
 
 class Source(NamedTuple):
@@ -85,7 +86,7 @@ def mix_report(
     ]
     mixture = Mixture(
         [_mix_source(config, source) for source in sources],
-        window=config.window or WINDOW,
+        window=WINDOW,
         temperature=config.temperature,
         in_tokens=config.weights_in == "tokens",
     )
