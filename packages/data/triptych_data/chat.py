@@ -89,12 +89,13 @@ class ChatTokenizer:
 
         Trained is all that the model has to say in an assistant's turn (what follows the
         generation prompt: text, reasoning, calls) and the token that ends it, in the turns that
-        the options select. A turn without text trains nothing.
+        the options select. A turn without text trains nothing, and nothing does with a
+        generation prompt.
 
         Raises ValueError if the template refuses, cuts or drops what the messages say, writes a
         trained turn otherwise than it is generated, or prints other media than the chat has.
         """
-        trained = self._trained_turns(messages)
+        trained = set() if add_generation_prompt else self._trained_turns(messages)
         prepared = self._forms.prepare(messages, tools or None)
         self._check_assistants(prepared)
         chat = self._finder.locate(

@@ -100,8 +100,8 @@ class MessageForms:
     def _empty_content(self) -> str | None:
         """A call's content when it says nothing: some templates ask for null, some print it."""
         if self._empty == _PROBE:
-            printed = self._ask({}, "") or self._ask("{}", "")
-            self._empty = "" if printed else None
+            null_only = self._prints_call(None) and not self._prints_call("")
+            self._empty = None if null_only else ""
         return self._empty
 
     def _arguments_form(self) -> Literal["text", "object", "either"]:
@@ -114,6 +114,9 @@ class MessageForms:
             both = takes_text and takes_object
             self._arguments = "either" if both else "text" if takes_text else "object"
         return self._arguments
+
+    def _prints_call(self, content: str | None) -> bool:
+        return bool(self._ask({}, content) or self._ask("{}", content))
 
     def _ask(self, arguments: Any, content: str | None) -> str | None:
         """Print one call; None if the template fails or leaves it out."""

@@ -55,10 +55,9 @@ class TurnFinder:
         """
         chat = mark_chat(messages, None, self._is_risky)
         rendering = self._read(self._render(chat, len(messages), add_generation_prompt=False))
-        own = _spans_of(len(messages) - 1, chat, rendering)
-        if not own:
-            raise self._error("must print an assistant's text, got it dropped; use another")
-        return self._find_stop(len(messages) - 1, own[-1].end, rendering)[0]
+        last = len(messages) - 1
+        self._check_all_printed(chat, rendering, {last})
+        return self._find_stop(last, _spans_of(last, chat, rendering)[-1].end, rendering)[0]
 
     def locate(
         self,
@@ -280,8 +279,7 @@ def _spans_of(number: int, chat: MarkedChat, rendering: Rendering) -> list[Span]
     """A message's texts where they are printed first: results of a call may repeat its name."""
     first: dict[int, Span] = {}
     for span in rendering.spans:
-        text = chat.texts[span.number]
-        if text.message == number and text.kind != "other":
+        if chat.texts[span.number].message == number:
             first.setdefault(span.number, span)
     return list(first.values())
 
