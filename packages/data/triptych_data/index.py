@@ -262,10 +262,19 @@ def read_index(tar: Location, storage: Storage | None = None) -> ShardIndex:
     (`Shards.read`).
     """
     storage = storage or Storage()
+    try:
+        return _read_index(tar, storage, fresh=False)
+    except IndexDamage as error:
+        if isinstance(tar, Path) or error.kind == "missing":
+            raise
+        return _read_index(tar, storage, fresh=True)  # the disk of the cache may be damaged
+
+
+def _read_index(tar: Location, storage: Storage, *, fresh: bool) -> ShardIndex:
     offsets, columns = index_paths(tar)
     try:
-        index = parse_columns(storage.read_whole(columns), columns)
-        starts = storage.read_whole(offsets)
+        index = parse_columns(storage.read_whole(columns, fresh=fresh), columns)
+        starts = storage.read_whole(offsets, fresh=fresh)
         size = index.tar_bytes if isinstance(tar, str) else tar.stat().st_size
     except FileNotFoundError as error:
         raise IndexDamage(

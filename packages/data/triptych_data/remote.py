@@ -15,7 +15,7 @@ from urllib.request import getproxies, proxy_bypass
 T = TypeVar("T")
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 PIECE = 1 << 18
-"""Bytes taken from a connection at once; after each, the clock is looked at."""
+"""Most bytes taken from a connection at once; after each, the clock is looked at."""
 SLOWEST = 100_000
 """Bytes a second that a transfer must reach over all: less is a connection that hangs."""
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
@@ -200,7 +200,7 @@ class _Http:
         response = self._request("GET", {}, patience.timeout)
         try:
             self._check(response)
-            yield from self._body(response)
+            yield from _timed(self._body(response), patience.timeout)
         finally:
             response.close()
 
@@ -239,7 +239,8 @@ class _Http:
         from urllib3.exceptions import HTTPError
 
         try:
-            yield from response.stream(PIECE, decode_content=False)
+            while piece := response.read1(PIECE, decode_content=False):
+                yield piece
         except HTTPError as error:  # the body is cut off, stalls, or the connection breaks
             raise Transient(_reason(error)) from error
 

@@ -42,8 +42,11 @@ class Storage:
     100 Mb/s, 80 ms), and a random 42 kB sample pulls in no more than it must"""
     patience: Patience = field(default_factory=Patience)
 
-    def read_whole(self, location: Location) -> bytes:
-        """All bytes of a small file. Raises FileNotFoundError, and as `RemoteFile.read`."""
+    def read_whole(self, location: Location, *, fresh: bool = False) -> bytes:
+        """All bytes of a small file, if `fresh` without what the cache may hold of it.
+
+        Raises FileNotFoundError, and as `RemoteFile.read`.
+        """
         if isinstance(location, Path):
             return location.read_bytes()
         remote = open_remote(location)
@@ -51,6 +54,8 @@ class Storage:
         if stat.size is None or not stat.version or not self.cache_bytes:
             return fetch(remote, 0, None, self.patience)
         file = RemoteFile(location, f"{location}\n{stat.version}", stat.size, self)
+        if fresh:
+            file.forget(0, stat.size)
         return file.read(0, stat.size)
 
     def open(self, location: Location, size: int, identity: str) -> "File":
