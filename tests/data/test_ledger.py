@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from itertools import islice
@@ -58,7 +59,7 @@ def test_a_sound_run_has_no_problems(shards, tmp_path):
 def test_samples_too_long_are_counted_as_left_out(shards, tmp_path):
     train(shards, tmp_path, 30, seq_len=100, long_samples="skip", max_bad_rate=1.0)
     found = audit(tmp_path)
-    assert found.problems == [] and found.epochs > 2
+    assert found.problems == [] and found.epochs > 1
     assert found.left_out > 0
 
 
@@ -81,8 +82,8 @@ def test_a_resume_at_the_wrong_position_is_found(shards, tmp_path):
     lines = read_ledger(tmp_path / "other" / "rank-00000.jsonl")
     repeated, skipped = lines[2]["position"], lines[5]["position"]
     train(shards, tmp_path, 2, start_step=4, position=repeated)
-    (problem, *_) = audit(tmp_path).problems
-    assert problem.endswith(f"{position - repeated} samples were taken again")
+    again = re.findall(r"(\d+) samples were taken again", "\n".join(audit(tmp_path).problems))
+    assert sum(map(int, again)) == position - repeated
     train(shards, tmp_path, 2, start_step=4, position=skipped)
     assert audit(tmp_path).problems == [
         f"position {position}: {skipped - position} samples were lost before {skipped}"

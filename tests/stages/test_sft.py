@@ -121,7 +121,7 @@ def test_resuming_on_other_ranks_or_data_is_refused_by_name(workspace, finished)
     words = overrides(workspace, other, "engine.gradient_accumulation_steps=2")
     with pytest.raises(RuntimeError, match="world_size must be 1 as in this run, got 2"):
         run_ranks(run_stage, 1, words)
-    with pytest.raises(RuntimeError, match="checkpoint data state: data.seq_len must be 256"):
+    with pytest.raises(RuntimeError, match=r"checkpoint data state: data\.seq_len must be 256"):
         run_ranks(run_stage, 2, [*words, "data.seq_len=320"])
 
 
