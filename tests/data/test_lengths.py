@@ -21,16 +21,19 @@ def shards(tmp_path):
 def measured(shards):
     rows = [tiny_processor().encode(shards.read(i)) for i in range(shards.num_samples)]
     patches = [0 if row.pixel_values is None else len(row.pixel_values) for row in rows]
+    grids = [row.image_grid_thw.prod(dim=1) for row in rows]
     return Lengths(
         np.array([len(row.input_ids) for row in rows]),
         np.array([row.num_targets for row in rows]),
         np.array(patches),
+        np.array([len(grid) for grid in grids]),
+        np.array([int((grid**2).sum()) for grid in grids]),
     )
 
 
 def assert_same(got, expected):
+    assert [column.dtype for column in got] == [np.int32] * 4 + [np.int64]
     for one, other in zip(got, expected, strict=True):
-        assert one.dtype == np.int32
         np.testing.assert_array_equal(one, other)
 
 
@@ -146,7 +149,7 @@ def test_long_sample_is_named_or_skipped(shards):
     longest = int(np.argmax(lengths.num_tokens))
     bound = int(lengths.num_tokens[longest]) - 1
     first = int(np.argmax(lengths.num_tokens > bound))
-    message = f"sample {shards.keys(first)}: .*seq_len={bound} .* got {bound + 1} tokens"
+    message = f"sample {shards.keys(first)}: .*seq_len={bound}, .* got {bound + 1} tokens"
     with pytest.raises(ValueError, match=message):
         fitting_samples(shards, lengths, bound, None, skip_long=False)
     kept = fitting_samples(shards, lengths, bound, None, skip_long=True)
@@ -158,6 +161,8 @@ def test_patch_bound_counts_too(shards):
     lengths = sample_lengths(shards, tiny_processor())
     with pytest.raises(ValueError, match="max_patches=4"):
         fitting_samples(shards, lengths, 4096, 4, skip_long=False)
+    few = fitting_samples(shards, lengths, 4096, None, 1, skip_long=True)
+    assert few.tolist() == np.flatnonzero(lengths.num_images <= 1).tolist() != list(range(60))
     kept = fitting_samples(shards, lengths, 4096, 4, skip_long=True)
     assert (lengths.num_patches[kept] == 0).all() and len(kept)
 

@@ -16,7 +16,9 @@ def make_plan(sizes=(200,), **options):
     names = names or {f"s{i}": {"shards": [f"s{i}"]} for i in range(len(sizes))}
     config = DataConfig(**{"sources": names, "seq_len": 128, "window": 64, "seed": 3, **options})
     sources = [PlanSource(name, size, "f") for name, size in zip(names, sizes, strict=True)]
-    return Plan(config, sources, Lengths(tokens, tokens, patches))
+    images = patches // 20
+    lengths = Lengths(tokens, tokens, patches, images, patches.astype(np.int64) ** 2)
+    return Plan(config, sources, lengths)
 
 
 def listed(packs):

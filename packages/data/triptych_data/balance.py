@@ -24,7 +24,7 @@ class Cost(NamedTuple):
     def of_samples(
         self, num_tokens: np.ndarray, num_patches: np.ndarray, patch_pairs: np.ndarray
     ) -> np.ndarray:
-        """Return (N,) int64, exact on every machine; `patch_pairs` is a sample's sum of p²."""
+        """Return (N,) int64, exact on every machine; `patch_pairs` are sums of p²."""
         tokens, patches = num_tokens.astype(np.int64), num_patches.astype(np.int64)
         vision = patch_pairs.astype(np.int64) + patches * self.vision_linear
         return tokens * (tokens + self.linear) + (vision * round(self.vision * 1024) >> 10)

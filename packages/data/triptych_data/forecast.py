@@ -82,7 +82,7 @@ def forecast(
 def sample_costs(config: DataConfig, lengths: Lengths) -> np.ndarray:
     """What each sample costs to compute, (N,) int64, in the planner's units."""
     cost = Cost(config.cost.linear, config.cost.vision, config.cost.vision_linear)
-    return cost.of_samples(lengths.num_tokens, lengths.num_patches, lengths.num_patches)
+    return cost.of_samples(lengths.num_tokens, lengths.num_patches, lengths.patch_pairs)
 
 
 def imbalance(costs: np.ndarray, ranks: int) -> float | None:

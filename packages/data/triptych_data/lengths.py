@@ -26,7 +26,7 @@ _TIMEOUT = 600.0  # seconds for a chunk
 
 
 class Lengths(NamedTuple):
-    """Per sample, (N,) int32 each: tokens, targets among them, image patches.
+    """Per sample, (N,) each, int32 but for the last, int64; as `Measures` of a processor.
 
     A sample that the processor refuses has no tokens.
     """
@@ -34,6 +34,8 @@ class Lengths(NamedTuple):
     num_tokens: np.ndarray
     num_targets: np.ndarray
     num_patches: np.ndarray
+    num_images: np.ndarray
+    patch_pairs: np.ndarray
 
 
 def sample_lengths(
@@ -62,7 +64,13 @@ def sample_lengths(
 
 
 def fitting_samples(
-    shards: Shards, lengths: Lengths, seq_len: int, max_patches: int | None, *, skip_long: bool
+    shards: Shards,
+    lengths: Lengths,
+    seq_len: int,
+    max_patches: int | None,
+    max_images: int | None = None,
+    *,
+    skip_long: bool,
 ) -> np.ndarray:
     """Return the ids (M,) int64 of the samples that one pack can hold, without refused ones.
 
@@ -72,13 +80,16 @@ def fitting_samples(
     fits = lengths.num_tokens <= seq_len
     if max_patches is not None:
         fits &= lengths.num_patches <= max_patches
+    if max_images is not None:
+        fits &= lengths.num_images <= max_images
     if not fits.all() and not skip_long:
         sample = int(np.argmin(fits))
         raise ValueError(
-            f"{shards.where(sample)}: a sample must fit data.seq_len={seq_len} tokens and "
-            f"data.max_patches={max_patches}, got {lengths.num_tokens[sample]} tokens and "
-            f"{lengths.num_patches[sample]} patches, and {(~fits).sum()} of {len(fits)} samples do "
-            "not fit; raise the bounds, lower data.max_pixels, or set data.long_samples=skip"
+            f"{shards.where(sample)}: a sample must fit data.seq_len={seq_len}, data.max_patches="
+            f"{max_patches} and data.max_images={max_images}, got {lengths.num_tokens[sample]} "
+            f"tokens, {lengths.num_patches[sample]} patches, {lengths.num_images[sample]} images, "
+            f"and {(~fits).sum()} of {len(fits)} samples do not fit; raise the bounds, lower "
+            "data.max_pixels, or set data.long_samples=skip"
         )
     fits &= lengths.num_tokens > 0
     if not fits.any():
@@ -145,9 +156,9 @@ class _Measuring:
     chunks: list[range]
 
     def __call__(self, note: Note, worker: int, num_workers: int) -> Generator[np.ndarray]:
-        """Yield (len(chunk), 3) int32, the columns of `Lengths`, for each chunk."""
+        """Yield (len(chunk), 5) int64, the columns of `Lengths`, for each chunk."""
         for chunk in self.chunks[worker::num_workers]:
-            rows = np.zeros((len(chunk), 3), dtype=np.int32)
+            rows = np.zeros((len(chunk), len(Lengths._fields)), dtype=np.int64)
             for row, sample in enumerate(chunk):
                 note(sample)
                 with suppress(_Refused):
@@ -177,7 +188,10 @@ def _load(shards: Shards, shard: int, processor: Processor) -> Lengths | None:
 
 
 def _store(shards: Shards, shard: int, processor: Processor, rows: np.ndarray) -> None:
-    columns = {name: np.ascontiguousarray(rows[:, i]) for i, name in enumerate(Lengths._fields)}
+    columns = {
+        name: np.ascontiguousarray(rows[:, i], np.int64 if name == "patch_pairs" else np.int32)
+        for i, name in enumerate(Lengths._fields)
+    }
     data = save(columns, metadata=_metadata(shards, shard, processor))
     *beside, elsewhere = _cache_paths(shards, shard, processor)
     try:

@@ -109,6 +109,8 @@ class PackLoader:
             _log.warning("data.resume_anyway: goes on although %s", _in_words(changed))
             self._overridden.append({"position": state["position"], "changed": changed})
         self.position = state["position"]
+        if changed:  # no pack of the new plan may begin there
+            self.position = self.plan.next_begin(self.position)
 
     def _batches_from(self, position: int) -> Generator[Batch]:
         config = self._config
@@ -137,7 +139,8 @@ def _check(
     """Return how many samples there are to train on and how many are left out, and why."""
     refused = check_refused(shards, lengths, processor, config.max_bad_rate)
     skips = config.long_samples == "skip"
-    fitting = fitting_samples(shards, lengths, config.seq_len, config.max_patches, skip_long=skips)
+    bounds = config.seq_len, config.max_patches, config.max_images
+    fitting = fitting_samples(shards, lengths, *bounds, skip_long=skips)
     long = shards.num_samples - len(fitting) - refused
     return {"samples": len(fitting), "samples too long": long, "samples refused": refused}
 

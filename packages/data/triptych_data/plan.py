@@ -63,13 +63,13 @@ class Plan:
     ) -> None:
         assert [source.name for source in sources] == list(config.named_sources)
         assert sum(source.num_samples for source in sources) == len(lengths.num_tokens)
+        self.config = config
         self.sources = tuple(sources)
-        self.first_ids = np.cumsum([0, *(source.num_samples for source in sources)])
-        self._config = config
-        self._lengths = lengths
+        self.lengths = lengths
+        self.window = config.window or _default_window(lengths.num_tokens, config.seq_len)
+        self._first_ids = np.cumsum([0, *(source.num_samples for source in sources)])
         self._processor = processor
         self._cost = Cost(config.cost.linear, config.cost.vision, config.cost.vision_linear)
-        self.window = config.window or _default_window(lengths.num_tokens, config.seq_len)
         self.mixture = Mixture(
             [self._mix_source(i, source) for i, source in enumerate(sources)],
             window=self.window,
@@ -95,39 +95,46 @@ class Plan:
             window += 1
             yield from self.window_packs(window)
 
+    def next_begin(self, position: int) -> int:
+        """Return where the first pack begins that holds no sample before `position`: the place to
+        go on from when another plan stopped at `position`."""
+        window = self.mixture.window_at(position)
+        begins = [pack.position for pack in self.window_packs(window)]
+        begins.append(self.mixture.start(window + 1))
+        return next(begin for begin in begins if begin >= position)
+
     def window_packs(self, window: int) -> list[PlannedPack]:
         """Return the packs of a window in the order of the stream.
 
         Raises ValueError if every source has done its `epochs` before it.
         """
-        samples = self._drawn(window)
-        tokens = self._lengths.num_tokens[samples]
-        patches = self._lengths.num_patches[samples]
-        fits = (tokens > 0) & (tokens <= self._config.seq_len)
-        budgets = []
-        if self._config.max_patches is not None:
-            fits &= patches <= self._config.max_patches
-            budgets.append(Budget(patches, self._config.max_patches))
-        if not fits.all():
-            samples, tokens, patches = samples[fits], tokens[fits], patches[fits]
-            budgets = [Budget(budget.sizes[fits], budget.limit) for budget in budgets]
-        packs = pack_lengths(tokens, self._config.seq_len, budgets)
-        if not len(packs):
+        samples = self._fitting(self._drawn(window))
+        if not len(samples):
             return []
-        costs = self._cost.of_samples(tokens, patches, patches)
-        costs = np.add.reduceat(costs[packs.items], packs.starts[:-1])
-        key = stream_key(self._config.seed, "order of packs", window)
-        order = balanced_order(costs, self._config.balance_group, key)
-        position = self.mixture.start(window) + np.cumsum(np.diff(packs.starts)[order])
+        packs = pack_lengths(
+            self.lengths.num_tokens[samples],
+            self.config.seq_len,
+            [Budget(column[samples], limit) for column, limit in self._budgets()],
+        )
         ids = samples[packs.items]
-        ends = position.tolist()
-        ends[-1] = self.mixture.start(window + 1)  # left out samples count as consumed
-        begins = [self.mixture.start(window), *ends[:-1]]
+        order = self._order(np.add.reduceat(self.costs(ids), packs.starts[:-1]), window)
+        begin, end = self.mixture.start(window), self.mixture.start(window + 1)
+        ends = (begin + np.cumsum(np.diff(packs.starts)[order])).tolist()
+        ends[-1] = end  # so that samples left out count
         spans = zip(packs.starts[order].tolist(), packs.starts[order + 1].tolist(), strict=True)
         return [
-            PlannedPack(begin, end, ids[a:b])
-            for begin, end, (a, b) in zip(begins, ends, spans, strict=True)
+            PlannedPack(position, next_position, ids[first:last])
+            for position, next_position, (first, last) in zip(
+                [begin, *ends[:-1]], ends, spans, strict=True
+            )
         ]
+
+    def costs(self, samples: np.ndarray) -> np.ndarray:
+        """Return what samples cost to compute, int64 of the shape of their ids (see `Cost`)."""
+        lengths = self.lengths
+        return self._cost.of_samples(
+            lengths.num_tokens[samples], lengths.num_patches[samples], lengths.patch_pairs[samples]
+        )
 
     def epoch(self, position: int) -> int:
         """Return the epoch, from 0, of the pack at `position` (see `Mixture.epoch`)."""
@@ -136,7 +143,7 @@ class Plan:
     def fingerprint(self) -> dict[str, Any]:
         """Return everything that the stream depends on, by name and ready for JSON; a position
         means the same in two plans if these are equal."""
-        config = self._config
+        config = self.config
         return {
             **{f"data of source {s.name}": s.fingerprint for s in self.sources},
             "sources": [s.name for s in self.sources],
@@ -169,7 +176,7 @@ class Plan:
         if len(self.sources) == 1:
             return ids
         # Else packing would put equally long samples of one source together.
-        key = stream_key(self._config.seed, "order of sources", window)
+        key = stream_key(self.config.seed, "order of sources", window)
         return ids[permute(np.arange(len(ids)), len(ids), key)] if len(ids) else ids
 
     def _draw(self, source: int, first: int, last: int) -> np.ndarray:
@@ -177,21 +184,40 @@ class Plan:
         name, size, _ = self.sources[source]
         numbers = np.arange(first, last)
         epochs = numbers // size
-        key = stream_key(self._config.seed, "order of samples", name)
+        key = stream_key(self.config.seed, "order of samples", name)
         one = not len(numbers) or epochs[0] == epochs[-1]
         order = permute(numbers % size, size, key, first // size if one else epochs)
-        return order + self.first_ids[source]
+        return order + self._first_ids[source]
+
+    def _budgets(self) -> list[tuple[np.ndarray, int]]:
+        bounds = (
+            (self.lengths.num_patches, self.config.max_patches),
+            (self.lengths.num_images, self.config.max_images),
+        )
+        return [(column, limit) for column, limit in bounds if limit is not None]
+
+    def _fitting(self, samples: np.ndarray) -> np.ndarray:
+        """Return the samples that a pack can hold."""
+        tokens = self.lengths.num_tokens[samples]
+        fits = (tokens > 0) & (tokens <= self.config.seq_len)
+        for column, limit in self._budgets():
+            fits &= column[samples] <= limit
+        return samples[fits]
+
+    def _order(self, costs: np.ndarray, window: int) -> np.ndarray:
+        key = stream_key(self.config.seed, "order of packs", window)
+        return balanced_order(costs, self.config.balance_group, key)
 
     def _mix_source(self, number: int, source: PlanSource) -> MixSource:
-        wished = self._config.named_sources[source.name]
-        first, last = self.first_ids[number : number + 2]
+        wished = self.config.named_sources[source.name]
+        first, last = self._first_ids[number : number + 2]
         return MixSource(
             source.name,
             source.num_samples,
             wished.weights,
             wished.repeat,
             wished.epochs,
-            float(self._lengths.num_tokens[first:last].mean()),
+            float(self.lengths.num_tokens[first:last].mean()),
         )
 
 
