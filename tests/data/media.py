@@ -67,7 +67,8 @@ def sound(
     wave = 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
     layout = "mono" if channels == 1 else "stereo"
     with av.open(buffer, "w", format=kind) as container:
-        stream = container.add_stream(codec, rate=rate, layout=layout)
+        options = {"strict": "experimental"} if codec == "vorbis" else {}
+        stream = container.add_stream(codec, rate=rate, layout=layout, options=options)
         convert = av.AudioResampler(format=stream.codec_context.format, layout=layout, rate=rate)
         planes = np.ascontiguousarray(np.tile(wave.astype(np.float32), (channels, 1)))
         size = stream.codec_context.frame_size or 1024
