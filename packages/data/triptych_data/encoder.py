@@ -51,7 +51,7 @@ class HuggingFaceEncoder:
                 f"{len(controls)}; it is not supported"
             )
         self._backend = backend
-        self._first = _add_anchors(backend, controls)
+        self._anchors = _add_anchors(backend, controls, where)
         # Special tokens are text to a backend told to encode them; the others are made special.
         backend.add_special_tokens([AddedToken(token.content, special=True) for token in controls])
         backend.encode_special_tokens = True
@@ -67,21 +67,28 @@ class HuggingFaceEncoder:
 
     def encode(self, anchored: str) -> np.ndarray:
         ids = np.array(self._backend.encode(anchored, add_special_tokens=False).ids, dtype=np.int64)
-        return np.where(ids < self._first, ids, self._first - 1 - ids)
+        first, end = self._anchors
+        return np.where((ids < first) | (ids >= end), ids, first - 1 - ids)
 
 
-def _add_anchors(backend: Tokenizer, controls: Sequence[AddedToken]) -> int:
-    """Make borders and anchors tokens, and return the id of the first."""
+def _add_anchors(backend: Tokenizer, controls: Sequence[AddedToken], where: str) -> tuple[int, int]:
+    """Make borders and anchors tokens, and return the range `[first, end)` of their ids."""
     borders = [AddedToken(border, normalized=False) for border in (CLOSE, OPEN)]
     anchors = [
         AddedToken(anchor(i), lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)
         for i, token in enumerate(controls)
     ]
+    taken = set(backend.get_vocab(with_added_tokens=True).values())
     backend.add_tokens([*borders, *anchors])
     ids = [_id_of(backend, token) for token in (*borders, *anchors)]
     first = ids[0]
-    assert ids == list(range(first, first + len(ids)))  # above all others: they came last
-    return first
+    assert ids == list(range(first, first + len(ids)))
+    if not taken.isdisjoint(ids):  # the library counts tokens to find a free id
+        raise ValueError(
+            f"{where}: a tokenizer's ids must have no holes, got {max(taken)} as the highest of "
+            f"{len(taken)}; it is not supported"
+        )
+    return first, first + len(ids)
 
 
 def _id_of(backend: Tokenizer, token: AddedToken) -> int:

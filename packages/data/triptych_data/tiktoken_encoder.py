@@ -120,13 +120,10 @@ def _pattern(pre_tokenizer: Mapping[str, Any] | None) -> str:
     if len(splits) != 1 or last["use_regex"]:
         raise UnlikeTokenizerError(f"it cuts text in {len(steps)} steps, where tiktoken has one")
     split = splits[0]
-    pattern = split.get("pattern", {}).get("Regex")
-    if (
-        split["type"] != "Split"
-        or split["behavior"] != "Isolated"
-        or split["invert"]
-        or not pattern
-    ):
+    if split["type"] != "Split" or (split["behavior"], split["invert"]) != ("Isolated", False):
+        raise UnlikeTokenizerError("its pre-tokenizer does not isolate what it matches")
+    pattern = split["pattern"].get("Regex")
+    if pattern is None:
         raise UnlikeTokenizerError("its pre-tokenizer does not match a regular expression")
     return str(pattern)
 
