@@ -33,6 +33,11 @@ def open_local(path: Path) -> "PlainFile | MappedFile":
         os.close(descriptor)
 
 
+def open_plain(path: Path) -> "PlainFile":
+    """A local file that is never mapped. Raises OSError, also when it is read."""
+    return PlainFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+
 class PlainFile:
     """A descriptor that closes when its last user, a cache of open files or a reader, lets go."""
 

@@ -1,9 +1,7 @@
 """The index of tars made elsewhere: one pass that reads, checks and measures every sample."""
 
-import multiprocessing
 import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +13,11 @@ from triptych_data.index import (
     read_index,
     write_index,
 )
+from triptych_data.ordered import in_order
 from triptych_data.probe import MEDIA_SUFFIXES, probe_media
 from triptych_data.sample import check_sample, load_json, media_kinds, media_parts, text_bytes
 from triptych_data.storage import Location
 from triptych_data.tar import DIRECTORY, END, Entry, read_entries
-from triptych_data.workers import begin_worker
 
 PICKLES = {"pkl", "pickle", "pyd", "pth", "pt", "joblib", "dill", "ckpt"}
 """Members that webdataset or torch would unpickle, which runs whatever code they hold."""
@@ -80,16 +78,7 @@ def index_shards(
 ) -> Generator[tuple[Location, tuple[ShardIndex, bool]], None, None]:
     """`index_or_verify` for each of `tars`, in order."""
     work = partial(index_or_verify, overwrite=overwrite, layout=layout)
-    num_workers = min(num_workers, len(tars))
-    if num_workers <= 1:
-        yield from zip(tars, map(work, tars), strict=True)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, initializer=begin_worker) as pool:
-        try:
-            yield from zip(tars, pool.map(work, tars), strict=True)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    yield from zip(tars, in_order(work, tars, num_workers), strict=True)
 
 
 def index_or_verify(
