@@ -34,6 +34,8 @@ UNREADABLE = {
     errno.ENXIO,
 }
 """What says that a path is wrong; other errors of the system are not the sample's fault."""
+MOST_FOLDERS = 100_000
+"""Folders whose resolved path is kept, some 20 MB of them."""
 SCHEME = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -108,7 +110,7 @@ class Intake(Reopened):
 
     def _root(self, folder: Path) -> "_Root":
         if folder not in self._roots:
-            self._roots[folder] = _Root(folder, folder.resolve(), self.allow_outside)
+            self._roots[folder] = _Root(folder, self.allow_outside)
         return self._roots[folder]
 
     @cached_property
@@ -121,12 +123,32 @@ def reason(error: str) -> str:
     return re.sub(r"\[\d+\]", "[]", error.split(", got ")[0].rsplit(": ", 1)[-1])[:120]
 
 
-class _Root(NamedTuple):
+class _Root:
     """Where paths of media start and, unless `allow_outside`, must stay; links count resolved."""
 
-    folder: Path
-    resolved: Path
-    allow_outside: bool
+    def __init__(self, folder: Path, allow_outside: bool) -> None:
+        self.folder = folder
+        self.allow_outside = allow_outside
+        self._path = str(folder)
+        self._resolved = os.path.realpath(folder)
+        self._folders = dict[str, tuple[str, bool]]()
+
+    def resolve(self, name: str) -> tuple[str, bool]:
+        """The path that `name` leads to, and whether it lies in the folder."""
+        folder, _, file = os.path.join(self._path, name).rpartition("/")  # noqa: PTH118
+        if folder not in self._folders:  # resolving takes as long as reading: once per folder
+            if len(self._folders) > MOST_FOLDERS:
+                self._folders.clear()
+            self._folders[folder] = self._resolve(folder or "/")
+        resolved, inside = self._folders[folder]
+        path = f"{resolved}/{file}"
+        if file in ("", ".", "..") or os.path.islink(path):  # noqa: PTH114
+            return self._resolve(path)
+        return path, inside
+
+    def _resolve(self, path: str) -> tuple[str, bool]:
+        path = os.path.realpath(path)
+        return path, path == self._resolved or path.startswith(self._resolved.rstrip("/") + "/")
 
 
 def _load(source: str, where: str, blobs: list[bytes], root: _Root) -> bytes:
@@ -142,8 +164,8 @@ def _load(source: str, where: str, blobs: list[bytes], root: _Root) -> bytes:
             "nothing is fetched or run: download it first"
         )
     try:
-        path = os.path.realpath(root.folder / name)
-        if not root.allow_outside and not Path(path).is_relative_to(root.resolved):
+        path, inside = root.resolve(name)
+        if not inside and not root.allow_outside:
             raise ValueError(
                 f"{where}: a medium must lie in {root.folder}, got a path that leads to "
                 f"{path[:200]!r}; set --media-root to a folder that holds all media, or, if you "

@@ -14,6 +14,7 @@ from triptych_data.sources.source import Row
 MESSAGES = ("messages", "conversations", "conversation")
 CAPTIONS = ("caption", "text")
 """Usual names of the columns that a user need not name."""
+USUAL = {kind: (kind, f"{kind}s") for kind in KINDS}
 SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -140,9 +141,8 @@ class _Chat:
     def _media(self) -> dict[str, list[str]]:
         """The sources of each kind, from the columns named or of the usual names."""
         media = {}
-        for kind in KINDS:
-            usual = [name for name in (kind, f"{kind}s") if name in self.row]
-            columns = self.mapping.media.get(kind) or usual
+        for kind, usual in USUAL.items():
+            columns = self.mapping.media.get(kind) or [name for name in usual if name in self.row]
             media[kind] = [s for name in columns for s in self._sources(self._take(name), name)]
         return media
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from triptych_data.index import IndexRows, Layout, ShardIndex, checksum, read_index, write_index
 from triptych_data.probe import MediaInfo
-from triptych_data.tar import END, header, padded
+from triptych_data.tar import BLOCK, END, header, padded
 
 MOST_BYTES = 8**11 - 1
 """Of one member: what the eleven octal digits of a ustar header can say."""
@@ -88,7 +88,7 @@ def chat_names(suffixes: list[str]) -> list[str]:
 
 def span_bytes(sizes: list[int]) -> int:
     """Bytes that a sample with members of `sizes` bytes takes in a tar."""
-    return sum(len(header("", 0)) + padded(size) for size in sizes)
+    return sum(BLOCK + padded(size) for size in sizes)
 
 
 def cut(sizes: np.ndarray, shard_size: int, samples_per_shard: int | None) -> np.ndarray:

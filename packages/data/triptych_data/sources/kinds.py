@@ -1,9 +1,11 @@
 """From what a user names to rows: which kind of input each path is, and all of them as one."""
 
 import difflib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,7 @@ class JoinedRows(Reopened):
     sources: tuple[Source, ...]
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def where(self, row: int) -> str:
         source, row = self._locate(row)
@@ -67,18 +69,18 @@ class JoinedRows(Reopened):
     def pieces(self, most: int) -> np.ndarray:
         """The first rows (P,) int64 of what to read at once: `most` rows, or a source's pieces."""
         pieces = []
-        for start, source in zip(self._starts.tolist(), self.sources, strict=False):
+        for start, source in zip(self._starts, self.sources, strict=False):
             own = source.pieces()
             pieces.append(start + (np.arange(0, len(source), most) if own is None else own))
         return np.concatenate(pieces)
 
     def _locate(self, row: int) -> tuple[Source, int]:
-        number = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self.sources[number], row - int(self._starts[number])
+        number = bisect_right(self._starts, row) - 1
+        return self.sources[number], row - self._starts[number]
 
     @cached_property
-    def _starts(self) -> np.ndarray:
-        return np.cumsum([0, *map(len, self.sources)])
+    def _starts(self) -> list[int]:
+        return list(accumulate(map(len, self.sources), initial=0))
 
 
 def find_inputs(paths: Sequence[str | Path], kind: str | None = None) -> list[tuple[Path, str]]:

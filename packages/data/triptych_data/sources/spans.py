@@ -32,19 +32,19 @@ class Spans(Reopened):
 
     @cached_property
     def spans(self) -> np.ndarray:
-        """(N, 3) int64 of `Span`, mapped from `table`."""
-        return np.load(self.table, mmap_mode="r")
+        """(N, 3) int64 of `Span`, mapped from `table`; a plain view, as memmap's rows are slow."""
+        return np.asarray(np.load(self.table, mmap_mode="r"))
 
     @cached_property
     def _file(self) -> BinaryIO:
         return self.text.open("rb", buffering=0)
 
     def number(self, row: int) -> int:
-        return int(self.spans[row, 0])
+        return self.spans.item(row, 0)
 
     def bytes(self, row: int, where: str) -> bytes:
         """The bytes of a record. Raises ValueError for one over RECORD_LIMIT."""
-        _, start, end = self.spans[row].tolist()
+        start, end = self.spans.item(row, 1), self.spans.item(row, 2)
         if end - start > RECORD_LIMIT:
             raise ValueError(
                 f"{where}: a record must have at most {RECORD_LIMIT} bytes, got {end - start}; "
