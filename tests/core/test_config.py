@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+from typing import Annotated
 
 import pytest
+from pydantic import BaseModel, ConfigDict, Field
 
 from triptych_core.config import StageConfig, dump_config, load_config, parse_args, render_help
 
@@ -80,6 +82,26 @@ def test_help_names_every_key_with_its_default():
     text = render_help(StageConfig)
     assert "optim.lr: float = 0.0001" in text
     assert "engine.zero.stage: 0|1|2|3 = 3" in text
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    share: Annotated[float, Field(ge=0)] | None = Field(None, description="of the whole")
+
+
+class Mixed(StageConfig):
+    parts: dict[str, Part] = Field(default_factory=dict)
+
+
+def test_sections_may_be_named_by_the_user():
+    config = load_config(Mixed, None, ["parts.first.share=2", "parts.other={share: 1}"])
+    assert {name: part.share for name, part in config.parts.items()} == {"first": 2.0, "other": 1.0}
+    with pytest.raises(ValueError, match=r"parts\.first\.shar: .* did you mean 'share'\?"):
+        load_config(Mixed, None, ["parts.first.shar=2"])
+    text = render_help(Mixed)
+    assert "parts: dict[str, Part] = {}" in text
+    assert "parts.NAME.share: float | None = None" in text
 
 
 def test_mistakes_exit_with_two_and_print_config_prints(capsys):

@@ -10,7 +10,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -337,17 +338,28 @@ def _unknown_keys(cls: type[BaseModel], tree: dict[str, Any], prefix: str) -> It
             place = prefix.rstrip(".") or "the configuration"
             yield f"{prefix}{key}: must be a key of {place}, got '{key}'{near}"
             continue
-        section = _section_type(field.annotation)
+        section, entry = _section_type(field.annotation), _entry_type(field.annotation)
         if section is not None and isinstance(value, dict):
             yield from _unknown_keys(section, value, f"{prefix}{key}.")
+        elif entry is not None and isinstance(value, dict):
+            for name, tree_of_name in value.items():
+                if isinstance(tree_of_name, dict):
+                    yield from _unknown_keys(entry, tree_of_name, f"{prefix}{key}.{name}.")
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:
     """The pydantic model in an annotation, also behind `X | None`; None for plain values."""
+    if get_origin(annotation) in (dict, list):
+        return None
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
     return None
+
+
+def _entry_type(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model that the values of a dict are; None for other annotations."""
+    return _section_type(get_args(annotation)[1]) if get_origin(annotation) is dict else None
 
 
 def _one_line(item: Any) -> str:
@@ -364,11 +376,13 @@ def _one_line(item: Any) -> str:
 
 def _walk_fields(cls: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
     for key, field in cls.model_fields.items():
-        section = _section_type(field.annotation)
+        section, entry = _section_type(field.annotation), _entry_type(field.annotation)
         if section is None:
             yield prefix + key, field
         else:
             yield from _walk_fields(section, f"{prefix}{key}.")
+        if entry is not None:
+            yield from _walk_fields(entry, f"{prefix}{key}.NAME.")
 
 
 def _default_text(field: FieldInfo) -> str:
@@ -377,9 +391,13 @@ def _default_text(field: FieldInfo) -> str:
 
 
 def _type_text(annotation: Any) -> str:
-    if get_origin(annotation) is Literal:
-        return "|".join(str(value) for value in get_args(annotation))
-    if isinstance(annotation, type) and not get_args(annotation):
-        return annotation.__name__
-    text = str(annotation).replace("typing.", "").replace("pathlib.", "")
-    return text.split(", FieldInfo")[0].replace("Annotated[", "")
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return "|".join(str(value) for value in args)
+    if origin is Annotated:
+        return _type_text(args[0])
+    if origin in (Union, UnionType):
+        return " | ".join(_type_text(arg) for arg in args)
+    if args:
+        return f"{origin.__name__}[{', '.join(_type_text(arg) for arg in args)}]"
+    return "None" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))

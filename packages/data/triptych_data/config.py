@@ -10,6 +10,8 @@ from triptych_data.media_config import JpegConfig, VideoConfig
 # A pixel count below one 2x2 patch pair cannot be an image; the exact floor depends on the model.
 Pixels = Annotated[int, Field(ge=16)]
 
+# Overrides name a source within a dotted path.
+SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
 # A weight for the whole run, or [[point, weight], …] for one that changes during it.
 Weight = float | list[tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)]]]
@@ -38,6 +40,7 @@ class SourceConfig(BaseModel):
     epochs: float | None = Field(
         default=None,
         gt=0,
+        le=1e9,
         description="Passes over this source after which the others go on without it; null: any.",
     )
 
@@ -82,14 +85,14 @@ class DataConfig(BaseModel):
         min_length=1,
         description="Tar shards, folders of shards or glob patterns: the short form of one source.",
     )
-    sources: dict[str, SourceConfig] = Field(
+    sources: dict[SourceName, SourceConfig] = Field(
         default_factory=dict,
         description="Named sources to mix, instead of data.shards: {shards, weight, repeat, "
         "epochs} each. Without weights every epoch holds all samples of all sources.",
     )
     temperature: float | None = Field(
         default=None,
-        gt=0,
+        ge=0.1,
         description="Weigh sources by size^(1/temperature), instead of weights of their own: "
         "1 in proportion to size, high values alike; null: epochs, or the sources' weights.",
     )
@@ -136,12 +139,6 @@ class DataConfig(BaseModel):
     seed: int = Field(
         default=0, ge=0, lt=2**63, description="Seed of every epoch's order of samples."
     )
-    open_bins: int = Field(
-        default=16,
-        ge=1,
-        le=1024,
-        description="Packs kept open while packing; more waste less padding and plan more slowly.",
-    )
     window: int | None = Field(
         default=None,
         ge=64,
@@ -165,8 +162,8 @@ class DataConfig(BaseModel):
         default=32,
         ge=1,
         le=4096,
-        description="Packs of alike cost that follow each other, a power of two, at least the "
-        "number of ranks for balance between them; 1: packs in random order.",
+        description="Packs of alike cost that follow each other, a power of two; four times the "
+        "data ranks balances them well, 1 gives packs in random order.",
     )
     cost: CostConfig = Field(
         default_factory=CostConfig, description="What balance_group takes for a pack's cost."
@@ -258,7 +255,7 @@ def _check_source(path: str, source: SourceConfig) -> None:
             f"{path}.weight: must be [[point, weight], …] with ascending points, got "
             f"{source.weight}; sort the points"
         )
-    if any(weight < 0 or weight == float("inf") for _, weight in source.weights or []):
+    if not all(0 <= weight < float("inf") for _, weight in source.weights or []):
         raise ValueError(
             f"{path}.weight: must be finite and not negative, got {source.weight}; change it"
         )
