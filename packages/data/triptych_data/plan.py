@@ -217,13 +217,18 @@ class Plan:
             wished.weights,
             wished.repeat,
             wished.epochs,
-            float(self.lengths.num_tokens[first:last].mean()),
+            _mean(self.lengths.num_tokens[first:last]),
         )
 
 
 def _default_window(num_tokens: np.ndarray, seq_len: int) -> int:
     """Return the samples that make enough packs, as 8192 times a power of two."""
-    window = _WINDOW
-    while window < _MOST_SAMPLES and window * float(num_tokens.mean()) < _ENOUGH_PACKS * seq_len:
+    window, mean = _WINDOW, _mean(num_tokens)
+    while window < _MOST_SAMPLES and window * mean < _ENOUGH_PACKS * seq_len:
         window *= 2
     return window
+
+
+def _mean(numbers: np.ndarray) -> float:
+    """Return the mean with one rounding, so that it is the same on every machine."""
+    return int(numbers.sum(dtype=np.int64)) / len(numbers)
