@@ -157,7 +157,7 @@ def test_exhausted_sources_end_the_stream_with_an_error():
 CHANGES = {
     "data.seed": {"seed": 4},
     "data.seq_len": {"seq_len": 130},
-    "data.window": {"window": 100},
+    "data.window": {"window": 200},
     "data.max_patches": {"max_patches": 70},
     "data.max_images": {"max_images": 5},
     "data.balance_group": {"balance_group": 4},
