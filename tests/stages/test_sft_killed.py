@@ -15,8 +15,11 @@ from tests.ranks import run_ranks
 from tests.stages.test_sft import metrics, overrides, run_stage
 from tests.tiny import make_model_dir, make_shards
 from triptych_data.ledger import audit, read_ledger
+from triptych_data.loader import PackLoader
+from triptych_models.families import build_model
 
 STEPS = 24
+IMPORTED = (PackLoader, build_model)  # here, so that four forked ranks need not
 
 
 @pytest.fixture(scope="module")
