@@ -94,6 +94,8 @@ def test_ids_grids_and_pixels_are_stock_qwen3_vls(stock, name):
         len(encoded.input_ids),
         encoded.num_targets,
         len(encoded.pixel_values),
+        frames,
+        frames * (height * width) ** 2,
     )
 
 

@@ -79,9 +79,11 @@ def open_video(data: bytes) -> Iterator[Video]:
     Within, whatever FFmpeg finds wrong becomes a ValueError.
     """
     with _opened(data, "video", _VIDEO_FORMATS) as container:
-        if not container.streams.video:
+        covers = import_av().stream.Disposition.attached_pic
+        streams = [s for s in container.streams.video if not s.disposition & covers]
+        if not streams:
             raise ValueError("no video stream")
-        stream = container.streams.video[0]
+        stream = streams[0]
         if stream.codec_context is None:
             raise ValueError("a video of unknown codec")
         stream.codec_context.thread_count = 1  # loaders have a process per core already

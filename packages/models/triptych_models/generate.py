@@ -73,6 +73,8 @@ def left_padded(
     """
     config = model.hf.config
     rows = [prompt.input_ids.cpu() for prompt in prompts] or [torch.tensor([pad_token_id])]
+    # A video comes as images, and stock looks for their token; what it embeds is replaced anyway.
+    rows = [row.masked_fill(row == config.video_token_id, config.image_token_id) for row in rows]
     grids = [p.image_grid_thw.cpu() for p in prompts if p.image_grid_thw is not None]
     pixels = [p.pixel_values.cpu() for p in prompts if p.pixel_values is not None]
     has_image = any(len(grid) for grid in grids)
