@@ -111,6 +111,18 @@ def test_index_uses_processes_and_reports_the_damaged_shard(tmp_path):
     assert "shard-000001.tar: byte" in result.stderr
 
 
+def test_verify_names_the_damaged_sample(tmp_path):
+    shards = make_shards(tmp_path).shards
+    assert read_json("verify", tmp_path / "shards", "--workers", 1)["ok"]
+    data = bytearray(shards[1].read_bytes())
+    data[700] ^= 4
+    shards[1].write_bytes(data)
+    report = json.loads(run("verify", tmp_path / "shards", "--json", code=1).stdout)
+    [problem] = report["problems"]
+    assert (problem["kind"], problem["samples"]) == ("flipped", ["000000005"])
+    assert "flipped: " in run("verify", tmp_path / "shards", code=1).stdout
+
+
 def test_errors_are_one_line_and_code_1(tmp_path):
     bad = write_jsonl(tmp_path / "bad.jsonl", [chat(), {"messages": []}])
     make_shards(tmp_path)
@@ -155,6 +167,7 @@ def test_typos_are_told_from_what_was_meant(tmp_path):
         result = CliRunner().invoke(main, [str(argument) for argument in arguments])
         assert result.exit_code in (1, 2) and message in result.stderr
         assert "Traceback" not in result.stderr and result.stdout == ""
+        assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
 
 
 def test_inspect_forecasts_tokens_and_packs(tmp_path):

@@ -2,7 +2,7 @@
 
 import click
 
-from triptych_data.cli_index import index
+from triptych_data.cli_index import index, verify
 from triptych_data.cli_look import inspect, preview
 from triptych_data.cli_mix import ledger, mix
 from triptych_data.cli_options import OneLineErrors
@@ -16,10 +16,12 @@ def main() -> None:
     \b
     Example:
       triptych-data shard chats.jsonl shards/
-      triptych-data inspect shards/
+      triptych-data verify shards/
+      triptych-data inspect shards/ --model Qwen3-VL-8B --seq-len 8192
       triptych-data preview shards/ --model Qwen3-VL-8B -o preview.html
+    MODEL is a local Hugging Face folder; each command has --help with examples, and --json.
     """
 
 
-for command in (shard, index, inspect, preview, mix, reshard, ledger):
+for command in (shard, index, verify, inspect, preview, mix, reshard, ledger):
     main.add_command(command)

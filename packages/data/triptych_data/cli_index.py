@@ -1,4 +1,4 @@
-"""`triptych-data index`: what gives shards made elsewhere their index, and checks it."""
+"""`triptych-data index` and `verify`: what gives shards made elsewhere an index, and checks it."""
 
 from typing import Literal
 
@@ -17,16 +17,16 @@ from triptych_data.cli_options import print_json, progress
 def index(
     shards: tuple[str, ...], overwrite: bool, any_members: bool, workers: int, as_json: bool
 ) -> None:
-    """Index shards made elsewhere, or verify.
+    """Index shards made elsewhere.
 
-    SHARDS that have an index already are compared with it, byte for byte.
+    SHARDS that have an index already are indexed again and compared with it.
 
     \b
     Example:
       triptych-data index /data/other/*.tar
       triptych-data index /data/cc12m/*.tar --any-members
     """
-    from triptych_data.reader import find_shards
+    from triptych_data.locate import find_shards
     from triptych_data.scan import index_shards
 
     tars, results = find_shards(shards), []
@@ -49,3 +49,35 @@ def index(
         return
     for result in results:
         click.echo(f"{result['shard']}: {result['num_samples']:,} samples, {result['status']}")
+
+
+@click.command()
+@click.argument("shards", nargs=-1, required=True)
+@options.workers
+@options.as_json
+def verify(shards: tuple[str, ...], workers: int, as_json: bool) -> None:
+    """Check every byte of shards.
+
+    Against their indexes: what was flipped, cut off, put in another's place, or is missing from a
+    folder, by shard and sample. The exit code is 1 if anything is wrong.
+
+    \b
+    Example:
+      triptych-data verify shards/
+      triptych-data verify https://example.com/web-{000000..000099}.tar --json
+    """
+    from triptych_data.verify import verify_shards
+
+    with progress() as on_progress:
+        report = verify_shards(
+            shards,
+            num_workers=workers,
+            on_progress=lambda done, total: on_progress("Verifying", done, total),
+        )
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        for line in report.lines():
+            click.echo(line)
+    if not report.ok:
+        raise click.exceptions.Exit(1)

@@ -1,11 +1,14 @@
 """What the commands of `triptych-data` share: options, units, progress, how errors end."""
 
 import difflib
+import errno
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,39 @@ INTERRUPTED = 130
 
 
 class OneLineErrors(click.Group):
-    """What a user can cause (ValueError, OSError) ends with one line and exit code 1."""
+    """What a user can cause ends with one line: in the arguments with exit code 2, else with 1."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        standalone = extra.pop("standalone_mode", True)
+        run: Callable[..., Any] = partial(super().main, *args, **extra, standalone_mode=False)
+        if not standalone:
+            return run()
+        try:
+            code = run()
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            code = error.exit_code
+        except click.UsageError as error:
+            hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+            click.echo(f"Error: {one_line(error.format_message())}{hint}", err=True)
+            code = error.exit_code
+        except click.ClickException as error:
+            error.show()
+            code = error.exit_code
+        except click.Abort:
+            click.echo("Interrupted", err=True)
+            code = INTERRUPTED
+        sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError) as error:
-            raise click.ClickException(" ".join(str(error).split())) from error
+        except BrokenPipeError:  # `| head` has seen enough
+            raise
+        except ValueError as error:
+            raise click.ClickException(one_line(str(error))) from error
+        except OSError as error:
+            raise click.ClickException(describe(error)) from error
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and self.get_command(ctx, args[0]) is None:
@@ -86,6 +115,18 @@ seed = click.option(
 )
 
 
+def one_line(message: str) -> str:
+    """A message without line breaks."""
+    return " ".join(message.split())
+
+
+def describe(error: OSError) -> str:
+    """An error of the system, the file first."""
+    if error.strerror is None:
+        return one_line(str(error))
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+
+
 def print_json(value: Any) -> None:
     """The one thing on standard output with --json."""
     click.echo(json.dumps(value, ensure_ascii=False, indent=2))
@@ -123,11 +164,16 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def resumable(output: Path) -> Iterator[None]:
-    """Ctrl-C says what is kept in `output`, and that the same command goes on."""
+    """Ctrl-C, or a full disk, says what is kept in `output`, and that the same command goes on."""
+    from triptych_data.staging import progress_kept
+
     try:
         yield
     except KeyboardInterrupt:
-        from triptych_data.staging import progress_kept
-
         click.echo(f"Interrupted: {progress_kept(output)}", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
+    except OSError as error:
+        message = describe(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            message = f"{output}: {message}; {progress_kept(output)}"
+        raise click.ClickException(message) from error
