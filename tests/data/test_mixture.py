@@ -152,6 +152,16 @@ def test_an_exhausted_source_in_the_middle_of_a_change():
     assert all(abs(counts[1] - counts[2]) <= 1 for counts in after)
 
 
+def test_what_is_left_of_a_change_goes_on_from_where_it_was():
+    falling, steady = [(0, 1.0), (1000, 0.0)], 1.0
+    mixture = weighted((100, steady, {"epochs": 2}), (10**6, falling), (10**6, steady))
+    at = mixture.start(next(w for w in range(99) if mixture.counts(w)[0] == 200))
+    assert 400 < at < 600
+    weight = 1 - at / 1000  # of the falling one, beside 1.0: linear to zero, as shares are
+    gained = given(mixture, 1000) - given(mixture, at)
+    assert np.allclose(gained[1], (1000 - at) * weight / (1 + weight) / 2, atol=1)
+
+
 def test_the_run_ends_when_all_are_exhausted():
     mixture = MIXTURES["ending"]
     assert mixture.counts(mixture.num_windows) == [2000, 75]
@@ -202,3 +212,37 @@ def test_floats_do_not_decide():
     once = weighted((100, 0.1), (100, 0.2), (100, 0.7))
     again = weighted((100, np.nextafter(0.1, 1)), (100, 0.2), (100, np.nextafter(0.7, 0)))
     assert once.counts(10**9) == again.counts(10**9)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_mixture_keeps_its_promises(seed):
+    rng = np.random.default_rng(seed)
+    has_weights = rng.random() < 0.7
+    sources = []
+    for _ in range(rng.integers(1, 6)):
+        source = {"num_samples": int(rng.integers(1, 2000))}
+        if has_weights:
+            points = sorted(set(rng.integers(0, 9000, rng.integers(1, 5)).tolist()))
+            source["weights"] = [(at, float(rng.choice([0, 1, rng.random()]))) for at in points]
+        else:
+            source["repeat"] = float(rng.choice([0.3, 1, 2.5]))
+        if rng.random() < 0.5:
+            source["epochs"] = float(rng.choice([0.01, 0.5, 1, 3]))
+        sources.append(source | {"mean_tokens": float(rng.integers(1, 2000))})
+    in_tokens = bool(has_weights and rng.random() < 0.3)
+    try:
+        mixture = mix(*sources, window=int(rng.integers(64, 3000)), in_tokens=in_tokens)
+    except ValueError:
+        first = [source["weights"][0][1] for source in sources]
+        assert not any(first)
+        return
+    last = 300 if mixture.num_windows is None else mixture.num_windows
+    counts = np.array([mixture.counts(window) for window in range(last + 1)])
+    assert (np.diff(counts, axis=0) >= 0).all()
+    for given_last, source in zip(counts[-1], sources, strict=True):
+        if "epochs" in source:
+            assert given_last <= max(1, round(source["epochs"] * source["num_samples"]))
+    for position in rng.integers(0, max(1, mixture.start(last)), 20).tolist():
+        window = mixture.window_at(position)
+        assert mixture.start(window) <= position < mixture.start(window + 1)
+        assert mixture.epoch(position) >= 0

@@ -119,6 +119,7 @@ def test_samples_that_no_pack_holds_are_left_out_but_count():
     plan = make_plan(lengths=lengths, max_patches=300, max_images=10)
     packs = up_to(plan, 200)
     assert sorted(samples_of(packs)) == sorted({*range(200)} - {3, 7, 20, 21, 50, 51, 99})
+    assert all(one.next_position == other.position for one, other in pairwise(packs))
     assert packs[-1].next_position == 200
     again = make_plan(lengths=lengths, max_patches=300, max_images=10)
     positions = [pack.position for pack in packs]
