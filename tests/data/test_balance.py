@@ -51,8 +51,11 @@ def test_keys_give_other_orders_and_every_place_is_equally_likely():
 
 
 def test_left_over_packs_come_last_and_from_anywhere():
-    last = {int(balanced_order(np.arange(70.0), 32, key)[-1]) for key in range(50)}
-    assert last == {5, 37, 69}
+    ends = [balanced_order(np.arange(70.0), 32, key)[64:].tolist() for key in range(50)]
+    assert {min(end) for end in ends} == {0, 32, 64}
+    assert all(max(end) == min(end) + 5 for end in ends)
+    assert all(max(end[:4]) - min(end[:4]) in (3, 5) for end in ends)  # in blocks of 4 and 2
+    assert len({tuple(end) for end in ends}) > 10
 
 
 def test_a_group_of_one_is_a_shuffle():
@@ -60,9 +63,9 @@ def test_a_group_of_one_is_a_shuffle():
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.1
 
 
-@pytest.mark.parametrize(("width", "at_most"), [(2048, 1.035), (4096, 1.025)])
+@pytest.mark.parametrize(("width", "at_most"), [(2048, 1.045), (4096, 1.03)])
 def test_eight_ranks_are_balanced_on_long_documents(width, at_most):
-    """The goal is 1.06; packs in the order of packing give 1.37 and 1.22."""
+    """The goal is 1.06; packs in random order give 1.37 and 1.22."""
     plan = make_plan(100_000, 32_768, share_long=0.05, linear=12 * width)
     packs = [pack for window in range(6) for pack in plan.window_packs(window)]
     costs = np.array([plan.costs(pack.samples).sum() for pack in packs], dtype=np.float64)

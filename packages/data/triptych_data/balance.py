@@ -35,17 +35,22 @@ def balanced_order(costs: np.ndarray, group: int, key: int) -> np.ndarray:
 
     Packs are sorted by cost and cut into blocks of `group`, a power of two; blocks are shuffled,
     and in each, every half of every half … is swapped with its sibling or not. So each aligned run
-    of 1, 2, 4, …, `group` packs holds packs that are neighbours by cost. Packs that make no block
-    come last, neighbours too.
+    of 1, 2, 4, …, `group` packs holds packs that are neighbours by cost. Neighbours that are too
+    few for a block, from anywhere among the costs, come last, in smaller blocks.
     """
     assert group > 0 and group & (group - 1) == 0
-    by_cost = np.argsort(costs, kind="stable")
-    num_blocks, rest = divmod(len(costs), group)
-    random = hashes(num_blocks + 1, key)
-    begin = int(random[-1] % np.uint64(num_blocks + 1)) * group  # of the rest, at a random cost
-    blocks = np.concatenate([by_cost[:begin], by_cost[begin + rest :]]).reshape(-1, group)
-    blocks = blocks[np.argsort(random[:-1], kind="stable")]
-    return np.concatenate([_flipped(blocks, key).ravel(), by_cost[begin : begin + rest]])
+    left = np.argsort(costs, kind="stable")
+    order = [left[:0]]
+    while len(left):
+        num_blocks, rest = divmod(len(left), group)
+        random = hashes(num_blocks + 1, key + group)
+        begin = int(random[-1] % np.uint64(num_blocks + 1)) * group
+        blocks = np.concatenate([left[:begin], left[begin + rest :]]).reshape(-1, group)
+        blocks = blocks[np.argsort(random[:-1], kind="stable")]
+        order.append(_flipped(blocks, key).ravel())
+        left = left[begin : begin + rest]
+        group //= 2
+    return np.concatenate(order)
 
 
 def _flipped(blocks: np.ndarray, key: int) -> np.ndarray:
@@ -54,7 +59,7 @@ def _flipped(blocks: np.ndarray, key: int) -> np.ndarray:
     half = group // 2
     while half:
         halves = blocks.reshape(-1, 2, half)
-        swap = hashes(len(halves), key + half) & np.uint64(1) == 1
+        swap = hashes(len(halves), key + 8192 * group + half) & np.uint64(1) == 1
         blocks = np.where(swap[:, None, None], halves[:, ::-1], halves)
         half //= 2
     return blocks.reshape(num_blocks, group)
