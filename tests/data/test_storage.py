@@ -15,6 +15,7 @@ from tests.data.chats import make_shards
 from tests.data.webserver import serving
 from triptych_data import local
 from triptych_data.cache import BlockCache
+from triptych_data.config import DataConfig
 from triptych_data.local import MappedFile, PlainFile, open_local
 from triptych_data.locate import expand_braces, find_shards
 from triptych_data.reader import Shards
@@ -422,3 +423,14 @@ def test_a_file_cut_short_while_mapped_raises(tmp_path):
     os.truncate(tmp_path / "x", 5000)
     assert len(file.read(0, 100_000)) == 5000
     assert len(file.read(90_000, 10)) == 0
+
+
+def test_the_configuration_says_how_remote_shards_are_read(tmp_path):
+    config = DataConfig(
+        shards=["https://host/{0..9}.tar"],
+        seq_len=64,
+        remote={"cache_dir": str(tmp_path), "cache_bytes": 5, "timeout_s": 2, "attempts": 7},
+    )
+    patience = Patience(attempts=7, timeout=2.0)
+    assert config.remote.storage == Storage(str(tmp_path), 5, patience=patience)
+    assert DataConfig(shards=["a.tar"], seq_len=64).remote.storage == Storage()

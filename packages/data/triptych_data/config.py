@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from triptych_data.chat_config import ChatConfig
 from triptych_data.media_config import JpegConfig, VideoConfig
+from triptych_data.remote_config import RemoteConfig
 
 # A pixel count below one 2x2 patch pair cannot be an image; the exact floor depends on the model.
 Pixels = Annotated[int, Field(ge=16)]
@@ -23,7 +24,7 @@ class SourceConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     shards: list[str] = Field(
-        min_length=1, description="Tar shards, folders of shards or glob patterns."
+        min_length=1, description="Tar shards, folders of shards, globs, brace ranges or URLs."
     )
     weight: Weight | None = Field(
         default=None,
@@ -83,7 +84,8 @@ class DataConfig(BaseModel):
     shards: list[str] | None = Field(
         default=None,
         min_length=1,
-        description="Tar shards, folders of shards or glob patterns: the short form of one source.",
+        description="Tar shards, folders of shards, globs, brace ranges or URLs: the short form of "
+        "one source.",
     )
     sources: dict[SourceName, SourceConfig] = Field(
         default_factory=dict,
@@ -173,6 +175,11 @@ class DataConfig(BaseModel):
         description="Whether a sample that no pack can hold stops the run or is left out.",
     )
 
+    remote: RemoteConfig = Field(
+        default_factory=RemoteConfig,
+        description="How shards named by URL are read: {cache_dir, cache_bytes, block_bytes, "
+        "timeout_s, attempts}.",
+    )
     max_bad_rate: float = Field(
         default=0.01,
         ge=0.0,

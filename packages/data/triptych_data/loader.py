@@ -128,7 +128,8 @@ class PackLoader:
 
 def open_sources(config: DataConfig) -> tuple[Shards, list[PlanSource]]:
     """Return the shards of all sources, one source after the other, and what each of them is."""
-    opened = {name: Shards.open(s.shards) for name, s in config.named_sources.items()}
+    storage = config.remote.storage
+    opened = {name: Shards.open(s.shards, storage) for name, s in config.named_sources.items()}
     sources = [PlanSource(n, part.num_samples, part.fingerprint) for n, part in opened.items()]
     return Shards.joined(list(opened.values())), sources
 
