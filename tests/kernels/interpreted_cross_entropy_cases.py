@@ -1,13 +1,12 @@
-"""The cross entropy kernel on the CPU, in float32; run by test_cross_entropy_interpreted.py, or:
+"""The cross entropy kernel on the CPU, in float32.
 
-TRITON_INTERPRET=1 pytest tests/kernels/interpreted_cross_entropy_cases.py.
+Run by test_interpreted.py, or: TRITON_INTERPRET=1 pytest and this file's path.
 """
 
 import pytest
 import torch
 
 from triptych_kernels import linear_cross_entropy, linear_cross_entropy_ref
-from triptych_kernels.linear_cross_entropy import _linear_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -55,36 +54,3 @@ def test_a_capped_logit_far_outside_is_the_cap():
     labels = torch.tensor([1])
     ours = linear_cross_entropy(x, weight, labels, softcap=5.0, backend="triton")
     torch.testing.assert_close(ours, linear_cross_entropy_ref(x, weight, labels, softcap=5.0))
-
-
-def test_opcheck_and_one_graph():
-    x, weight, labels, weights = problem(4, 63)
-    tensors = [t.requires_grad_() for t in (x, weight)]
-    settings = (-100, None, 2, 0.1, 3.0, 0.1, "triton", [True, True, False])
-    torch.library.opcheck(
-        _linear_cross_entropy,
-        (*tensors, None, labels, weights, *settings),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )
-
-    def head(x, w):
-        return linear_cross_entropy(x, w, labels, weights=weights, backend="triton", **TERMS[-1])
-
-    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(
-        torch.autograd.grad(compiled(*tensors), tensors),
-        torch.autograd.grad(head(*tensors), tensors),
-    )
-
-
-def test_twice_the_same_bits():
-    x, weight, labels, weights = problem(6, 700)
-    weight.requires_grad_()
-    first, second = (
-        torch.autograd.grad(
-            linear_cross_entropy(x, weight, labels, weights=weights, chunk_rows=2, **TERMS[-1]),
-            weight,
-        )[0]
-        for _ in range(2)
-    )
-    assert torch.equal(first, second)

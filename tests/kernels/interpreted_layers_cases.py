@@ -1,6 +1,6 @@
 """The Triton kernels of the norms, gates, rope and modulation on the CPU, in float32.
 
-Run by test_layers_interpreted.py, or: TRITON_INTERPRET=1 pytest tests/kernels/interpreted_...py.
+Run by test_interpreted.py, or: TRITON_INTERPRET=1 pytest and this file's path.
 A program takes milliseconds here, so the shapes are small.
 """
 
@@ -27,13 +27,6 @@ from triptych_kernels import (
     rms_norm_ref,
     use_backend,
 )
-from triptych_kernels.add_rms_norm import _add_rms_norm, _add_rms_norm_backward
-from triptych_kernels.gate_add import _gate_add, _gate_add_backward
-from triptych_kernels.gated_rms_norm import _gated_rms_norm, _gated_rms_norm_backward
-from triptych_kernels.geglu import _geglu, _geglu_backward
-from triptych_kernels.layer_norm import _layer_norm, _layer_norm_backward
-from triptych_kernels.modulate import _modulate, _modulate_backward
-from triptych_kernels.rope import _rope
 from triptych_kernels.triton_ops import gated_rms_norm as gated_kernels
 from triptych_kernels.triton_ops import layer_norm as layer_norm_kernels
 from triptych_kernels.triton_ops import rms_norm as rms_norm_kernels
@@ -202,72 +195,6 @@ def test_modulate_by_chunks_of_one_projection(check):
         return lambda x, c: op(x[..., ::2], *c.chunk(2, dim=-1))
 
     check(on(modulate), on(modulate_ref), randn(2, 3, 20), randn(2, 20, seed=1))
-
-
-def requiring_grad(*tensors):
-    return tuple(x.requires_grad_() for x in tensors)
-
-
-def check_backward(op, args):
-    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
-
-
-def test_opcheck():
-    x, residual, weight = requiring_grad(randn(3, 20), randn(3, 20, seed=1), randn(20, seed=2))
-    plain = tuple(t.detach() for t in (x, residual, weight))
-    check = torch.library.opcheck
-    check(_add_rms_norm, (x, residual, weight, 1e-6, True))
-    check_backward(_add_rms_norm_backward, (*plain[:2], plain[0], plain[2], randn(3).exp(), True))
-    check(_gated_rms_norm, (x, residual, weight, 1e-6))
-    check_backward(_gated_rms_norm_backward, (plain[0], *plain, randn(3).exp()))
-    for w, b in ((weight, weight), (None, None)):
-        check(_layer_norm, (x, w, b, 1e-5))
-    check_backward(_layer_norm_backward, (*plain[:2], plain[2], randn(3), randn(3).exp(), True))
-    check(_geglu, (x, residual, True))
-    check_backward(_geglu_backward, (plain[0], *plain[:2], False))
-
-
-def test_opcheck_of_rope_and_modulation():
-    check = torch.library.opcheck
-    x, residual, condition = requiring_grad(randn(9, 20), randn(9, 20, seed=1), randn(5, 20))
-    plain = tuple(t.detach() for t in (x, condition))
-    check(_rope, (x.view(9, 2, 10), x.view(9, 2, 10), randn(9, 4), randn(9, 4), 8, False))
-    check(_modulate, (x, condition, condition, BOUNDS))
-    check_backward(_modulate_backward, (plain[0], *plain, BOUNDS))
-    check(_gate_add, (residual, x, condition, BOUNDS))
-    check_backward(_gate_add_backward, (plain[0], plain[0], plain[0], None))
-
-
-def block(x, weight, condition):
-    """All ops one after the other."""
-    normed, summed = add_rms_norm(x, x * 2, weight)
-    hidden = gated_rms_norm(layer_norm(normed, weight, weight), summed, weight)
-    hidden = modulate(hidden, condition, condition, cu_seqlens=BOUNDS)
-    q, k = apply_rope(hidden.view(9, 2, 10), summed.view(9, 2, 10), COS, COS)
-    hidden = geglu(q.reshape(9, 20), k.reshape(9, 20))
-    hidden = rms_norm(hidden, weight, zero_centered=True)
-    return gate_add(x, hidden, condition, cu_seqlens=BOUNDS)
-
-
-COS = randn(9, 5, seed=5)
-
-
-def test_compiles_in_one_graph_with_the_same_bits_each_time():
-    inputs = requiring_grad(randn(9, 20), randn(20, seed=1), randn(5, 20, seed=2))
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    eager, again, traced = (
-        torch.autograd.grad(op(*inputs).square().sum(), inputs) for op in (block, block, compiled)
-    )
-    assert all(map(torch.equal, eager, again))
-    assert all(map(torch.equal, eager, traced))
-
-
-def test_fake_tensors_pass_through():
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-        x = torch.empty(9, 20, requires_grad=True)
-        y = block(x, torch.empty(20), torch.empty(5, 20))
-        y.sum().backward()
-    assert y.shape == x.grad.shape == (9, 20)
 
 
 def test_a_second_derivative_is_refused():

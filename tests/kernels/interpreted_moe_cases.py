@@ -1,6 +1,6 @@
 """The Triton code of moe_mlp, newton_schulz and weighted_sum on the CPU, in float32.
 
-Run by test_moe_interpreted.py, or with TRITON_INTERPRET=1 by pytest and this file's path.
+Run by test_interpreted.py, or: TRITON_INTERPRET=1 pytest and this file's path.
 A program takes milliseconds here, so the shapes are small.
 """
 
@@ -15,11 +15,8 @@ from triptych_kernels import (
     weighted_sum,
     weighted_sum_ref,
 )
-from triptych_kernels.moe import _moe_mlp, _moe_mlp_backward
-from triptych_kernels.newton_schulz import _symmetric_product_op
 from triptych_kernels.triton_ops import moe as moe_kernels
 from triptych_kernels.triton_ops import newton_schulz as newton_schulz_kernels
-from triptych_kernels.weighted_sum import _weighted_sum
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -105,49 +102,3 @@ def test_weighted_sum_of_equal_tensors_slices_and_out():
     torch.testing.assert_close(weighted_sum(pieces, [0.5, 0.5]), (x[1:9] + x[2:10]) / 2)
     assert weighted_sum(pieces, [0.5, 0.5], out=pieces[0]) is pieces[0]
     assert weighted_sum([x[:0]], [1.0]).shape == (0,)
-
-
-def test_opcheck():
-    experts = experts_of(4, 3, 2)
-    plain = randn(4, 8), randn(3, 16, 8, seed=1), randn(3, 8, 8, seed=2), randn(4, 2, seed=3)
-    y, *kept = _moe_mlp(*plain, experts, "triton")
-    leaves = [t.clone().requires_grad_() for t in plain]
-    torch.library.opcheck(_moe_mlp, (*leaves, experts, "triton"))
-    wants = [True, True, True, True]
-    torch.library.opcheck(_moe_mlp_backward, (y, *plain, *kept, "triton", wants))
-    r = randn(2, 9, 9) + randn(2, 9, 9).mT
-    torch.library.opcheck(_symmetric_product_op, (r, r, r, 0.5, 2.0))
-    torch.library.opcheck(_weighted_sum, ([r, r], [0.5, 0.5], torch.float32, "triton"))
-
-
-def test_compiles_in_one_graph():
-    experts = experts_of(4, 3, 2)
-
-    def block(x, gate_up, down, weights):
-        y = moe_mlp(x, gate_up, down, weights, experts, backend="triton")
-        z = newton_schulz(y, compute_dtype=torch.float32, backend="triton")
-        return weighted_sum([y, z], [0.25, 0.75], backend="triton")
-
-    leaves = [
-        t.requires_grad_()
-        for t in (randn(4, 8), randn(3, 16, 8, seed=1), randn(3, 8, 8, seed=2), randn(4, 2, seed=3))
-    ]
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    for got, want in zip(
-        (compiled(*leaves), *torch.autograd.grad(compiled(*leaves).sum(), leaves)),
-        (block(*leaves), *torch.autograd.grad(block(*leaves).sum(), leaves)),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, want)
-
-
-def test_the_same_bits_twice():
-    experts = experts_of(9, 3, 2)
-    leaves = [
-        t.requires_grad_()
-        for t in (randn(9, 8), randn(3, 16, 8, seed=1), randn(3, 8, 8, seed=2), randn(9, 2, seed=3))
-    ]
-    first, second = (
-        torch.autograd.grad(moe_mlp(*leaves, experts).square().sum(), leaves) for _ in range(2)
-    )
-    assert all(map(torch.equal, first, second))

@@ -25,6 +25,7 @@ class Case:
     ours: Callable[..., Any]
     plain: Callable[..., Any]
     differentiable: bool = True
+    beyond: tuple[str, ...] = ()  # backends that do not have what this case asks for
     float64: bool = True  # whether the reference computes in it, for gradcheck
 
     def tensors(self, dtype: torch.dtype = torch.float32, tokens: int = TOKENS) -> list[Tensor]:
@@ -61,7 +62,8 @@ def attention(**options: Any) -> Case:
         return run
 
     shapes = ((TOKENS, 4, 8), (TOKENS, 2, 8), (TOKENS, 2, 8))
-    return Case("attention", shapes, call(tk.attention), call(tk.attention_ref))
+    beyond = ("sdpa",) if "return_lse" in options or "softcap" in options else ()
+    return Case("attention", shapes, call(tk.attention), call(tk.attention_ref), beyond=beyond)
 
 
 def cross_entropy(**options: Any) -> Case:
@@ -162,16 +164,42 @@ def averaged(*tensors: Tensor) -> Tensor:
     return tk.weighted_sum_ref(tensors, [0.3, -0.5, 1.0])
 
 
+def zero_centred(op: str, ours: Any, plain: Any, *shapes: tuple[int, ...]) -> Case:
+    return Case(
+        op,
+        shapes,
+        lambda *x, **backend: ours(*x, zero_centered=True, **backend),
+        lambda *x: plain(*x, zero_centered=True),
+        beyond=("torch",),
+    )
+
+
 HIDDEN = (TOKENS, 20)
 CASES: dict[str, Case] = {
     "attention": attention(causal=True),
     "attention bidirectional with lse": attention(causal=False, return_lse=True),
+    "attention window": attention(causal=True, window=3),
     "attention window and softcap": attention(causal=True, window=3, softcap=1.5),
     "linear_cross_entropy": cross_entropy(chunk_rows=4),
     "linear_cross_entropy all terms": cross_entropy(
         chunk_rows=4, z_loss=0.1, softcap=2.0, label_smoothing=0.1, weights=1, return_per_token=True
     ),
     "rms_norm": Case("rms_norm", (HIDDEN, (20,)), tk.rms_norm, tk.rms_norm_ref),
+    "rms_norm zero-centred": zero_centred("rms_norm", tk.rms_norm, tk.rms_norm_ref, HIDDEN, (20,)),
+    "add_rms_norm zero-centred": zero_centred(
+        "add_rms_norm", tk.add_rms_norm, tk.add_rms_norm_ref, HIDDEN, HIDDEN, (20,)
+    ),
+    "layer_norm without weights": Case(
+        "layer_norm", (HIDDEN,), lambda x, **b: tk.layer_norm(x, **b), tk.layer_norm_ref
+    ),
+    "geglu exact": Case(
+        "geglu",
+        (HIDDEN, HIDDEN),
+        lambda *x, **b: tk.geglu(*x, approximate="none", **b),
+        lambda *x: tk.geglu_ref(*x, approximate="none"),
+    ),
+    "modulate per token": Case("modulate", (HIDDEN,) * 3, tk.modulate, tk.modulate_ref),
+    "gate_add per token": Case("gate_add", (HIDDEN,) * 3, tk.gate_add, tk.gate_add_ref),
     "add_rms_norm": Case(
         "add_rms_norm", (HIDDEN, HIDDEN, (20,)), tk.add_rms_norm, tk.add_rms_norm_ref
     ),

@@ -1,4 +1,4 @@
-"""Runs interpreted_cases.py in a process of its own: Triton reads TRITON_INTERPRET at import."""
+"""The Triton code itself, on the CPU: in one process of its own, as Triton reads the flag early."""
 
 import os
 import subprocess
@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 
-CASES = Path(__file__).with_name("interpreted_cases.py")
+HERE = Path(__file__).parent
+FILES = [*sorted(HERE.glob("interpreted_*cases.py")), HERE / "test_every_op.py"]
 
 
 def test_triton_kernels_under_the_interpreter():
     pytest.importorskip("triton")
     pytest.importorskip("numpy")  # the interpreter computes with it
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("this is an interpreting process already")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--no-header", str(CASES)],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--no-header", *map(str, FILES)],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
