@@ -65,6 +65,7 @@ class Op:
     backward: Callable[[Shape], Work] | None
     compiled: str = "eager"
     cuda_only: frozenset[str] = field(default=frozenset({"liger", "quack"}))
+    floors: frozenset[str] = frozenset()  # providers that do only a part of the op, as a bound
 
     def work(self, shape: Shape, mode: str) -> Work:
         forward = self.forward(shape)

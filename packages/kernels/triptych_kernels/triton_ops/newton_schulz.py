@@ -109,13 +109,25 @@ def _kernel(
         y_at += DEPTH
 
     total = total * alpha
-    # Of a tile on the diagonal, too, only the lower half counts: each element is written once.
-    lower = (row < size)[:, None] & (row[:, None] >= col[None, :])
+    if (tile_col + 1) * COLS <= tile_row * ROWS:
+        inside = (row < size)[:, None] & (col < size)[None, :]
+        above = (col < size)[:, None] & (row < size)[None, :]
+        _store(out_ptr, plus_ptr, total, row, col, size, beta, inside, above, HAS_PLUS)
+    else:
+        # On the diagonal only the lower half counts: each element is written once. Such a mask
+        # keeps stores from being joined, so the other tiles, which are most, do without it.
+        inside = (row < size)[:, None] & (row[:, None] >= col[None, :])
+        above = (row < size)[None, :] & (row[None, :] > col[:, None])
+        _store(out_ptr, plus_ptr, total, row, col, size, beta, inside, above, HAS_PLUS)
+
+
+@triton.jit
+def _store(out_ptr, plus_ptr, total, row, col, size, beta, inside, above, HAS_PLUS: tl.constexpr):
+    """total + beta plus, where the tile lies and, transposed, on the other side."""
     at = row.to(tl.int64)[:, None] * size + col[None, :]
     if HAS_PLUS:
-        total += beta * tl.load(plus_ptr + at, mask=lower, other=0.0).to(tl.float32)
+        total += beta * tl.load(plus_ptr + at, mask=inside, other=0.0).to(tl.float32)
     result = total.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + at, result, mask=lower)
+    tl.store(out_ptr + at, result, mask=inside)
     mirrored = col.to(tl.int64)[:, None] * size + row[None, :]
-    above = (row < size)[None, :] & (row[None, :] > col[:, None])
     tl.store(out_ptr + mirrored, tl.trans(result), mask=above)
