@@ -99,6 +99,10 @@ def test_lengths_after_resampling_are_known_from_seconds():
             samples = -(-count * 16_000 // rate)
             frames = max(min(samples, 480_000), 201) // 160
             assert audio_frames(count / rate) == frames
+    for factor in (1, 2, 3, 6):  # one sample short of a frame, which rounding could make up for
+        for frames in range(2, 3000):
+            count = factor * (160 * frames - 1)
+            assert audio_frames(count / (16_000 * factor)) == frames - 1
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 24_000, 44_100, 48_000, 96_000, 22_051])
@@ -136,6 +140,16 @@ def test_resampling_a_longer_wave_in_phases_is_resampling_its_start():
     wave = voice(1.0, rate=44_100)
     whole, start = resample(wave, 44_100, 16_000), resample(wave[:20_000], 44_100, 16_000)
     torch.testing.assert_close(whole[:7_000], start[:7_000], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["wav24", "flac", "mp3"])
+def test_a_long_recording_is_cut_off_and_not_read_to_its_end(name):
+    data = sound(4.0, **FILES[name])
+    rules = AudioRules(max_seconds=1.0)
+    cut = load_wave(data, 16_000)[:16_000]
+    torch.testing.assert_close(encode_audio(data, rules), log_mel(cut, rules))
+    rate, channels = clips.read_audio(data, 1.1)
+    assert 1.1 * rate <= channels.shape[1] < 1.3 * rate
 
 
 def test_stereo_is_the_mean_of_its_channels():

@@ -40,15 +40,19 @@ def encode_audio(data: bytes, rules: AudioRules = WHISPER, *, pad: bool = False)
     `pad` fills with silence up to `max_seconds`, before the features are scaled, as Whisper does.
     Raises ValueError for a file that cannot be decoded.
     """
-    wave = load_wave(data, rules.rate)[: _most_samples(rules)]
+    # A little more than is kept: the filter reaches beyond the cut.
+    wave = load_wave(data, rules.rate, rules.max_seconds + 0.1)[: _most_samples(rules)]
     if pad:
         wave = functional.pad(wave, (0, _most_samples(rules) - len(wave)))
     return log_mel(wave, rules)
 
 
-def load_wave(data: bytes, rate: int) -> Tensor:
-    """The sound of an audio file at `rate` Hz: (n,) float32, the mean of its channels."""
-    own_rate, channels = clips.read_audio(data)
+def load_wave(data: bytes, rate: int, max_seconds: float | None = None) -> Tensor:
+    """The sound of an audio file at `rate` Hz: (n,) float32, the mean of its channels.
+
+    What comes after `max_seconds` may be left out. Raises ValueError as `clips.read_audio`.
+    """
+    own_rate, channels = clips.read_audio(data, max_seconds)
     return resample(torch.from_numpy(channels).mean(dim=0), own_rate, rate)
 
 

@@ -118,34 +118,25 @@ def probe_audio(data: bytes) -> AudioInfo:
 
     Raises ValueError for what is no whole wav, flac, mp3, ogg or m4a file with sound.
     """
-    rate, samples = read_audio(data)
-    return AudioInfo(_audio_suffix(data), samples.shape[1] / rate)
+    num_samples, rate = 0, 1
+    for rate, samples in _decode_audio(data):  # noqa: B007 - of the last part, as of all
+        num_samples += samples.shape[1]
+    return AudioInfo(_audio_suffix(data), num_samples / rate)
 
 
-def read_audio(data: bytes) -> tuple[int, np.ndarray]:
+def read_audio(data: bytes, max_seconds: float | None = None) -> tuple[int, np.ndarray]:
     """The sound of a file: its rate in Hz and its samples (channels, n) float32 in [-1, 1].
 
-    Raises ValueError for a file that is no sound, is damaged or changes its rate.
+    What comes after `max_seconds` may be left out. Raises ValueError for a file that is no sound,
+    is damaged or changes its rate or channels.
     """
-    av = import_av()
-    with _opened(data, "audio", _AUDIO_FORMATS) as container:
-        if not container.streams.audio:
-            raise ValueError("no audio stream")
-        stream = container.streams.audio[0]
-        if stream.codec_context is None or not stream.rate:
-            raise ValueError("audio of unknown codec")
-        rate, parts, left = stream.rate, [], MAX_AUDIO_SAMPLES
-        convert = av.AudioResampler(format="fltp", layout=stream.layout, rate=rate)
-        for frame in container.decode(stream):
-            if frame.is_corrupt or frame.rate != rate:
-                raise ValueError("a damaged frame, or one of another rate")
-            parts += [part.to_ndarray() for part in convert.resample(frame)]
-            left -= frame.samples * len(frame.layout.channels)
-            if left < 0:
-                raise ValueError(f"over {MAX_AUDIO_SAMPLES} samples")
-        if not parts:
-            raise ValueError("no sound")
-        return rate, np.concatenate(parts, axis=1)
+    rate, parts, num_samples = 1, list[np.ndarray](), 0
+    for rate, samples in _decode_audio(data):
+        parts.append(samples)
+        num_samples += samples.shape[1]
+        if max_seconds is not None and num_samples >= max_seconds * rate:
+            break
+    return rate, np.concatenate(parts, axis=1)
 
 
 def import_av() -> ModuleType:
@@ -219,6 +210,31 @@ def _decode_at(video: Video, times: np.ndarray) -> Iterator["VideoFrame"]:
             raise ValueError(f"no whole frame at {float(time * video.base):.3f} s")
         _check_size(frame)
         yield frame
+
+
+def _decode_audio(data: bytes) -> Iterator[tuple[int, np.ndarray]]:
+    """The sound of a file in parts, at least one: the rate and (channels, n) float32."""
+    av = import_av()
+    with _opened(data, "audio", _AUDIO_FORMATS) as container:
+        if not container.streams.audio:
+            raise ValueError("no audio stream")
+        stream = container.streams.audio[0]
+        if stream.codec_context is None or not stream.rate:
+            raise ValueError("audio of unknown codec")
+        rate, num_channels = stream.rate, stream.channels
+        convert = av.AudioResampler(format="fltp", layout=stream.layout, rate=rate)
+        left = MAX_AUDIO_SAMPLES
+        for frame in container.decode(stream):
+            if frame.is_corrupt or frame.rate != rate:
+                raise ValueError("a damaged part, or one of another rate")
+            for part in convert.resample(frame):
+                samples = part.to_ndarray()
+                left -= samples.size
+                if left < 0 or len(samples) != num_channels:
+                    raise ValueError(f"over {MAX_AUDIO_SAMPLES} samples, or other channels")
+                yield rate, samples
+        if left == MAX_AUDIO_SAMPLES:
+            raise ValueError("no sound")
 
 
 def _seek(video: Video, key: int) -> Iterator["VideoFrame"]:
