@@ -201,7 +201,8 @@ def _draw_bars(axis: object, rows: list[Row], providers: list[str]) -> None:
                 va="bottom",
                 fontsize=6,
             )
-    axis.set_xticks(range(len(shapes)), shapes, fontsize=7)
+    slanted = {"rotation": 12, "ha": "right"} if len(shapes) > 3 else {}
+    axis.set_xticks(range(len(shapes)), shapes, fontsize=7, **slanted)
     axis.set_xlim(-0.6, len(shapes) - 0.4)
     axis.margins(y=0.12)
     axis.set_ylabel(f"{'device' if on_device else 'wall'} time / fastest (us above)")
