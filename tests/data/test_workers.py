@@ -172,7 +172,7 @@ def test_a_killed_trainer_leaves_nothing_behind(tmp_path, killer):
 
 
 def server_pid():
-    return start_server()._process.pid
+    return start_server().pid
 
 
 def children(pid):

@@ -81,6 +81,11 @@ class _Server:
         self._lock = threading.Lock()
         atexit.register(self.close)
 
+    @property
+    def pid(self) -> int:
+        """The server's process id."""
+        return self._process.pid
+
     def request(self, *words: Any, descriptors: tuple[int, ...] = ()) -> Any:
         """Return the answer to a request. Raises what it raised, or RuntimeError if it died."""
         with self._lock:
