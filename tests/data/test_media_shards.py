@@ -3,13 +3,16 @@
 import base64
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from tests.data.chats import encoded_image, write_jsonl
 from tests.data.media import clip, sound
 from tests.data.packs import MODEL, tiny_processor
+from triptych_data.cli import main
 from triptych_data.index import index_paths, write_index
 from triptych_data.preview import build_page
 from triptych_data.reader import Shards
@@ -112,3 +115,17 @@ def _videos(shards):
     from triptych_data.probe import probe_media
 
     return [probe_media(data, "video", "x") for data in shards.read(0).media[:2]]
+
+
+def test_without_pyav_the_command_to_install_it_is_told(tmp_path, monkeypatch):
+    """Not a bad line, which --skip-bad would leave out, nor a bad sample, which is a hole."""
+    (tmp_path / "a.mp4").write_bytes(clip(4))
+    question = {"role": "user", "content": "<video>"}
+    record = {"messages": [question, ANSWER], "videos": ["a.mp4"]}
+    source = write_jsonl(tmp_path / "chats.jsonl", [record])
+    monkeypatch.setitem(sys.modules, "av", None)
+    arguments = ["shard", str(source), str(tmp_path / "out"), "--skip-bad", "--workers=1"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert "run: pip install 'triptych-data[video,audio]'" in result.output
+    assert "Traceback" not in result.output

@@ -37,7 +37,14 @@ def test_measure_agrees_with_encode(shards):
         encoded = processor.encode(shards.read(i))
         measured = processor.measure(shards.read_json(i), shards.media_of(i))
         patches = 0 if encoded.pixel_values is None else len(encoded.pixel_values)
-        assert measured == (len(encoded.input_ids), encoded.num_targets, patches)
+        images = encoded.image_grid_thw.prod(dim=1)
+        assert measured == (
+            len(encoded.input_ids),
+            encoded.num_targets,
+            patches,
+            len(images),
+            int((images**2).sum()),
+        )
 
 
 def test_encoded_parts_fit_each_other(shards):

@@ -49,7 +49,7 @@ class OneLineErrors(click.Group):
             return super().invoke(ctx)
         except BrokenPipeError:  # `| head` has seen enough
             raise
-        except ValueError as error:
+        except (ValueError, ImportError) as error:  # ImportError: an optional package is missing
             raise click.ClickException(one_line(str(error))) from error
         except OSError as error:
             raise click.ClickException(describe(error)) from error
