@@ -1,5 +1,6 @@
 import io
 import json
+import pickle
 import random
 import tarfile
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import webdataset
 
 from tests.data.chats import chat, encoded_image, make_shards
-from triptych_data.index import DTYPES, index_paths, read_index, write_index
+from triptych_data.index import DTYPES, IndexDamage, index_paths, read_index, write_index
 from triptych_data.reader import Shards
 from triptych_data.sample import dump_json
 from triptych_data.scan import build_index
@@ -236,6 +237,14 @@ def test_an_index_of_another_shard_is_refused(tmp_path):
         mine.write_bytes(theirs.read_bytes())
     with pytest.raises(ValueError, match=r"must have the \d+ bytes of its index"):
         read_index(first)
+
+
+def test_damage_crosses_processes_with_its_kind(shard):
+    index_paths(shard)[1].unlink()
+    with pytest.raises(IndexDamage) as error:
+        read_index(shard)
+    copy = pickle.loads(pickle.dumps(error.value))
+    assert (str(copy), copy.kind) == (str(error.value), "missing")
 
 
 def test_a_missing_index_says_how_to_make_it(shard):

@@ -87,7 +87,7 @@ def test_samples_are_warmed_together(server, storage):
 
 
 @pytest.mark.parametrize(
-    "fault", ["unavailable", "stall", "cut", "hang_up", "trickle", "elsewhere"]
+    "fault", ["unavailable", "stall", "cut", "hang_up", "trickle", "elsewhere", "endless"]
 )
 def test_what_fails_twice_is_read_in_the_end(folder, server, storage, fault):
     shards = Shards.open([server.url + "/shard-000001.tar"], storage)

@@ -139,6 +139,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         return True
 
+    def endless(self) -> bool:
+        """More bytes than were asked for, and ever more."""
+        self.send_response(206)
+        self.send_header("Content-Range", self.headers["Range"].replace("=", " ") + "/*")
+        self.end_headers()
+        self.close_connection = True
+        try:
+            while True:
+                self.wfile.write(b"x" * 65536)
+        except OSError:
+            return True
+
     def elsewhere(self) -> bool:
         """The bytes of another range than the one asked for."""
         self.respond(206, b"x" * 100, [("Content-Range", "bytes 7-106/1000")])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 LOCAL_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "tmpfs"}
 """Others, such as NFS, Lustre or FUSE, may fail for a moment; that must raise, not kill."""
-MAPPED_LIMIT = 512_000_000
+MAPPED_LIMIT = 256_000_000
 """Bytes read from maps before their pages are let go: else a process seems to grow to the size of
 the data, as pages of the file cache that are mapped count as resident."""
 LARGE = 1 << 18

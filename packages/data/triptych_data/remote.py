@@ -184,7 +184,8 @@ class _Http:
             if end is not None and not _answers(response.headers.get("Content-Range"), start):
                 got = response.headers.get("Content-Range")
                 raise Transient(f"Content-Range {got!r} for bytes {start} to {end}")
-            data = b"".join(_timed(self._body(response), patience.timeout))
+            pieces = _timed(self._body(response), patience.timeout)
+            data = _joined(pieces, None if end is None else end - start)
         except BaseException:
             response.close()  # the rest of the body must not be taken for the next answer
             raise
@@ -344,6 +345,16 @@ def _timed(pieces: Iterator[bytes], timeout: float) -> Iterator[bytes]:
         size += len(piece)
         if time.monotonic() > start + timeout + size / SLOWEST:
             raise Transient(f"{size} bytes in {time.monotonic() - start:.0f} s")
+
+
+def _joined(pieces: Iterator[bytes], wanted: int | None) -> bytes:
+    """The pieces as one, no more of them than go beyond `wanted` bytes: a body may never end."""
+    data = bytearray()
+    for piece in pieces:
+        data += piece
+        if wanted is not None and len(data) > wanted:
+            raise Transient(f"more than the {wanted} bytes that were asked for")
+    return bytes(data)
 
 
 def _reason(error: BaseException) -> str:
