@@ -1,5 +1,6 @@
 """Real chat templates and ours in the manner of others, over random and adversarial chats."""
 
+import json
 import random
 import unicodedata
 
@@ -296,10 +297,10 @@ def test_no_tool_makes_a_control_token(chats, name):
 
 
 def test_turns_are_selected(folders, chats):
-    messages = [user("a"), says("b"), user("c"), calls({"what": "d"}), result("e"), says("f")]
+    messages = [user("a"), says("\n\nb"), user("c"), calls({"what": "d"}), result("e"), says("f")]
     call = '<tool_call>\n{"name": "find", "arguments": {"what": "d"}}\n</tool_call><|im_end|>'
     chat, last = chats["qwen3_vl"], tokenizer(folders["qwen3_vl"], train_turns="last")
-    assert trained(chat, messages) == f"b<|im_end|>{call}f<|im_end|>"
+    assert trained(chat, messages) == f"\n\nb<|im_end|>{call}f<|im_end|>"
     assert trained(last, messages) == f"{call}f<|im_end|>"  # all since the user's last message
     for off in ({"train": False}, {"weight": 0}):
         chosen = [messages[0], messages[1] | off, *messages[2:]]
@@ -350,6 +351,11 @@ CHATML = (
             [user("a"), says("b")],
             "after the prompt it makes",
         ),
+        (
+            ("m.content", "m.content|length ~ m.content"),
+            [user("a"), says("b")],
+            "got that of messag",
+        ),
         (("m.content", "m.missing.more"), [user("a"), says("b")], "refuses the messages"),
         (("m.content", "1 // 0 ~ m.content"), [user("a"), says("b")], "refuses the messages"),
         (
@@ -366,6 +372,34 @@ def test_templates_that_change_what_is_said_are_refused(tmp_path, change, messag
     with pytest.raises(ValueError, match=error) as refused:
         tokenizer(folder, date=None).encode(messages)
     assert str(folder) in str(refused.value)
+
+
+CALL = "(m.content or '') + (m.tool_calls[0].function | tojson if m.tool_calls else '')"
+
+
+def test_arguments_are_no_text_within_json(tmp_path):
+    chat = tokenizer(model_folder(tmp_path, CHATML.replace("m.content", CALL)))
+    for arguments in ({"what": "é<"}, '{"what":"é<"}'):
+        assert trained(chat, [user("a"), calls(arguments)]) == (
+            '{"name": "find", "arguments": {"what": "é<"}}<|im_end|>'
+        )
+    with pytest.raises(ValueError, match=r"messages\[1\].tool_calls\[0\].arguments: must be JSON"):
+        chat.encode([user("a"), calls("{what")])
+
+
+@pytest.mark.parametrize("side", ["lstrip", "rstrip"])
+def test_control_tokens_that_take_blanks_are_as_in_stock(tmp_path, side):
+    folder = model_folder(tmp_path, CHATML)
+    path = folder / "tokenizer.json"
+    described = json.loads(path.read_text())
+    for token in described["added_tokens"]:
+        token[side] = True
+    path.write_text(json.dumps(described))
+    stock = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    messages = [user("a \n"), says("b\n"), user(" c"), says("d ")]
+    tokens = tokenizer(folder).encode(messages)
+    assert tokens.input_ids.tolist() == stock.apply_chat_template(messages)["input_ids"]
+    assert tokens.trained.sum() >= 4
 
 
 def test_unknown_tools_are_refused(chats):

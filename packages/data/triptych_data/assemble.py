@@ -27,11 +27,19 @@ class MediaTokens(NamedTuple):
 
 
 class Assembly(NamedTuple):
-    """Text to encode, and for each anchor in it the id it stands for and how often."""
+    """Text to encode, and what each of the anchors in it stands for."""
 
     anchored: str
-    ids: list[int]
-    counts: list[int]
+    controls: list["AnchoredControl"]
+
+
+class AnchoredControl(NamedTuple):
+    """An id, how often, whether it is trained, and whether the text after it is."""
+
+    id: int
+    times: int
+    train: bool
+    train_after: bool
 
 
 def assemble(
@@ -59,22 +67,24 @@ def disassemble(encoded: np.ndarray, assembly: Assembly) -> ChatTokens:
     """Turn what an encoder made of `assembly.anchored` into the chat's tokens."""
     ids: list[np.ndarray] = []
     trained: list[np.ndarray] = []
-    start, open_, number = 0, False, 0
+    start, train = 0, False
+    controls = iter(assembly.controls)
 
-    def add(chunk: np.ndarray) -> None:
+    def add(chunk: np.ndarray, train: bool) -> None:
         ids.append(chunk)
-        trained.append(np.full(len(chunk), open_))
+        trained.append(np.full(len(chunk), train))
 
     for at in np.flatnonzero(encoded < 0).tolist():
-        add(encoded[start:at])
+        add(encoded[start:at], train)
         start = at + 1
         if encoded[at] > FIRST_CONTROL_ID:
-            open_ = bool(encoded[at] == OPEN_ID)
+            train = bool(encoded[at] == OPEN_ID)
         else:
-            add(np.full(assembly.counts[number], assembly.ids[number], dtype=np.int64))
-            number += 1
-    add(encoded[start:])
-    assert number == len(assembly.ids)
+            control = next(controls)
+            add(np.full(control.times, control.id, dtype=np.int64), control.train)
+            train = control.train_after
+    add(encoded[start:], train)
+    assert next(controls, None) is None  # as many anchors came back
     return ChatTokens(np.concatenate(ids), np.concatenate(trained))
 
 
@@ -110,19 +120,24 @@ class _Builder:
         self._media = media
         self._found: list[str] = []
         self._out: list[str] = []
-        self._ids: list[int] = []
-        self._counts: list[int] = []
+        self._anchored: list[AnchoredControl] = []
         self._training = False
+        self._after_control = False
 
     def border(self, train: bool) -> None:
         """A border even where nothing changes, so that ids do not depend on what is trained."""
         self._out.append(OPEN if train else CLOSE)
-        self._training = train
+        self._training, self._after_control = train, False
 
     def text(self, text: str, train: bool) -> None:
         if train != self._training:
-            self.border(train)
+            if self._after_control:  # no border: a control token may take blanks after it
+                self._anchored[-1] = self._anchored[-1]._replace(train_after=train)
+                self._training = train
+            else:
+                self.border(train)
         self._out.append(text)
+        self._after_control = False
 
     def template_text(self, text: str, train: bool) -> None:
         parts = self._controls.pattern.split(text)
@@ -143,7 +158,7 @@ class _Builder:
                 f"{self._found or 'none'} for {expected or 'none'}; use a template that supports "
                 "them"
             )
-        return Assembly("".join(self._out), self._ids, self._counts)
+        return Assembly("".join(self._out), self._anchored)
 
     def _medium(self, placeholder: str) -> None:
         kind = self._controls.placeholders[placeholder]
@@ -157,9 +172,10 @@ class _Builder:
                 self._control(placeholder, piece, False, token)
 
     def _control(self, token: str, count: int, train: bool, number: int | None = None) -> None:
-        self.text(self._controls.anchors[token], train)
-        self._ids.append(self._controls.ids[token] if number is None else number)
-        self._counts.append(count)
+        self._out.append(self._controls.anchors[token])
+        number = self._controls.ids[token] if number is None else number
+        self._anchored.append(AnchoredControl(number, count, train, self._training))
+        self._after_control = True
 
     def _wraps_a_medium(self, parts: Sequence[str], i: int) -> bool:
         beside = [
