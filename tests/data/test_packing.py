@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from triptych_data.packing import Budget, pack_lengths
+from triptych_data.packing import Budget, Packs, pack_lengths, split_packs
 
 
 def bins(lengths, capacity, budgets=()):
@@ -109,3 +109,19 @@ def test_the_largest_fields_of_the_configuration_fit():
     lengths = np.array([2**21, 1, 2**20])
     budgets = [Budget(np.array([0, 2**22, 2**22]), 2**22), Budget(np.array([2**14] * 3), 2**14)]
     assert sorted(bins(lengths, 2**21, budgets)) == [[0], [1], [2]]
+
+
+def test_packs_are_split_to_a_multiple():
+    packs = Packs(np.arange(13), np.array([0, 1, 6, 9, 13]))
+    got = split_packs(packs, 6)
+    assert [got[p].tolist() for p in range(len(got))] == [
+        [0],
+        [1, 2],
+        [3, 4, 5],
+        [6, 7, 8],
+        [9, 10],
+        [11, 12],
+    ]
+    assert split_packs(packs, 4) is not None and len(split_packs(packs, 4)) == 4
+    assert len(split_packs(packs, 8)) == 4  # a pack of one item cannot be split
+    assert len(split_packs(packs, 32)) == 4

@@ -206,23 +206,34 @@ def test_this_stream_may_never_change():
     ]
 
 
-def test_windows_grow_with_the_length_of_packs():
-    assert make_reference_plan(20_000, 8192).window == 8192
-    assert make_reference_plan(20_000, 32_768).window == 32_768
+def test_windows_grow_with_the_length_of_packs_but_not_beyond_passes():
+    assert make_reference_plan(20_000, 512).window == 8192
+    assert make_reference_plan(20_000, 8192).window == 2**16
     assert make_reference_plan(20_000, 2**20).window == 2**17
+    assert make_reference_plan(20_000, 8192, num_sources=2).window == 8192
+    assert make_reference_plan(200_000, 8192, num_sources=2).window == 16_384
+
+
+def test_windows_hold_whole_steps_of_eight_ranks_where_that_costs_little():
+    plan = make_reference_plan(150_000, 8192)
+    assert [len(plan.window_packs(window)) % 8 for window in range(4)] == [0] * 4
+    assert sorted(samples_of(up_to(plan, 150_000))) == list(range(150_000))
+    few = make_plan((1000,))
+    tokens = few.lengths.num_tokens.sum()
+    assert len(up_to(few, 1000)) < 1.1 * tokens / 128
 
 
 @pytest.mark.parametrize("options", [{}, {"num_sources": 10}, {"max_patches": 24_000}])
 def test_planning_is_fast_and_packs_are_full(options):
-    plan = make_reference_plan(40_000, 8192, **options)
+    plan = make_reference_plan(130_000, 8192, **options)
     rates, num_packs, tokens = [], 0, 0
-    for window in range(4):
+    for window in range(2):
         begin = time.process_time()
         packs = plan.window_packs(window)
-        rates.append(8192 / (time.process_time() - begin))
+        rates.append(len(samples_of(packs)) / (time.process_time() - begin))
         num_packs += len(packs)
         tokens += plan.lengths.num_tokens[samples_of(packs)].sum()
-    assert max(rates) > 300_000  # 0.8 to 1.2 M/s on a quiet core
+    assert max(rates) > 250_000  # 0.6 to 1.2 M/s on a quiet core
     assert 1 - tokens / (num_packs * 8192) < 0.002
 
 

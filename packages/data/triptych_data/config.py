@@ -146,7 +146,7 @@ class DataConfig(BaseModel):
         ge=64,
         le=2**20,
         description="Samples packed together; more waste less padding and take longer to plan; "
-        "null: 8192, or as many more as make 600 packs, up to 131072.",
+        "null: 8192 to 131072, as make 6000 packs; with weights at most an eighth of all.",
     )
     max_patches: int | None = Field(
         default=None,

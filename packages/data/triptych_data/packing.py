@@ -62,6 +62,18 @@ def pack_lengths(lengths: np.ndarray, capacity: int, budgets: Sequence[Budget] =
     return Packs(items[np.array(slots, dtype=np.int64)], np.array(starts, dtype=np.int64))
 
 
+def split_packs(packs: Packs, multiple: int) -> Packs:
+    """Return packs whose number is a multiple of `multiple`, by halving those of most items; as
+    they are if too few have two."""
+    sizes = np.diff(packs.starts)
+    missing = -len(packs) % multiple
+    largest = np.argsort(-sizes, kind="stable")[:missing]
+    if missing > len(packs) or (sizes[largest] < 2).any():
+        return packs
+    middles = packs.starts[largest] + sizes[largest] // 2
+    return Packs(packs.items, np.sort(np.concatenate([packs.starts, middles])))
+
+
 class _Fields(NamedTuple):
     """Length and needs of an item in one integer, length highest, with a spare bit above each.
 
@@ -107,32 +119,49 @@ class _Fields(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Alike items as rows, shortest first; the items of a row have consecutive slots."""
+    """Alike items as rows, shortest first, from row 1; the items of a row have consecutive slots.
+
+    Rows stay when their last item is taken: deleting from long lists would take most of the time.
+    """
 
     keys: list[int]
     counts: list[int]
+    """items that are left"""
     slots: list[int]
     """of the first item that is left"""
+    below: list[int]
+    """the row itself, or, of an empty one, a lower row to look at instead"""
 
     def take(self, row: int) -> int:
-        """Take an item of a row away, and the row with its last; return the item's slot."""
-        keys, counts, slots = self
-        slot = slots[row]
-        if counts[row] == 1:
-            del keys[row], counts[row], slots[row]
-        else:
-            counts[row] -= 1
-            slots[row] = slot + 1
-        return slot
+        """Take an item of a row away and return its slot."""
+        _, counts, slots, below = self
+        counts[row] -= 1
+        if not counts[row]:
+            below[row] = row - 1
+        slots[row] += 1
+        return slots[row] - 1
+
+    def at_most(self, key: int) -> int:
+        """Return the last row that is not empty and has a key up to `key`, or 0."""
+        return self.find(bisect_right(self.keys, key) - 1)
+
+    def find(self, row: int) -> int:
+        """Return `row`, or the next lower one that is not empty, or 0."""
+        below = self.below
+        while below[row] != row:
+            below[row] = row = below[below[row]]  # halves the way for the next search
+        return row
 
 
 def _rows(keys: np.ndarray, items: np.ndarray, first_slot: int = 0) -> tuple[_Rows, np.ndarray]:
     """Return items as rows, and the item in each slot."""
     items = items[np.argsort(keys[items], kind="stable")]
     keys = keys[items]
-    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    first = np.flatnonzero(np.diff(keys, prepend=0))
     counts = np.diff(first, append=len(keys)).tolist()
-    return _Rows(keys[first].tolist(), counts, (first + first_slot).tolist()), items
+    slots = (first + first_slot).tolist()
+    below = list(range(len(first) + 1))
+    return _Rows([0, *keys[first].tolist()], [0, *counts], [0, *slots], below), items
 
 
 def _fill(
@@ -147,9 +176,10 @@ def _fill(
     starts = [0]
     early: dict[int, int] = {}  # placed before they were drawn, by key
     spare, closing, needs = fields.spare, fields.closing, fields.mask_of_needs
+    num_items, has_bound = sum(free.counts) + sum(bound.counts), len(bound.keys) > 1
     draws = iter(drawn)
     key = next(draws, 0)
-    while free.keys or bound.keys:
+    while len(slots) < num_items:
         left = fields.full
         while key:
             if before := early.get(key):
@@ -163,9 +193,13 @@ def _fill(
             key = next(draws, 0)
             if left - spare < closing:
                 break
-        most = _MOST_CLOSING if key and bound.keys else len(drawn) + fields.full
-        while most and (found := _longest(free, bound, left, spare)):
-            rows, row = found
+        most = _MOST_CLOSING if key and has_bound else num_items
+        while most:
+            rows, row = free, free.at_most(left - spare)
+            if has_bound:
+                rows, row = _longest(free, row, bound, left, spare)
+            if not row:
+                break
             fit = rows.keys[row]
             slots.append(rows.take(row))
             left -= fit
@@ -175,18 +209,17 @@ def _fill(
     return slots, starts
 
 
-def _longest(free: _Rows, bound: _Rows, left: int, spare: int) -> tuple[_Rows, int] | None:
-    """Return a long row that fits into what is left, None if none is found.
+def _longest(free: _Rows, row: int, bound: _Rows, left: int, spare: int) -> tuple[_Rows, int]:
+    """Return a longer row that fits into what is left, or `row` of the free ones.
 
     Of the bound rows the longest ones are tried, then ever shorter ones in growing steps: what
     needs less is mostly shorter.
     """
-    row = bisect_right(free.keys, left - spare) - 1
-    other = bisect_right(bound.keys, left - spare) - 1
+    other = bound.at_most(left - spare)
     tries = 0
-    while other >= 0 and (row < 0 or bound.keys[other] >= free.keys[row]):
+    while bound.keys[other] > free.keys[row]:
         if (left - bound.keys[other]) & spare == spare:
             return bound, other
         tries += 1
-        other -= 1 << tries // 8
-    return (free, row) if row >= 0 else None
+        other = bound.find(max(0, other - (1 << tries // 8)))
+    return free, row
