@@ -288,3 +288,25 @@ def test_saved_folders_know_nothing_of_it(tmp_path):
     assert "triptych" not in (tmp_path / "config.json").read_text()
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
     assert loaded.config._attn_implementation == "sdpa"
+
+
+def test_the_trainer_learns_the_same(tmp_path):
+    pytest.importorskip("accelerate")
+    rows = [{"input_ids": (torch.arange(8) + i) % 50, "labels": torch.arange(8)} for i in range(6)]
+    losses = []
+    for fused in (False, True):
+        model, _, _ = build("Llama")
+        if fused:
+            fuse(model)
+        settings = transformers.TrainingArguments(
+            str(tmp_path), max_steps=3, logging_steps=1, use_cpu=True, report_to=[],
+            save_strategy="no", eval_strategy="no", learning_rate=0.1, disable_tqdm=True,
+            per_device_train_batch_size=2,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, settings, train_dataset=rows, eval_dataset=rows)
+        trainer.train()
+        metrics = trainer.evaluate()  # which reads the logits
+        losses.append([*(x["loss"] for x in trainer.state.log_history if "loss" in x)])
+        losses[-1].append(metrics["eval_loss"])
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)

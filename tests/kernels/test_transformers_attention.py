@@ -49,6 +49,41 @@ def test_a_stock_model_gives_each_document_what_sdpa_gives_it_alone(sliding_wind
         torch.testing.assert_close(got, alone(document[None], use_cache=False).logits[0])
 
 
+def test_a_soft_cap_reaches_the_op():
+    """Against the eager code, which on every version of transformers has the cap."""
+    transformers = pytest.importorskip("transformers")
+    register_attention()
+    config = transformers.Gemma2Config(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=3,
+        attn_logit_softcapping=0.1,
+        pad_token_id=0,
+    )
+    models = []
+    for name in ("triptych", "eager"):
+        torch.manual_seed(0)
+        model = transformers.Gemma2ForCausalLM._from_config(config, attn_implementation=name)
+        for norm in model.modules():
+            if "RMSNorm" in type(norm).__name__:
+                norm.weight.data.fill_(4.0)  # scores large enough to meet the cap
+        models.append(model.eval())
+    tokens, kwargs = packed_inputs()
+    packed = models[0](tokens, use_cache=False, **kwargs).logits[0]
+    for document, got in zip(tokens[0].split(LENGTHS), packed.split(LENGTHS), strict=True):
+        want = models[1](document[None], use_cache=False).logits[0]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    for layer in models[0].model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    uncapped = models[0](tokens, use_cache=False, **kwargs).logits[0]
+    assert (uncapped - packed).abs().max() > 1e-3, "the cap is met"
+
+
 def test_rows_that_are_not_packed_are_refused():
     pytest.importorskip("transformers")
     register_attention("packed_elsewhere")

@@ -14,7 +14,7 @@ PACKAGES = {
     "flash-attn-4": "attention's flash4",
     "flash-attn": "attention's flash2",
     "fla-core": "the backends called fla",
-    "liger-kernel": "no op; tools/bench_kernels.py measures against it",
+    "liger-kernel": "no op",
     "transformers": "register_attention and fuse(ops=['attention'])",
 }
 
