@@ -136,7 +136,7 @@ def test_errors_are_one_line_and_code_1(tmp_path):
         ],
         "must be a shard": ["inspect", tmp_path / "nowhere"],
         "--model and --seq-len must come together": ["inspect", tmp_path / "shards", "--model=x"],
-        "nowhere/": ["preview", tmp_path / "shards", "--model=nowhere"],
+        "nowhere/tokenizer.json": ["preview", tmp_path / "shards", "--model=nowhere"],
     }
     for message, arguments in cases.items():
         result = run(*arguments, code=1)

@@ -12,12 +12,14 @@ from tests.data.chats import chat, make_shards, write_jsonl
 from tests.data.packs import write_mixture
 from triptych_data.cli import main
 from triptych_data.config import DataConfig
-from triptych_data.forecast import forecast, imbalance
-from triptych_data.mixing import build_config, counts_at, read_mixture
+from triptych_data.forecast import Forecast, forecast, imbalance
+from triptych_data.loader import open_sources
+from triptych_data.mixing import counts_at
 from triptych_data.mixture import MixSource, Mixture
 from triptych_data.plot import plot
 from triptych_data.reader import Shards
 from triptych_data.shards import write_shards
+from triptych_data.stage_config import open_processor, read_stage
 from triptych_data.survey import survey
 
 MODEL = Path(__file__).parents[2] / "stages" / "configs" / "qwen3_vl_tiny"
@@ -28,6 +30,11 @@ def write_texts(folder: Path, count: int) -> Path:
     folder.mkdir(parents=True)
     write_shards(write_jsonl(folder / "x.jsonl", records), folder / "shards")
     return folder / "shards"
+
+
+def expected(config: DataConfig, **options: Any) -> Forecast:
+    shards, sources = open_sources(config)
+    return forecast(shards, sources, config, open_processor(str(MODEL), config), **options)
 
 
 def run(*arguments: Any, code: int = 0) -> str:
@@ -51,7 +58,7 @@ def test_a_forecast_is_what_training_gets(tmp_path):
 
     shards = write_mixture(tmp_path)
     config = tiny_config(shards)
-    found = forecast(Shards.open(shards), str(MODEL), config.seq_len, ranks=2)
+    found = expected(config, ranks=2)
     loader = PackLoader(config, tiny_processor(), rank=0, world_size=1)
     fills = []
     for batch in loader:
@@ -91,7 +98,7 @@ def test_the_picture_is_drawn(tmp_path, suffix):
     path = tmp_path / f"picture.{suffix}"
     plot(Shards.open(shards), path)
     small = path.stat().st_size
-    plot(Shards.open(shards), path, forecast(Shards.open(shards), str(MODEL), 512))
+    plot(Shards.open(shards), path, expected(DataConfig(shards=shards, seq_len=512)))
     assert path.stat().st_size > small > 5000
     if suffix == "png":
         with Image.open(path) as image:
@@ -130,7 +137,7 @@ def test_a_mixture_is_read_from_a_configuration(tmp_path):
     assert "share at" in run("mix", tmp_path / "sft.yaml", "--samples", 400)
     (tmp_path / "bad.yaml").write_text("data: {sources: {a: {shards: [x], wieght: 1}}}")
     with pytest.raises(ValueError, match=r"bad.yaml: data.sources.a.wieght: Extra inputs"):
-        read_mixture(tmp_path / "bad.yaml")
+        read_stage(tmp_path / "bad.yaml")
 
 
 def test_a_mixture_that_ends_says_when(tmp_path):
@@ -157,6 +164,28 @@ def test_mistakes_in_a_mixture_are_named(tmp_path):
     assert "is no NAME=NUMBER" in run("mix", f"a={shards}", "--weight", "a", code=2)
 
 
+def test_what_a_stage_sees_is_shown_from_its_configuration(tmp_path):
+    large, small = write_texts(tmp_path / "large", 30), write_texts(tmp_path / "small", 10)
+    config = (
+        f"model: {{path: {MODEL}}}\ndata:\n  seq_len: 256\n  sources:\n"
+        f"    large: {{shards: [{large}], repeat: 2}}\n    small: {{shards: [{small}]}}\n"
+    )
+    (tmp_path / "sft.yaml").write_text(config)
+    report = json.loads(run("inspect", "--config", tmp_path / "sft.yaml", "--json"))
+    assert (report["num_samples"], report["packing"]["seq_len"]) == (40, 256)
+    only = json.loads(run("inspect", small, "--config", tmp_path / "sft.yaml", "--json"))
+    assert only["num_samples"] == 10
+    two_turns = {"messages": [*chat()["messages"], *chat(answer="Two.")["messages"]]}
+    write_shards(write_jsonl(tmp_path / "y.jsonl", [two_turns]), tmp_path / "turns")
+    for turns, trained in (("all", 2), ("last", 1)):
+        (tmp_path / "sft.yaml").write_text(f"{config}  chat: {{train_turns: {turns}}}\n")
+        page = tmp_path / "page.html"
+        run("preview", tmp_path / "turns", "--config", tmp_path / "sft.yaml", "-o", page)
+        assert page.read_text().count('class="special trained"') == trained
+    assert "Missing argument 'SHARDS...'" in run("inspect", code=2)
+    assert "Missing option '--model'" in run("preview", small, code=2)
+
+
 def test_counts_meet_the_mixture_at_its_windows():
     sources = [MixSource("a", 1000, [(0, 0.3)]), MixSource("b", 500, [(0, 0.7)])]
     mixture = Mixture(sources, window=128)
@@ -164,8 +193,6 @@ def test_counts_meet_the_mixture_at_its_windows():
         position = mixture.start(window)
         assert counts_at(mixture, position).tolist() == mixture.counts(window)
     assert counts_at(mixture, 100).sum() == 100
-    config = build_config({"shards": ["x"]}, "here")
-    assert isinstance(config, DataConfig)
 
 
 def test_a_ledger_is_audited(tmp_path):

@@ -123,7 +123,7 @@ def _config(
     epochs: dict[str, float],
     temperature: float | None,
 ) -> Any:
-    from triptych_data.mixing import build_config, read_mixture
+    from triptych_data.stage_config import build_data, read_stage
 
     changes: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
     if len(sources) == 1 and sources[0].endswith((".yaml", ".yml")):
@@ -131,7 +131,7 @@ def _config(
             raise ValueError(
                 f"--weight: must not come with {sources[0]}, got both; write it in the file"
             )
-        return read_mixture(Path(sources[0]), **changes)
+        return read_stage(Path(sources[0]), **changes).data
     named: dict[str, dict[str, Any]] = {}
     for source in sources:
         name, equals, shards = source.partition("=")
@@ -147,7 +147,7 @@ def _config(
                     f"--{key}: must name one of {', '.join(named)}, got {name}; fix the name"
                 )
             named[name][key] = value
-    return build_config({"sources": named, **changes}, "mixture")
+    return build_data({"sources": named, **changes}, "mixture")
 
 
 def _table(report: dict[str, Any]) -> str:

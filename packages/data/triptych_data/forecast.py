@@ -1,15 +1,14 @@
 """What shards become under a model: tokens, full packs, and ranks that wait for each other."""
 
-from itertools import takewhile
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from triptych_data.balance import Cost
 from triptych_data.config import DataConfig
-from triptych_data.lengths import Lengths, Progress, check_refused, fitting_samples, sample_lengths
+from triptych_data.lengths import Lengths, Progress, check_refused, sample_lengths
 from triptych_data.permutation import permute, stream_key
-from triptych_data.plan import Plan, PlanSource
+from triptych_data.plan import Plan, PlannedPack, PlanSource
 from triptych_data.processor import Processor
 from triptych_data.reader import Shards
 from triptych_data.survey import spread
@@ -29,33 +28,33 @@ class Forecast(NamedTuple):
 
 def forecast(
     shards: Shards,
-    model: str,
-    seq_len: int,
+    sources: Sequence[PlanSource],
+    config: DataConfig,
+    processor: Processor,
     *,
     ranks: int = 8,
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
     progress: Progress | None = None,
 ) -> Forecast:
-    """What the samples become under the model folder `model`: tokens, targets, packs of `seq_len`.
+    """What one epoch of the sources becomes: tokens, targets, packs of `config.seq_len`.
 
-    Measures every sample once and keeps the lengths beside the shards. `imbalance` is how much
-    longer than the mean the slowest of `ranks` ranks computes, and what it would be with packs in
-    random order. Raises ValueError if no sample fits.
+    `shards` are those of all sources, as `loader.open_sources` returns them. Measures every sample
+    once and keeps the lengths beside the shards. `imbalance` is how much longer than the mean the
+    slowest of `ranks` ranks computes, and what it would be with packs in random order. Raises
+    ValueError if no sample fits.
     """
-    processor = Processor.from_directory(model, min_pixels=min_pixels, max_pixels=max_pixels)
     lengths = sample_lengths(shards, processor, progress=progress)
-    fitting = fitting_samples(shards, lengths, seq_len, None, skip_long=True)
-    config = DataConfig(shards=[str(path) for path in shards.paths], seq_len=seq_len)
-    source = PlanSource("shards", shards.num_samples, shards.fingerprint)
-    plan = Plan(config, [source], lengths)
-    one_epoch = takewhile(lambda pack: pack.position < shards.num_samples, plan.packs())
-    packs = [pack.samples for pack in one_epoch if len(pack.samples)]
+    plan = Plan(config, sources, lengths)
+    packs = [pack.samples for pack in _one_epoch(plan, shards.num_samples)]
+    if not packs:
+        raise ValueError(
+            f"data.shards: must hold samples of at most data.seq_len={config.seq_len} tokens, got "
+            f"{len(lengths.num_tokens)} samples and none that fits; raise data.seq_len"
+        )
     starts = np.cumsum([0, *map(len, packs[:-1])])
     samples = np.concatenate(packs)
     tokens = np.add.reduceat(lengths.num_tokens[samples].astype(np.int64), starts)
-    costs = np.add.reduceat(sample_costs(config, lengths)[samples].astype(np.float64), starts)
-    refused = int((lengths.num_tokens == 0).sum())
+    costs = np.add.reduceat(plan.costs(samples).astype(np.float64), starts)
+    seq_len, refused = config.seq_len, int((lengths.num_tokens == 0).sum())
     report = {
         "tokens": spread(lengths.num_tokens),
         "targets": spread(lengths.num_targets),
@@ -63,10 +62,10 @@ def forecast(
         "packing": {
             "seq_len": seq_len,
             "num_packs": len(packs),
-            "samples_per_pack": round(len(fitting) / len(packs), 2),
+            "samples_per_pack": round(len(samples) / len(packs), 2),
             "fill": round(int(tokens.sum()) / (len(packs) * seq_len), 4),
-            "target_share": round(int(lengths.num_targets[fitting].sum()) / int(tokens.sum()), 4),
-            "too_long": shards.num_samples - len(fitting) - refused,
+            "target_share": round(int(lengths.num_targets[samples].sum()) / int(tokens.sum()), 4),
+            "too_long": int(_too_long(config, lengths).sum()),
             "refused": refused,
             "refused_first": _first_refused(shards, lengths, processor),
         },
@@ -79,10 +78,28 @@ def forecast(
     return Forecast(lengths, tokens / seq_len, costs / costs.mean(), report)
 
 
-def sample_costs(config: DataConfig, lengths: Lengths) -> np.ndarray:
-    """What each sample costs to compute, (N,) int64, in the planner's units."""
-    cost = Cost(config.cost.linear, config.cost.vision, config.cost.vision_linear)
-    return cost.of_samples(lengths.num_tokens, lengths.num_patches, lengths.patch_pairs)
+def _one_epoch(plan: Plan, num_samples: int) -> Iterator[PlannedPack]:
+    """The packs of as many samples as there are, or all if the sources are exhausted before."""
+    last = plan.mixture.num_windows
+    end = num_samples if last is None else min(num_samples, plan.mixture.start(last))
+    window = 0
+    while last is None or window < last:
+        if plan.mixture.start(window) >= end:
+            return
+        for pack in plan.window_packs(window):
+            if pack.position < end and len(pack.samples):
+                yield pack
+        window += 1
+
+
+def _too_long(config: DataConfig, lengths: Lengths) -> np.ndarray:
+    """Which samples no pack can hold, (N,) bool."""
+    long = lengths.num_tokens > config.seq_len
+    if config.max_patches is not None:
+        long |= lengths.num_patches > config.max_patches
+    if config.max_images is not None:
+        long |= lengths.num_images > config.max_images
+    return long
 
 
 def imbalance(costs: np.ndarray, ranks: int) -> float | None:

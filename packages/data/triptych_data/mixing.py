@@ -1,17 +1,16 @@
 """What a mixture will feed a run: of each source its share, samples, tokens and epochs."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import ValidationError
 
 from triptych_data.config import DataConfig
 from triptych_data.lengths import Lengths, Progress, sample_lengths
 from triptych_data.mixture import MixSource, Mixture
 from triptych_data.processor import Processor
 from triptych_data.reader import Shards
+from triptych_data.stage_config import open_processor
 
 POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Where in the run shares are shown: weights may change."""
@@ -25,37 +24,6 @@ class Source(NamedTuple):
     name: str
     num_samples: int
     num_tokens: int | None
-
-
-def read_mixture(path: Path, **changes: Any) -> DataConfig:
-    """The data section of a YAML file: of a stage's configuration, or that section alone.
-
-    Raises ValueError for what is no such file.
-    """
-    import yaml
-
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        message = " ".join(str(error).split())
-        raise ValueError(f"{path}: must be readable YAML, got {message}; check the file") from error
-    section = tree.get("data", tree) if isinstance(tree, dict) else None
-    if not isinstance(section, dict):
-        raise ValueError(f"{path}: must hold a data section, got none; write data.sources")
-    return build_config(section | changes, str(path))
-
-
-def build_config(section: dict[str, Any], where: str) -> DataConfig:
-    """A configuration with a default seq_len. Raises ValueError that names each wrong key."""
-    try:
-        return DataConfig(**{"seq_len": 8192, **section})
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, ("data", *first["loc"])))
-        message = first["msg"].removeprefix("Value error, ")
-        raise ValueError(
-            f"{where}: {message if 'data.' in message else f'{key}: {message}'}"
-        ) from (error)
 
 
 def mix_report(
@@ -77,9 +45,7 @@ def mix_report(
         )
     processor = None
     if model is not None:
-        processor = Processor.from_directory(
-            model, min_pixels=config.min_pixels, max_pixels=config.max_pixels
-        )
+        processor = open_processor(model, config)
     sources = [
         _measured(name, Shards.open(source.shards), processor, progress)
         for name, source in config.named_sources.items()

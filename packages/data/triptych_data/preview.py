@@ -3,14 +3,13 @@
 import base64
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
-
-from tokenizers import Tokenizer
 
 from triptych_data.chat import IGNORE_INDEX
 from triptych_data.preview_media import figures
@@ -37,17 +36,16 @@ def build_page(
     num_samples: int,
     *,
     keys: Sequence[str] = (),
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
+    processor: Processor | None = None,
 ) -> str:
     """The HTML of `num_samples` samples, spread evenly over `shards`, under a model folder.
 
-    With `keys` it shows these samples instead. Self-contained; whatever the samples hold is
+    With `keys` it shows these samples instead; `processor` is one of the folder with settings of
+    its own. Self-contained; whatever the samples hold is
     escaped, and the page may run no script but its own. A sample the model's chat template refuses
     is shown with the reason. Raises ValueError for a key that no sample has.
     """
-    processor = Processor.from_directory(model, min_pixels=min_pixels, max_pixels=max_pixels)
-    tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
+    processor = processor or Processor.from_directory(model)
     chosen = _with_keys(shards, keys) if keys else _spread(shards.num_samples, num_samples)
     files = resources.files("triptych_data")
     template = Template(files.joinpath("preview_template.html").read_text("utf-8"))
@@ -60,22 +58,25 @@ def build_page(
     return template.substitute(
         title="Samples as the loss sees them",
         about=escape(about),
-        samples="\n".join(_article(shards.read(i), processor, tokenizer) for i in chosen),
+        samples="\n".join(_article(shards.read(i), processor) for i in chosen),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
-def pieces(
-    encoded: EncodedSample, tokenizer: Tokenizer, media_ids: Collection[int]
-) -> Iterator[Piece]:
-    """The tokens of a sample as text, in order; a target's kinds hold "trained"."""
+def pieces(encoded: EncodedSample, processor: Processor) -> Iterator[Piece]:
+    """The tokens of a sample as text, in order.
+
+    Kinds hold "trained" for a target and "special" for what only the chat template can print; a
+    quoted control token is text like any other.
+    """
     ids, labels = encoded.input_ids.tolist(), encoded.shift_labels.tolist()
-    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    special, media_ids = processor.control_ids, (processor.image_token_id, processor.video_token_id)
+    decode = partial(processor.decode, skip_special_tokens=False)
     start = 0
     while start < len(ids):
         end = start + 1
-        text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+        text = decode(ids[start:end])
         if ids[start] in media_ids:
             while end < len(ids) and ids[end] == ids[start]:
                 end += 1
@@ -86,7 +87,7 @@ def pieces(
             longer = text
             while "�" in longer and end - start < LONGEST_CHARACTER and end < len(ids):
                 end += 1
-                longer = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+                longer = decode(ids[start:end])
             if "�" in longer:  # never a character: one token by itself
                 end = start + 1
             else:
@@ -116,7 +117,7 @@ def _with_keys(shards: Shards, keys: Sequence[str]) -> list[int]:
     return [found[key] for key in keys]
 
 
-def _article(raw: RawSample, processor: Processor, tokenizer: Tokenizer) -> str:
+def _article(raw: RawSample, processor: Processor) -> str:
     try:
         encoded = processor.encode(raw)
     except ValueError as error:
@@ -132,7 +133,7 @@ def _article(raw: RawSample, processor: Processor, tokenizer: Tokenizer) -> str:
         *(f"{count} {kind}{'s' * (count > 1)}" for kind, count in _counts(raw)),
     ]
     header = f"<b>{escape(raw.key)}</b>" + "".join(f"<span>{fact}</span>" for fact in facts)
-    shown = pieces(encoded, tokenizer, (processor.image_token_id, processor.video_token_id))
+    shown = pieces(encoded, processor)
     return (
         f"<article><header>{header}</header>{figures(raw, processor)}"
         f"<pre>{_spans(shown)}</pre>{_other_keys(raw)}</article>"
