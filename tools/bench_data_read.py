@@ -114,7 +114,7 @@ def our_readers(shards: Shards) -> dict[str, Reader]:
         return sum(sum(map(len, shards.read(i).media)) for i in order)
 
     return {
-        "ours, in order": members(shards, sorted(order)),
+        "ours, in order": lambda: sum(sum(map(len, found)) for found in shards.members()),
         "ours, random order": members(shards, order),
         "ours, random order, not mapped": members(plain, order),
         "ours, random order, JSON parsed": parsed,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.data.chats import make_shards
+from triptych_data import reader
 from triptych_data.index import read_index
 from triptych_data.reader import OPEN_FILES, Shards, find_shards
 
@@ -36,6 +37,23 @@ def test_shards_read_as_one_sequence(folder):
     assert sample.json == shards.read_json(7)
     assert sample.json["source"] == "test/7"
     assert len(sample.media) == 2
+
+
+def test_a_pass_gives_what_single_reads_give(folder, monkeypatch):
+    shards = Shards.open([folder])
+    each = [shards.read_members(i) for i in range(12)]
+    assert list(shards.members()) == each
+    for stretch in (1, 3000, 10_000):
+        monkeypatch.setattr(reader, "STRETCH", stretch)
+        assert list(shards.members()) == each
+    path = folder / "shard-000001.tar"
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"Picture 5", b"Picture 6"))
+    with pytest.raises(ValueError, match=r"shard-000001\.tar: sample 000000005: "):
+        list(shards.members())
+    path.write_bytes(data[:-6000])
+    with pytest.raises(ValueError, match=r"shard-000001\.tar: sample 00000000\d: "):
+        list(shards.members())
 
 
 def test_columns_are_those_of_the_samples(folder):

@@ -19,6 +19,8 @@ from triptych_data.storage import File, Location, Storage, in_parallel
 
 OPEN_FILES = 64
 """Shards kept open per process: far below any ulimit, enough for several packs at once."""
+STRETCH = 1 << 20
+"""Bytes read at once in a pass over a shard: stays in a core's cache until it is used."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,18 @@ class Shards:
         """
         return self._members(*self._locate(sample))
 
+    def members(self) -> Iterator[list[memoryview]]:
+        """`read_members` of all samples in order, in half the time: for whole passes."""
+        for shard, index in enumerate(self.indexes):
+            hashes, first = index.sample_hash.tolist(), index.member_start.tolist()
+            offsets, sizes = index.member_offset.tolist(), index.member_size.tolist()
+            for row, start, span in spans(self._open(shard), index):
+                if checksum(span) != hashes[row]:
+                    found = self._checked(shard, row, start, len(span), hashes[row])
+                    span = memoryview(found)
+                rows = range(first[row], first[row + 1])
+                yield [span[(at := offsets[i] - start) : at + sizes[i]] for i in rows]
+
     def read_span(self, sample: int) -> bytes:
         """A sample as it lies in its tar, from its first header to the end. Raises as `read`."""
         shard, row = self._locate(sample)
@@ -222,3 +236,17 @@ class Shards:
                 "was replaced: restore it"
             )
         return data
+
+
+def spans(file: File, index: ShardIndex) -> Iterator[tuple[int, int, memoryview]]:
+    """(row, offset, bytes) of each sample of a shard, in order and not checked; fewer bytes than
+    there should be where the file ends early."""
+    starts, row = index.sample_start.tolist(), 0
+    while row < index.num_samples:
+        first = row
+        last = max(bisect_right(starts, starts[first] + STRETCH) - 1, first + 1)
+        stretch = memoryview(file.read(starts[first], starts[last] - starts[first]))
+        for row in range(first, last):
+            start = starts[row] - starts[first]
+            yield row, starts[row], stretch[start : start + starts[row + 1] - starts[row]]
+        row = last

@@ -20,11 +20,10 @@ from triptych_data.index import (
 from triptych_data.local import open_plain
 from triptych_data.locate import find_shards
 from triptych_data.ordered import in_order
+from triptych_data.reader import spans
 from triptych_data.remote import shown
 from triptych_data.storage import File, Location, Storage
 
-CHUNK = 8 << 20
-"""Bytes read at once: samples are taken together up to it, so that small ones cost no call each."""
 NAMED = 20
 """Damaged samples named per shard; the rest is counted."""
 NUMBERED = re.compile(r"(.*?)(\d+)\.tar")
@@ -163,18 +162,8 @@ def _check_bytes(
 
 def _damaged(file: File, index: ShardIndex) -> Iterator[int]:
     """Rows whose bytes have another checksum than the index says."""
-    starts, hashes = index.sample_start.tolist(), index.sample_hash.tolist()
-    row = 0
-    while row < len(hashes):
-        last = row + 1
-        while last < len(hashes) and starts[last + 1] - starts[row] <= CHUNK:
-            last += 1
-        data = memoryview(file.read(starts[row], starts[last] - starts[row]))
-        for i in range(row, last):
-            span = data[starts[i] - starts[row] : starts[i + 1] - starts[row]]
-            if checksum(span) != hashes[i]:
-                yield i
-        row = last
+    hashes = index.sample_hash.tolist()
+    return (row for row, _, span in spans(file, index) if checksum(span) != hashes[row])
 
 
 def _rest(file: File, index: ShardIndex) -> bool:
