@@ -159,7 +159,7 @@ class Plan:
             "data.weights_in": config.weights_in,
             "data.seed": config.seed,
             "data.seq_len": config.seq_len,
-            "data.window": self.window,
+            "data.window": config.window,  # null follows from the rest
             "data.max_patches": config.max_patches,
             "data.max_images": config.max_images,
             "data.cost": config.cost.model_dump(mode="json"),
