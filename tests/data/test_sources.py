@@ -475,3 +475,72 @@ def test_links_out_of_the_folder_are_refused(tmp_path):
     source = write_jsonl(root / "x.jsonl", [chat(image="/dev/zero")])
     with pytest.raises(ValueError, match="must be a regular file"):
         write_shards(source, tmp_path / "out", allow_outside=True)
+
+
+def test_video_and_audio_in_tars_tables_and_folders(tmp_path):
+    pytest.importorskip("av")
+    from tests.data.media import clip, sound
+
+    video, audio = clip(12), sound(0.5)
+    files = {"1.mp4": video, "1.json": b'{"caption": "Bars."}', "2.wav": audio, "2.txt": b"A tone."}
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    rows = [
+        {"q": "What is seen?", "a": "Bars.", "clip": {"bytes": video, "path": None}, "sound": None},
+        {"q": "And heard?", "a": "A tone.", "clip": None, "sound": {"bytes": audio, "path": "x"}},
+    ]
+    mapping = Mapping(prompt="q", response="a", media={"video": ("clip",), "audio": ("sound",)})
+    sources: list[tuple[Path, Mapping]] = [
+        (write_tar(tmp_path / "x.tar", files), Mapping()),
+        (folder, Mapping()),
+        (write_parquet(tmp_path / "x.parquet", rows), mapping),
+    ]
+    for number, (source, how) in enumerate(sources):
+        report = write_shards(source, tmp_path / f"out{number}", mapping=how)
+        assert (report.num_samples, report.num_videos, report.num_audios) == (2, 1, 1)
+        opened = Shards.open(report.shards)
+        assert [sample.media for sample in opened] == [[video], [audio]]
+        assert opened.media.frames.tolist() == [12, 0]
+        assert opened.media.seconds.tolist() == [pytest.approx(0.5), pytest.approx(0.5)]
+        answers = [sample.json["messages"][-1]["content"] for sample in opened]
+        assert answers == ["Bars.", "A tone."]
+
+
+def test_sharegpt_places_media_of_several_kinds(tmp_path):
+    pytest.importorskip("av")
+    from tests.data.media import clip
+
+    (tmp_path / "a.mp4").write_bytes(clip(12))
+    (tmp_path / "a.jpg").write_bytes(encoded_image())
+    turns = [
+        {"from": "human", "value": "<image> first, then <video>."},
+        {"from": "gpt", "value": "Seen."},
+    ]
+    rows = [{"conversations": turns, "images": ["a.jpg"], "videos": ["a.mp4"]}]
+    write_shards(write_jsonl(tmp_path / "x.jsonl", rows), tmp_path / "out")
+    [sample] = Shards.open([tmp_path / "out"])
+    content = sample.json["messages"][0]["content"]
+    assert [part.get("index", part.get("text")) for part in content] == [0, " first, then ", 1, "."]
+    assert sample.media == [(tmp_path / name).read_bytes() for name in ("a.jpg", "a.mp4")]
+
+
+def test_a_chat_within_a_cell_is_read(tmp_path):
+    """CSV has only text: turns, and lists of images, are JSON in a cell."""
+    (tmp_path / "a.jpg").write_bytes(encoded_image())
+    turns = json.dumps(
+        [{"from": "human", "value": "<image><image>?"}, {"from": "gpt", "value": "!"}]
+    )
+    source = write_csv(tmp_path / "x.csv", [{"talk": turns, "images": '["a.jpg", "a.jpg"]'}])
+    write_shards(source, tmp_path / "out", mapping=Mapping(messages="talk"))
+    [sample] = Shards.open([tmp_path / "out"])
+    assert len(sample.media) == 2 and set(sample.json) == {"messages"}
+
+
+def test_parts_and_files_must_be_as_many(tmp_path):
+    parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "?"}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "!"}]
+    source = write_jsonl(tmp_path / "x.jsonl", [{"messages": turns, "images": ["a.jpg"]}])
+    with pytest.raises(ValueError, match="one image part for each image, got 2 parts and 1 files"):
+        write_shards(source, tmp_path / "out")
