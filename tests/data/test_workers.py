@@ -13,13 +13,13 @@ import torch
 from tests.data import works
 from tests.data.packs import MODEL, write_mixture
 from tests.ranks import run_ranks
-from triptych_data.pool import run_workers, start_server
+from triptych_data.pool import Job, run_workers, start_server
 from triptych_data.server import DUMP_SIGNAL
 
 
 def run(work, num_workers=1, *, prefetch=2, timeout=60.0):
     return run_workers(
-        work, num_workers, prefetch=prefetch, timeout=timeout, where=lambda i: f"sample {i}"
+        Job(work), num_workers, prefetch=prefetch, timeout=timeout, where=lambda i: f"sample {i}"
     )
 
 
@@ -93,6 +93,24 @@ def test_work_that_cannot_be_loaded_is_an_error_here():
     assert list(islice(run(works.endless), 2)) == [0, 1]  # the server is none the worse
 
 
+def test_work_is_loaded_ahead_and_forgotten_with_its_job():
+    job = Job(works.Counting())
+    assert next(run_jobs(job, 3)) == 3
+    assert next(run_jobs(job, 5)) == 5  # loaded once: the count of loads is part of the item
+    server, number = job.place()
+    assert Job(works.endless).place() == (server, number + 1)
+    del job
+    with closing(run(works.endless)) as items:
+        next(items)
+        assert not server.dropped
+    with pytest.raises(RuntimeError, match="KeyError"):
+        server.request("start", number, 0, 1, (), 2, 0, 0)
+
+
+def run_jobs(job, *args):
+    return run_workers(job, 1, args, prefetch=2, timeout=60, where=str)
+
+
 class Unloadable:
     def __reduce__(self):
         return _refuse, ()
@@ -110,7 +128,7 @@ def test_a_killed_server_is_no_harm_to_workers_and_is_replaced():
         wait_until(server.has_ended)
         assert next(items) == 1
         with pytest.raises(RuntimeError, match="server of data workers must live"):
-            server.request("load", works.endless)
+            server.request("start", 0, 0, 1, (), 2)
     assert list(islice(run(works.endless), 2)) == [0, 1]
     assert start_server() is not server
 

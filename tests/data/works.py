@@ -83,3 +83,23 @@ class CountAhead:
         for i in range(100):
             Path(self.path).write_text(str(i + 1))
             yield i
+
+
+class Counting:
+    """Yields its argument and how often it was loaded before."""
+
+    def __reduce__(self):
+        return _load_counting, ()
+
+    def __call__(self, note, worker, num_workers, number):
+        yield number
+
+
+loads = 0
+
+
+def _load_counting():
+    global loads
+    loads += 1
+    assert loads == 1, "loaded again"
+    return Counting()

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from triptych_data.pool import run_workers
+from triptych_data.pool import Job, run_workers
 from triptych_data.processor import Measures, Processor
 from triptych_data.reader import Shards
 from triptych_data.server import Note
@@ -134,7 +134,9 @@ def _measure_missing(
         results = work(lambda sample: None, 0, 1)
     else:
         num_workers = min(num_workers, len(chunks))
-        results = run_workers(work, num_workers, prefetch=2, timeout=_TIMEOUT, where=shards.where)
+        results = run_workers(
+            Job(work), num_workers, prefetch=2, timeout=_TIMEOUT, where=shards.where
+        )
     done, total = 0, sum(map(len, spans))
     with closing(results):
         for shard, span in zip(missing, spans, strict=True):

@@ -18,7 +18,7 @@ from triptych_data.lengths import (
 )
 from triptych_data.packing import pack_lengths
 from triptych_data.plan import Plan, PlanSource
-from triptych_data.pool import run_workers, start_server
+from triptych_data.pool import Job, run_workers, start_server
 from triptych_data.prepare import PackBuilder, RankStream
 from triptych_data.processor import Processor
 from triptych_data.reader import Shards
@@ -61,8 +61,8 @@ class PackLoader:
         )
         self._overridden: list[dict[str, Any]] = []
         self._config = config
-        self._rank = rank
-        self._world_size = world_size
+        self._stream = RankStream(self.plan, self.builder, rank, world_size)
+        self._job = Job(self._stream) if config.num_workers else None
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's batches from `position` on, without end.
@@ -114,12 +114,12 @@ class PackLoader:
 
     def _batches_from(self, position: int) -> Generator[Batch]:
         config = self._config
-        stream = RankStream(self.plan, self.builder, position, self._rank, self._world_size)
-        if config.num_workers == 0:
-            return stream(lambda sample: None, 0, 1)
+        if self._job is None:
+            return self._stream(lambda sample: None, 0, 1, position)
         return run_workers(
-            stream,
+            self._job,
             config.num_workers,
+            (position,),
             prefetch=config.prefetch,
             timeout=config.timeout_s,
             where=self.shards.where,

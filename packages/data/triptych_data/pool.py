@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from typing import Any
@@ -23,15 +25,37 @@ _DUMP_SECONDS = 2.0  # a worker that can write its stack at all does so in milli
 _log = logging.getLogger(__name__)
 
 
+class Job:
+    """Work for workers, sent to the server at once, so that loading it overlaps with other things.
+
+    What cannot be loaded there raises when workers start. The server forgets it with this object.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._server: _Server | None = None
+        self.place()
+
+    def place(self) -> tuple["_Server", int]:
+        """Return the server that has the work, or is about to, and the work's number there."""
+        server = start_server()
+        if self._server is not server:
+            self._server, self._number = server, server.load(self._work)
+            weakref.finalize(self, server.dropped.append, self._number)
+        return server, self._number
+
+
 def run_workers(
-    work: Work,
+    job: Job,
     num_workers: int,
+    args: tuple[Any, ...] = (),
     *,
     prefetch: int,
     timeout: float,
     where: Callable[[int], str],
 ) -> Generator[Any]:
-    """Yield what `work(note, w, num_workers)` yields in worker w, one item of each worker in turn.
+    """Yield what the work of `job`, called with (note, w, num_workers, *args), yields in worker w:
+    one item of each worker in turn.
 
     Ends when the worker whose turn it is has no more. Each worker is ahead by `prefetch` items at
     most. Workers end with this iterator and with this process, whatever kills it.
@@ -40,12 +64,12 @@ def run_workers(
     was on when it gave nothing for `timeout` seconds, and logs its stack; RuntimeError for a
     worker that died or failed otherwise.
     """
-    server = start_server()
-    server.request("load", work)
+    server, work = job.place()
     workers: list[_Worker] = []
     try:
         for number in range(num_workers):
-            workers.append(_Worker(server, number, num_workers, prefetch))
+            request = work, number, num_workers, args, prefetch
+            workers.append(_Worker(server, number, request))
         for worker in itertools.cycle(workers):
             try:
                 yield worker.next_item(timeout, where)
@@ -79,6 +103,9 @@ class _Server:
         )
         theirs.close()
         self._lock = threading.Lock()
+        self._num_loaded = 0
+        self.dropped: deque[int] = deque()
+        """numbers of works that nobody needs any more; the server hears of them with a request"""
         atexit.register(self.close)
 
     @property
@@ -86,10 +113,20 @@ class _Server:
         """The server's process id."""
         return self._process.pid
 
+    def load(self, work: Work) -> int:
+        """Let the server load work; returns its number without waiting."""
+        with self._lock:
+            with suppress(OSError):  # a server that died is noticed with the next request
+                send(self._control, ("load", work))
+            self._num_loaded += 1
+            return self._num_loaded - 1
+
     def request(self, *words: Any, descriptors: tuple[int, ...] = ()) -> Any:
         """Return the answer to a request. Raises what it raised, or RuntimeError if it died."""
         with self._lock:
             try:
+                while self.dropped:
+                    send(self._control, ("drop", self.dropped.popleft()))
                 send(self._control, words, descriptors)
                 answer, _ = receive(self._control)
             except (EOFError, OSError) as error:
@@ -125,7 +162,7 @@ os.register_at_fork(after_in_child=_forget_server)
 
 
 class _Worker:
-    def __init__(self, server: _Server, number: int, num_workers: int, prefetch: int) -> None:
+    def __init__(self, server: _Server, number: int, request: tuple[Any, ...]) -> None:
         self._owner = os.getpid()
         self._server = server
         self._number = number
@@ -135,13 +172,8 @@ class _Worker:
         self._notes = mmap.mmap(self._log, NOTE.size)
         self._connection, theirs = socket.socketpair()
         with theirs:
-            self._pid: int | None = server.request(
-                "start",
-                number,
-                num_workers,
-                prefetch,
-                descriptors=(theirs.fileno(), self._log),
-            )
+            files = theirs.fileno(), self._log
+            self._pid: int | None = server.request("start", *request, descriptors=files)
 
     def next_item(self, timeout: float, where: Callable[[int], str]) -> Any:
         """Return the worker's next item; raises StopIteration after the last."""

@@ -31,7 +31,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class RankStream:
-    """The batches of one rank from `position` on, without end; callable as the work of `pool`.
+    """The batches of one rank, without end; callable as the work of `pool`.
 
     Every worker plans for itself, and builds every `num_workers`-th batch. Rank r takes pack r of
     each next `world_size` packs. A batch tells its `place`.
@@ -39,12 +39,14 @@ class RankStream:
 
     plan: Plan
     builder: "PackBuilder"
-    position: int
     rank: int
     world_size: int
 
-    def __call__(self, note: Note, worker: int, num_workers: int) -> Generator[Batch]:
-        packs = self.plan.packs(self.position)
+    def __call__(
+        self, note: Note, worker: int, num_workers: int, position: int
+    ) -> Generator[Batch]:
+        """Yield the worker's batches from `position` on."""
+        packs = self.plan.packs(position)
         for turn in count():
             group = list(islice(packs, self.world_size))
             if turn % num_workers == worker:

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ from triptych_data.transport import LoadError, receive, send
 
 Note = Callable[[int], None]
 """Called with the number of the sample that a worker takes up next."""
-Work = Callable[[Note, int, int], Iterator[Any]]
-"""What workers run, called with a note-taker, a worker's number and how many workers there are."""
+Work = Callable[..., Iterator[Any]]
+"""What workers run, called with a note-taker, a worker's number, how many workers there are, and
+the arguments of the run."""
 
 DUMP_SIGNAL = signal.SIGUSR1
 """Makes a worker write the stacks of its threads to its log."""
@@ -39,9 +41,11 @@ _PRELOADED = ("triptych_data.prepare", "transformers.models.auto.tokenization_au
 def serve(descriptor: int) -> None:
     """Answer requests from the trainer until it is gone.
 
-    - `("load", work)` makes `work` what the workers started from now on run
-    - `("start", number, num_workers, prefetch)` with a socket and a log file forks a worker and
-      returns its process id
+    - `("load", work)` keeps the work, also if it cannot be loaded; the first one has number 0, the
+      next one 1; no answer
+    - `("drop", job)` forgets the work with that number; no answer
+    - `("start", job, number, num_workers, args, prefetch)` with a socket and a log file forks a
+      worker and returns its process id, or raises what loading the work raised
     - `("end", pid, seconds)` waits for a worker, kills it if it takes longer, and returns its exit
       code, negative if a signal ended it
     """
@@ -54,7 +58,9 @@ def serve(descriptor: int) -> None:
     state = _State(control)
     with suppress(EOFError, OSError):
         while True:
-            send(control, _answer(state, control))
+            answer = _answer(state, control)
+            if answer is not None:
+                send(control, answer)
     for pid in state.living:
         os.kill(pid, signal.SIGKILL)
 
@@ -62,8 +68,8 @@ def serve(descriptor: int) -> None:
 def _answer(state: "_State", control: socket.socket) -> Any:
     try:
         (name, *args), descriptors = receive(control)
-    except LoadError as error:
-        return _portable(error.__cause__)
+    except LoadError as error:  # all but work is loaded anywhere
+        return state.load(_portable(error.__cause__))
     try:
         return getattr(state, name)(*args, *descriptors)
     except Exception as error:
@@ -81,17 +87,34 @@ class _State:
     def __init__(self, control: socket.socket) -> None:
         self.control = control
         self.living: set[int] = set()
-        self.work: Work | None = None
+        self.works: dict[int, Work | Exception] = {}
+        self.num_loaded = 0
 
-    def load(self, work: Work) -> None:
-        self.work = work
+    def load(self, work: Work | Exception) -> None:
+        self.works[self.num_loaded] = work
+        self.num_loaded += 1
+        gc.freeze()
 
-    def start(self, number: int, num_workers: int, prefetch: int, connection: int, log: int) -> int:
-        assert self.work is not None
+    def drop(self, job: int) -> None:
+        self.works.pop(job, None)
+
+    def start(
+        self,
+        job: int,
+        number: int,
+        num_workers: int,
+        args: tuple[Any, ...],
+        prefetch: int,
+        connection: int,
+        log: int,
+    ) -> int:
+        work = self.works[job]
+        if isinstance(work, Exception):
+            raise work
         pid = os.fork()
         if pid == 0:
             self.control.close()
-            _run(self.work, number, num_workers, prefetch, connection, log)
+            _run(partial(_call, work, number, num_workers, args), prefetch, connection, log)
         os.close(connection)
         os.close(log)
         self.living.add(pid)
@@ -110,9 +133,13 @@ class _State:
         return os.waitstatus_to_exitcode(status)
 
 
-def _run(
-    work: Work, number: int, num_workers: int, prefetch: int, descriptor: int, log: int
-) -> None:
+def _call(
+    work: Work, number: int, num_workers: int, args: tuple[Any, ...], note: Note
+) -> Iterator[Any]:
+    return work(note, number, num_workers, *args)
+
+
+def _run(work: Callable[[Note], Iterator[Any]], prefetch: int, descriptor: int, log: int) -> None:
     """Be a worker: send `("item", value)` again and again, `("end",)` or `("error", …)` at last.
 
     At most `prefetch` items are under way; for each one taken the trainer sends a byte.
@@ -125,7 +152,7 @@ def _run(
         connection = socket.socket(fileno=descriptor)
         last: tuple[Any, ...] = ("end",)
         try:
-            items = work(lambda sample: NOTE.pack_into(notes, 0, sample), number, num_workers)
+            items = work(lambda sample: NOTE.pack_into(notes, 0, sample))
             for count, item in enumerate(items):
                 if count >= prefetch and not connection.recv(1):
                     return  # the trainer is gone or wants no more

@@ -1,4 +1,4 @@
-"""Values between processes: a small head through a socket, arrays in a memory file without a name.
+"""Values between processes: small ones through a socket, others in a memory file without a name.
 
 A memory file lives as long as someone maps it: after a kill nothing is left behind, and no mount
 such as /dev/shm limits its size.
@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-_HEADER = struct.Struct("<QQ")  # bytes of the head, number of arrays beside it
+_HEADER = struct.Struct("<QQ")  # bytes of the value itself, or pieces in the memory file
 _ALIGNMENT = 64  # of each array: a cache line, and enough for every vector unit
-_INLINE_BYTES = 4096  # smaller arrays travel in the head: a page of their own would cost more
+_INLINE_BYTES = 4096  # smaller arrays, and messages, do without a page of their own
 _MAX_DESCRIPTORS = 8
 
 
@@ -30,22 +30,22 @@ class LoadError(Exception):
 def send(connection: socket.socket, value: Any, descriptors: Sequence[int] = ()) -> None:
     """Send a value, arrays and CPU tensors in it without pickling them, and open files with it.
 
+    Does not wait for the other side to read, unless it is behind by some hundred messages.
     Raises OSError when nobody listens any more.
     """
     arrays: list[memoryview] = []
     head = io.BytesIO()
     _Pickler(head, arrays).dump(value)
-    header = _HEADER.pack(head.tell(), len(arrays))
-    if arrays:
-        file = _fill(arrays)
+    if arrays or head.tell() > _INLINE_BYTES:
+        pieces = [head.getbuffer(), *arrays]
+        file = _fill(pieces)
         try:
-            socket.send_fds(connection, [header], [*descriptors, file])
+            socket.send_fds(connection, [_HEADER.pack(0, len(pieces))], [*descriptors, file])
         finally:
             os.close(file)
     else:
-        socket.send_fds(connection, [header], descriptors)
-    sizes = struct.pack(f"<{len(arrays)}Q", *(array.nbytes for array in arrays))
-    connection.sendall(sizes + head.getvalue())
+        socket.send_fds(connection, [_HEADER.pack(head.tell(), 0)], descriptors)
+        connection.sendall(head.getbuffer())
 
 
 def receive(connection: socket.socket) -> tuple[Any, list[int]]:
@@ -58,16 +58,13 @@ def receive(connection: socket.socket) -> tuple[Any, list[int]]:
         connection, _HEADER.size, _MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
     )
     header += _read(connection, _HEADER.size - len(header))
-    head_bytes, num_arrays = _HEADER.unpack(header)
-    sizes = struct.unpack(f"<{num_arrays}Q", _read(connection, 8 * num_arrays))
-    head = _read(connection, head_bytes)
-    buffers: list[memoryview] = []
-    if num_arrays:
+    head_bytes, num_pieces = _HEADER.unpack(header)
+    if num_pieces:
         *files, file = files
-        starts = _starts(sizes)
-        memory = memoryview(mmap.mmap(file, starts[-1]))
+        head, *buffers = _map(file, num_pieces)
         os.close(file)
-        buffers = [memory[at : at + size] for at, size in zip(starts, sizes, strict=False)]
+    else:
+        head, buffers = memoryview(_read(connection, head_bytes)), []
     try:
         return pickle.loads(head, buffers=buffers), list(files)
     except Exception as error:
@@ -105,16 +102,25 @@ def _tensor(array: np.ndarray, shape: torch.Size) -> torch.Tensor:
     return torch.from_numpy(array).reshape(shape)
 
 
-def _fill(arrays: Sequence[memoryview]) -> int:
-    """Return a memory file with the arrays, each at its start."""
+def _fill(pieces: Sequence[memoryview]) -> int:
+    """Return a memory file with a table of sizes, and then the pieces."""
+    sizes = [piece.nbytes for piece in pieces]
+    table = memoryview(struct.pack(f"<{len(sizes)}Q", *sizes))
+    starts = _starts([table.nbytes, *sizes])
     file = memory_file()
-    starts = _starts([array.nbytes for array in arrays])
-    for array, start in zip(arrays, starts, strict=False):
+    for piece, start in zip([table, *pieces], starts, strict=False):
         written = 0
-        while written < array.nbytes:  # one call writes at most 2 GiB
-            written += os.pwrite(file, array[written:], start + written)
+        while written < piece.nbytes:  # one call writes at most 2 GiB
+            written += os.pwrite(file, piece[written:], start + written)
     os.ftruncate(file, starts[-1])
     return file
+
+
+def _map(file: int, num_pieces: int) -> list[memoryview]:
+    memory = memoryview(mmap.mmap(file, 0))
+    sizes = struct.unpack_from(f"<{num_pieces}Q", memory)
+    starts = _starts([8 * num_pieces, *sizes])
+    return [memory[at : at + size] for at, size in zip(starts[1:], sizes, strict=False)]
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:
