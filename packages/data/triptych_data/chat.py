@@ -104,9 +104,18 @@ class ChatTokenizer:
         assembly = assemble(chat, trained, media, self._controls)
         return disassemble(self._encoder.encode(assembly.anchored), assembly)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids` without special tokens."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """The ids that only the template can make."""
+        return frozenset(self._controls.ids.values())
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of `ids` to the letter, without special tokens unless asked for."""
+        return self._tokenizer.decode(
+            list(ids),
+            skip_special_tokens=skip_special_tokens,
+            clean_up_tokenization_spaces=False,  # some tokenizers ask for "a ." to become "a."
+        )
 
     def _make_fingerprint(self, variables: Mapping[str, Any]) -> str:
         """Hash all that ids and targets depend on."""

@@ -119,6 +119,7 @@ class Processor:
         self.eos_token_id = self._chat.end_token_id
         self.image_token_id = self._chat.image_token_id
         self.video_token_id = self._chat.video_token_id
+        self.control_ids = self._chat.control_ids
         self.fingerprint = _fingerprint(
             {
                 "version": ENCODING_VERSION,
@@ -228,9 +229,10 @@ class Processor:
         layout = video_layout(*info[2:], self._video_rules)
         return (layout.frames / frame_rate(info.frames, info.seconds)).tolist()
 
-    def decode(self, ids: Sequence[int] | Tensor) -> str:
-        """Return the text of token ids, without special tokens."""
-        return self._chat.decode(ids.tolist() if isinstance(ids, Tensor) else ids)
+    def decode(self, ids: Sequence[int] | Tensor, *, skip_special_tokens: bool = True) -> str:
+        """Return the text of token ids, without special tokens unless asked for."""
+        ids = ids.tolist() if isinstance(ids, Tensor) else ids
+        return self._chat.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def _encode(
         self,
