@@ -45,7 +45,7 @@ class Plan:
     """The endless stream of packs that all ranks share, from any position on at equal cost.
 
     The run is cut into windows (see `Mixture`); a window's samples are drawn by permutations of
-    their sources, packed longest first, and its packs put in an order in which neighbours cost
+    their sources, packed (`pack_lengths`), and its packs put in an order in which neighbours cost
     alike (`balanced_order`), so that rank r of N takes pack r of each next N. Nothing is kept from
     one window to the next. A position is the number of samples of the stream before a pack.
     Samples that no pack can hold, and refused ones (0 tokens), are left out, but count.
