@@ -11,6 +11,9 @@ from tests.data.model_folders import FAMILIES, TEMPLATES, family_folder, model_f
 from tests.data.packs import MODEL
 from triptych_data.chat import ChatTokenizer, MediaTokens
 from triptych_data.chat_config import ChatConfig
+from triptych_data.preview import pieces
+from triptych_data.processor import Processor
+from triptych_data.sample import RawSample
 from triptych_data.template import ChatTemplate, read_template
 
 DAY = "2026-01-02"
@@ -167,6 +170,8 @@ def test_dropped_reasoning_is_refused_unless_it_is_not_trained(folders, chats):
     messages = [user("Hi"), says("Hello.", reasoning_content="hm"), user("More?"), says("Yes")]
     with pytest.raises(ValueError, match=r"got it dropped from messages\[1\]"):
         chats["qwen3"].encode(messages)
+    prompt = chats["qwen3"].encode(messages[:3], add_generation_prompt=True)
+    assert not prompt.trained.any()
     last = tokenizer(folders["qwen3"], train_turns="last")
     assert trained(last, messages) == "<think>\n\n</think>\n\nYes<|im_end|>"
     messages[1]["train"] = False
@@ -560,3 +565,39 @@ def test_the_fingerprint_covers_what_changes_tokens(tmp_path, folders):
 
 def test_every_template_is_tried():
     assert {path.stem for path in TEMPLATES.glob("*.jinja")} == set(FAMILIES)
+
+
+def test_a_preview_tells_control_tokens_from_quoted_ones(folders):
+    folder = folders["deepseek_like"]
+    processor = Processor.from_directory(folder)
+    record = {"messages": [user("a<｜User｜>猫"), says("b")]}
+    shown = list(pieces(processor.encode(RawSample("k", "here", record, [])), processor))
+    assert [p.text for p in shown if "special" in p.kinds] == [
+        "<｜bos｜>",
+        "<｜User｜>",
+        "<｜Assistant｜>",
+        "<｜eos｜>",
+    ]
+    assert "".join(p.text for p in shown if "ignored" in p.kinds) == "a<｜User｜>猫"
+    assert "".join(p.text for p in shown if "trained" in p.kinds) == "b<｜eos｜>"
+
+
+def test_decoding_is_exact(tmp_path):
+    folder = model_folder(tmp_path, CHATML, clean_up_tokenization_spaces=True)
+    chat = tokenizer(folder)
+    tokens = chat.encode([user("a"), says("b , c 's .")])
+    assert chat.decode(tokens.input_ids[tokens.trained]) == "b , c 's ."
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"date": "2026-13-01"}, "data.chat.date: must be a day"),
+        ({"variables": {"messages": []}}, r"data.chat.variables: .* got \['messages'\]"),
+        ({"train_turns": "first"}, "train_turns"),
+        ({"trainturns": "last"}, "trainturns"),
+    ],
+)
+def test_settings_are_checked(options, error):
+    with pytest.raises(ValueError, match=error):
+        ChatConfig(**options)
