@@ -170,6 +170,28 @@ def test_deferred_logits_are_read_like_a_tensor():
     assert [row.shape for row in logits] == [row.shape for row in want]
 
 
+def test_without_gradients_they_are_a_tensor():
+    model = LanguageModel(softcapped)
+    ids, labels = batch(rows=20, length=30, ignored=20)
+    with torch.no_grad():
+        loss, want = model(ids, labels)
+        fuse(model)
+        with Largest() as largest:
+            same_loss, logits = model(ids, labels)
+            assert isinstance(logits, torch.Tensor) and logits.shape == want.shape
+            assert logits.dtype == want.dtype and not logits.requires_grad and logits.ndim == 3
+        assert largest.numel < want.numel() / 2, "nobody has read them"
+    torch.testing.assert_close(same_loss, loss)
+    for read in (
+        lambda x: x.detach(),
+        lambda x: x.argmax(-1),
+        lambda x: torch.cat([x, x]),
+        lambda x: x[:, 1:].float().cpu() + 1,
+        lambda x: torch.as_tensor(x.numpy()),
+    ):
+        torch.testing.assert_close(read(logits), read(want))
+
+
 def test_under_autocast():
     model = LanguageModel(between=lambda logits: logits.float())
     ids, labels = batch()

@@ -303,10 +303,16 @@ def test_the_trainer_learns_the_same(tmp_path):
             save_strategy="no", eval_strategy="no", learning_rate=0.1, disable_tqdm=True,
             per_device_train_batch_size=2,
         )  # fmt: skip
-        trainer = transformers.Trainer(model, settings, train_dataset=rows, eval_dataset=rows)
+        trainer = transformers.Trainer(
+            model,
+            settings,
+            train_dataset=rows,
+            eval_dataset=rows,
+            compute_metrics=lambda guess: {"size": abs(guess.predictions).mean()},
+        )
         trainer.train()
-        metrics = trainer.evaluate()  # which reads the logits
+        metrics = trainer.evaluate()
         losses.append([*(x["loss"] for x in trainer.state.log_history if "loss" in x)])
-        losses[-1].append(metrics["eval_loss"])
-    assert len(losses[0]) == 4
+        losses[-1] += [metrics["eval_loss"], metrics["eval_size"]]
+    assert len(losses[0]) == 5
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)

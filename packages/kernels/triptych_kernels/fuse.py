@@ -56,8 +56,8 @@ def fuse(
     - "moe_mlp": stacked experts, gate_up_proj (E, 2F, H) and down_proj (E, H, F);
     - "rope": attention whose forward calls apply_rotary_pos_emb;
     - "linear_cross_entropy": a model that takes `labels` and has a linear head. Called with
-      labels, it computes its loss without the logits; those in its output are a
-      `DeferredLogits`, which computes them when they are read;
+      labels, it computes its loss without the logits; those in its output (DeferredLogits, or
+      without gradients a tensor like it) are computed when they are read;
     - "attention": models of transformers that run on sdpa, through its AttentionInterface.
 
     With `dry_run` nothing is replaced. Returns what was, or would be, replaced and what was left

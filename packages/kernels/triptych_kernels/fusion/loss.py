@@ -10,11 +10,13 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..linear_cross_entropy import linear_cross_entropy
 from .deferred_logits import DeferredLogits
+from .logits_on_demand import readable
 from .probe import Forward, Match, is_fused, is_replaced, marked
 
 _FLAG = "_triptych_defers"
@@ -72,9 +74,12 @@ def _model_forward(stock: Callable[..., Any], head_name: str) -> Forward:
             head = getattr(head, name)
         setattr(head, _FLAG, True)
         try:
-            return stock(self, *args, **kwargs)
+            outputs = stock(self, *args, **kwargs)
         finally:
             setattr(head, _FLAG, False)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return outputs
+        return readable(outputs)
 
     return marked(forward, "")
 
