@@ -1,6 +1,6 @@
 """Packing a window of samples: in the order they come, closed by the best fit, under budgets."""
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -45,8 +45,7 @@ def pack_lengths(lengths: np.ndarray, capacity: int, budgets: Sequence[Budget] =
 
     Best-fit-decreasing for all items wastes as little, but puts all short documents into the same
     packs: on the reference mixture (mean 755 tokens in 8192, 8192 items) both waste 0.08 %, with
-    10.8 ± 5 documents a pack here and ± 13 there. 1.3 M items/s on one core, 0.9 M under a budget
-    that binds some packs, 0.2 M under one that leaves 40 % of all room empty; `tools/bench_data_plan`.
+    10.8 ± 5 documents a pack here and ± 13 there; tools/bench_data_plan.py has the speed.
     """
     assert not len(lengths) or 0 < lengths.min() <= lengths.max() <= capacity
     assert all(not len(b.sizes) or 0 <= b.sizes.min() <= b.sizes.max() <= b.limit for b in budgets)
@@ -54,15 +53,12 @@ def pack_lengths(lengths: np.ndarray, capacity: int, budgets: Sequence[Budget] =
     fields = _Fields.of([capacity, *(budget.limit for budget in budgets)])
     columns = [lengths, *(budget.sizes for budget in budgets)]
     keys = fields.join(columns)
-    is_free = (keys & fields.mask_of_needs) == 0
-    free, free_items = _rows(keys, np.flatnonzero(is_free))
-    bound, bound_items = _rows(keys, np.flatnonzero(~is_free), first_slot=len(free_items))
+    rows, items, row_of = _rows(keys, (keys & fields.mask_of_needs) != 0)
     least = 0  # no bound item needs less of anything
-    if len(bound_items):
-        least = int(fields.join([column[bound_items].min(keepdims=True) for column in columns])[0])
-    drawn = keys[: int(_DRAWN * len(keys))].tolist()
-    slots, starts = _fill(free, bound, drawn, fields, least)
-    items = np.concatenate([free_items, bound_items])
+    if rows.has_bound:
+        bound = items[rows.slots[rows.bound + 1] :]
+        least = int(fields.join([column[bound].min(keepdims=True) for column in columns])[0])
+    slots, starts = _fill(rows, row_of[: int(_DRAWN * len(keys))].tolist(), fields, least)
     return Packs(items[np.array(slots, dtype=np.int64)], np.array(starts, dtype=np.int64))
 
 
@@ -123,9 +119,11 @@ class _Fields(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Alike items as rows, shortest first, from row 1; the items of a row have consecutive slots.
+    """Alike items as rows, whose items have consecutive slots.
 
-    Rows stay when their last item is taken: deleting from long lists would take most of the time.
+    Rows of items that need nothing of any budget, shortest first, follow row 0, the others follow
+    row `bound`; these two are empty. Rows stay when their last item is taken: deleting from long
+    lists would take most of the time.
     """
 
     keys: list[int]
@@ -134,96 +132,105 @@ class _Rows(NamedTuple):
     slots: list[int]
     """of the first item that is left"""
     below: list[int]
-    """the row itself, or, of an empty one, a lower row to look at instead"""
+    """the row itself, or, if nothing is left of it, a lower row to look at instead"""
+    bound: int
+
+    @property
+    def has_bound(self) -> bool:
+        return self.bound + 1 < len(self.keys)
 
     def take(self, row: int) -> int:
         """Take an item of a row away and return its slot."""
-        _, counts, slots, below = self
+        _, counts, slots, below, _ = self
         counts[row] -= 1
         if not counts[row]:
             below[row] = row - 1
         slots[row] += 1
         return slots[row] - 1
 
-    def at_most(self, key: int) -> int:
-        """Return the last row that is not empty and has a key up to `key`, or 0."""
-        return self.find(bisect_right(self.keys, key) - 1)
-
     def find(self, row: int) -> int:
-        """Return `row`, or the next lower one that is not empty, or 0."""
+        """Return `row`, or the next lower one of which something is left, or the empty one."""
         below = self.below
         while below[row] != row:
             below[row] = row = below[below[row]]  # halves the way for the next search
         return row
 
+    def longest(self, left: int) -> int:
+        """Return the longest row that needs nothing and fits into what is left, or 0."""
+        return self.find(bisect_right(self.keys, left, 0, self.bound) - 1)
 
-def _rows(keys: np.ndarray, items: np.ndarray, first_slot: int = 0) -> tuple[_Rows, np.ndarray]:
-    """Return items as rows, and the item in each slot."""
-    items = items[np.argsort(keys[items], kind="stable")]
-    keys = keys[items]
-    first = np.flatnonzero(np.diff(keys, prepend=0))
-    counts = np.diff(first, append=len(keys)).tolist()
-    slots = (first + first_slot).tolist()
-    below = list(range(len(first) + 1))
-    return _Rows([0, *keys[first].tolist()], [0, *counts], [0, *slots], below), items
+    def longest_bound(self, left: int, spare: int, beyond: int) -> int:
+        """Return a long bound row that fits and has a key above `beyond`, or 0.
+
+        The longest are tried, then ever shorter ones in growing steps: what needs less is mostly
+        shorter.
+        """
+        keys, bound = self.keys, self.bound
+        row = self.find(bisect_right(keys, left - spare, bound) - 1)
+        tries = 0
+        while keys[row] > beyond:
+            if (left - keys[row]) & spare == spare:
+                return row
+            tries += 1
+            row = self.find(max(bound, row - (1 << tries // 4)))
+        return 0
+
+
+def _rows(keys: np.ndarray, is_bound: np.ndarray) -> tuple[_Rows, np.ndarray, np.ndarray]:
+    """Return items as rows, the item in each slot, and the row of each item."""
+    parts = [np.flatnonzero(~is_bound), np.flatnonzero(is_bound)]
+    items = np.concatenate([part[np.argsort(keys[part], kind="stable")] for part in parts])
+    is_first = np.diff(keys[items], prepend=0) != 0
+    first = np.flatnonzero(is_first)
+    bound = 1 + int(np.searchsorted(first, len(parts[0])))
+    numbers = np.empty(len(keys), dtype=np.int64)
+    numbers[items] = np.cumsum(is_first) + is_bound[items]  # the empty row comes between
+    columns = keys[items][first], np.diff(first, append=len(keys)), first
+    row_keys, counts, slots = (
+        [0, *column[: bound - 1].tolist(), 0, *column[bound - 1 :].tolist()] for column in columns
+    )
+    rows = _Rows(row_keys, counts, slots, list(range(len(row_keys))), bound)
+    return rows, items, numbers
 
 
 def _fill(
-    free: _Rows, bound: _Rows, drawn: list[int], fields: _Fields, least: int
+    rows: _Rows, drawn: list[int], fields: _Fields, least: int
 ) -> tuple[list[int], list[int]]:
     """Return the slots of all packs, one pack after another, and where each begins.
 
-    `free` rows need nothing of any budget, `bound` ones do, all of them at least `least`; items
-    with the keys `drawn` come in this order, as long as such items are left.
+    Items of the rows `drawn` come in this order, as long as such items are left; `least` is what
+    every item of the bound rows needs at least, 0 if there are none.
     """
     slots: list[int] = []
     starts = [0]
-    early: dict[int, int] = {}  # placed before they were drawn, by key
-    spare, closing, needs = fields.spare, fields.closing, fields.mask_of_needs
-    num_items = sum(free.counts) + sum(bound.counts)
+    keys, spare, closing = rows.keys, fields.spare, fields.closing
+    early = [0] * len(keys)  # items placed before they were drawn
+    num_items = sum(rows.counts)
     draws = iter(drawn)
-    key = next(draws, 0)
+    row = next(draws, 0)
     while len(slots) < num_items:
         left = fields.full
-        while key:
-            if before := early.get(key):
-                early[key] = before - 1
-            elif (left - key) & spare == spare:
-                rows = bound if key & needs else free
-                slots.append(rows.take(bisect_left(rows.keys, key)))
-                left -= key
+        while row:
+            if early[row]:
+                early[row] -= 1
+            elif (left - keys[row]) & spare == spare:
+                slots.append(rows.take(row))
+                left -= keys[row]
             else:
                 break
-            key = next(draws, 0)
+            row = next(draws, 0)
             if left - spare < closing:
                 break
-        most = _MOST_CLOSING if key and least else num_items
+        most = _MOST_CLOSING if row and least else num_items
         while most:
-            rows, row = free, free.at_most(left - spare)
+            fit = rows.longest(left - spare)
             if least and (left - least) & spare == spare:
-                rows, row = _longest(free, row, bound, left, spare)
-            if not row:
+                fit = rows.longest_bound(left, spare, keys[fit]) or fit
+            if not fit:
                 break
-            fit = rows.keys[row]
-            slots.append(rows.take(row))
-            left -= fit
-            early[fit] = early.get(fit, 0) + 1
+            slots.append(rows.take(fit))
+            left -= keys[fit]
+            early[fit] += 1
             most -= 1
         starts.append(len(slots))
     return slots, starts
-
-
-def _longest(free: _Rows, row: int, bound: _Rows, left: int, spare: int) -> tuple[_Rows, int]:
-    """Return a longer row that fits into what is left, or `row` of the free ones.
-
-    Of the bound rows the longest ones are tried, then ever shorter ones in growing steps: what
-    needs less is mostly shorter.
-    """
-    other = bound.at_most(left - spare)
-    tries = 0
-    while bound.keys[other] > free.keys[row]:
-        if (left - bound.keys[other]) & spare == spare:
-            return bound, other
-        tries += 1
-        other = bound.find(max(0, other - (1 << tries // 4)))
-    return free, row
