@@ -23,14 +23,14 @@ class LogitsOnDemand(Tensor):
 
     @staticmethod
     def __new__(cls, deferred: DeferredLogits) -> "LogitsOnDemand":
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made = Tensor._make_wrapper_subclass(
             cls, deferred.shape, dtype=deferred.dtype, device=deferred.device
         )
         made.deferred = deferred
         return made
 
     @classmethod
-    def __torch_function__(  # type: ignore[override]
+    def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func in _KNOWN:
