@@ -235,7 +235,7 @@ def test_saved_datasets(tmp_path):
             "role": "user",
             "content": [{"type": "image", "text": None}, {"type": "text", "text": "?"}],
         },
-        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}], "name": "me"},
     ]
     rows = [
         {"messages": turns, "images": [{"bytes": image, "path": None}], "n": i} for i in range(9)
@@ -247,6 +247,9 @@ def test_saved_datasets(tmp_path):
     assert all(sample.media == [image] for sample in samples)
     index, text = samples[0].json["messages"][0]["content"]
     assert (index, text) == ({"type": "image", "index": 0}, {"type": "text", "text": "?"})
+    assert set(samples[0].json["messages"][0]) == {"role", "content"}, (
+        "null in the table: not there"
+    )
     splits = tmp_path / "saved" / "dataset_dict.json"
     splits.write_text('{"splits": ["train"]}')
     assert len(find_inputs([tmp_path / "saved"])) == 2

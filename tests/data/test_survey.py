@@ -75,6 +75,17 @@ def test_a_forecast_is_what_training_gets(tmp_path):
     assert found.report["balance"]["imbalance"] >= 1
 
 
+def test_a_forecast_is_as_long_as_the_data(tmp_path):
+    large, small = write_texts(tmp_path / "large", 10), write_texts(tmp_path / "small", 10)
+    sources = {
+        "a": {"shards": [str(large)], "weight": 1},
+        "b": {"shards": [str(small)], "weight": 9},
+    }
+    config = DataConfig(sources=sources, seq_len=128, window=64)
+    packing = expected(config).report["packing"]
+    assert 20 <= packing["num_packs"] * packing["samples_per_pack"] < 30, "not the whole window"
+
+
 def test_imbalance_is_the_slowest_over_the_mean():
     assert imbalance(np.array([1.0, 1, 3, 3]), 2) == 1
     assert imbalance(np.array([1.0, 3, 1, 3, 9]), 2) == 1.5, "the rest is no step"
