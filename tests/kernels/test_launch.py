@@ -23,11 +23,21 @@ class Recorder:
 
 
 class Variant:
+    """What Triton compiles to: `run` with the grid, the stream, five things of its own, the rest."""
+
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, recorder, number):
         self.recorder, self.number = recorder, number
 
-    def __getitem__(self, grid):
-        return lambda *args: self.recorder.launches.append((self.number, grid, args))
+    def run(self, x, y, z, stream, *args):
+        assert args[:5] == ("function", "metadata", None, None, None)
+        self.recorder.launches.append((self.number, (x, y, z), stream, args[5:]))
+
+
+@pytest.fixture(autouse=True)
+def stream(monkeypatch):
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
 
 
 @pytest.fixture
@@ -40,8 +50,9 @@ def test_the_second_launch_takes_the_compiled_variant_with_all_arguments(x):
     launch(kernel, (2, 1, 1), (x,), (64, 0.5), (True, 8))
     launch(kernel, (3, 1, 1), (x,), (32, 0.25), (True, 8))
     assert kernel.compiled == 1
-    ((number, grid, args),) = kernel.launches
-    assert (number, grid) == (1, (3, 1, 1)) and args[0] is x and args[1:] == (32, 0.25, True, 8)
+    ((number, grid, stream, args),) = kernel.launches
+    assert (number, grid, stream) == (1, (3, 1, 1), 7)
+    assert args == (x.data_ptr(), 32, 0.25, True, 8)
 
 
 @pytest.mark.parametrize(
