@@ -23,7 +23,7 @@ class Recorder:
 
 
 class Variant:
-    """What Triton compiles to: `run` with the grid, the stream, five things of its own, the rest."""
+    """What Triton compiles to: `run` takes the grid, the stream, five things of its own and ours."""
 
     function, packed_metadata = "function", "metadata"
 
