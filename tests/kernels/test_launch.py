@@ -23,7 +23,7 @@ class Recorder:
 
 
 class Variant:
-    """What Triton compiles to: `run` takes the grid, the stream, five things of its own and ours."""
+    """What Triton compiles to; `run` takes the grid, the stream, five of its own, and the rest."""
 
     function, packed_metadata = "function", "metadata"
 
