@@ -42,7 +42,7 @@ def sleep(seconds: float) -> float:
     return seconds
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 50])
+@pytest.mark.parametrize("workers", [1, 2, 5])
 def test_results_come_in_order_from_several_processes(workers):
     results = list(in_order(square, range(20), workers))
     assert [result for result, _ in results] == [i * i for i in range(20)]
