@@ -184,16 +184,17 @@ class ChatTokenizer:
         return {i for i in turns if is_trained(messages[i], f"messages[{i}]")}
 
     def _check_assistants(self, messages: Sequence[Message]) -> None:
-        """Refuse as plain text what the template would print by control tokens."""
+        """Refuse markup given as plain text: the template writes it by tokens of its own, and the
+        model would learn to spell it."""
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            found = self._controls.unspecial.search(message_text(message))
+            found = self._controls.markup.search(message_text(message))
             if found is not None:
                 raise ValueError(
-                    f"messages[{number}]: an assistant's text must not hold {found[0]}, which the "
-                    "chat template prints itself; give reasoning as reasoning_content and calls "
-                    "as tool_calls"
+                    f"messages[{number}]: an assistant's text must not hold lines that begin by "
+                    f"{found[1]}, which the chat template prints itself; give reasoning as "
+                    "reasoning_content and calls as tool_calls"
                 )
 
 

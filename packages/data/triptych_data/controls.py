@@ -21,7 +21,7 @@ class Controls:
 
     `ids` and `anchors` by token, in order of id; `media_ids` by kind, without kinds the model does
     not take; `placeholders`: what the template prints for a medium, and its kind. `pattern` finds
-    a control token, `special` a special one and `unspecial` one of the others.
+    a control token, `special` a special one, and `markup` one of the others that begins a line.
     """
 
     def __init__(self, tokenizer: Any, literals: str) -> None:
@@ -36,7 +36,8 @@ class Controls:
         self.anchors = {token.content: anchor(i) for i, token in enumerate(self.tokens)}
         self.pattern = _any_of(self.ids)
         self.special = _any_of([token.content for token in self.tokens if token.special])
-        self.unspecial = _any_of([token.content for token in self.tokens if not token.special])
+        others = _any_of([token.content for token in self.tokens if not token.special])
+        self.markup = re.compile(rf"^[ \t]*{others.pattern}", re.MULTILINE)
         self._edges = {edge for token in self.ids for edge in (token[0], token[-1])}
 
         names = {

@@ -1,5 +1,6 @@
 """Marks around what a chat quotes, so that it is known again in the text a template makes of it."""
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -17,10 +18,11 @@ _MARK = re.compile(f"{START}(.)|[{END}{GENERATION}{END_GENERATION}]", re.DOTALL)
 
 
 class Text(NamedTuple):
-    """A quoted text: whose it is (a message's number, -1 for the tools') and what it says there."""
+    """A quoted text: whose it is (a message's number, -1 for the tools'), what for, its letters."""
 
     message: int
     kind: Kind
+    core: str = ""
 
 
 class Span(NamedTuple):
@@ -93,17 +95,12 @@ def read_marks(marked: str) -> Rendering | None:
     return Rendering("".join(pieces), spans, generations)
 
 
-def strings(value: Any) -> Iterator[str]:
-    """All strings of JSON data, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from strings(key)
-            yield from strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from strings(item)
+def changed_texts(chat: MarkedChat, rendering: Rendering) -> Iterator[Text]:
+    """Yield texts that a rendering holds otherwise than to the letter, or as within JSON."""
+    for begin, end, number in rendering.spans:
+        text, printed = chat.texts[number], rendering.text[begin:end]
+        if printed != text.core and printed != json.dumps(text.core, ensure_ascii=False)[1:-1]:
+            yield text
 
 
 class _Marker:
@@ -191,7 +188,7 @@ class _Marker:
         if len(self.texts) == _MOST_TEXTS:
             raise ValueError(f"a chat must hold at most {_MOST_TEXTS} texts; cut it in two")
         number = chr(_FIRST_NUMBER + len(self.texts))
-        self.texts.append(meaning)
+        self.texts.append(meaning._replace(core=core))
         begin = len(text) - len(text.lstrip())
         end = begin + len(core)
         return f"{text[:begin]}{START}{number}{core}{END}{text[end:]}"

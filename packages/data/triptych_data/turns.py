@@ -6,7 +6,15 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from triptych_data.marks import RESERVED, MarkedChat, Rendering, Span, mark_chat, read_marks
+from triptych_data.marks import (
+    RESERVED,
+    MarkedChat,
+    Rendering,
+    Span,
+    changed_texts,
+    mark_chat,
+    read_marks,
+)
 from triptych_data.template import END_GENERATION, GENERATION, ChatTemplate, Message
 
 _GENERATIONS = re.compile(f"[{GENERATION}{END_GENERATION}]")
@@ -82,7 +90,9 @@ class TurnFinder:
         marked = self._render(chat, len(messages), add_generation_prompt)
         rendering = read_marks(marked)
         if rendering is None or rendering.text != plain:
-            raise self._cut(messages, tools, plain, add_generation_prompt)
+            raise self._cut(self._find_cut(messages, tools, plain, add_generation_prompt))
+        for text in changed_texts(chat, rendering):
+            raise self._cut(text.message)
         self._check_all_printed(chat, rendering, trained)
         find = self._generated if self._template.has_generation else self._prompted
         turns = []
@@ -105,15 +115,14 @@ class TurnFinder:
             mark_generations=True,
         )
 
-    def _cut(
+    def _find_cut(
         self,
         messages: Sequence[Message],
         tools: Sequence[Any] | None,
         plain: str,
         add_generation_prompt: bool,
-    ) -> ValueError:
-        """The error that names the first text which the template does not print in one piece."""
-        guilty = "the tools"
+    ) -> int:
+        """The first message in which marks alone change what the template prints; -1: the tools."""
         for number in range(len(messages)):
             chat = mark_chat(messages[number : number + 1], None, self._is_risky)
             mixed = [*messages[:number], *chat.messages, *messages[number + 1 :]]
@@ -125,10 +134,13 @@ class TurnFinder:
             except ValueError:
                 rendering = None
             if rendering is None or rendering.text != plain:
-                guilty = f"messages[{number}]"
-                break
+                return number
+        return -1
+
+    def _cut(self, message: int) -> ValueError:
+        whose = f"messages[{message}]" if message >= 0 else "the tools"
         return self._error(
-            f"must print every message's text in one piece, got that of {guilty} cut or changed; "
+            f"must print every message's text in one piece, got that of {whose} cut or changed; "
             "it may treat some words of it (such as </think>) specially: use a template that does "
             "not, or write reasoning as reasoning_content and calls as tool_calls"
         )
@@ -137,7 +149,7 @@ class TurnFinder:
         self, chat: MarkedChat, rendering: Rendering, trained: Collection[int]
     ) -> None:
         printed = Counter(span.number for span in rendering.spans)
-        for number, (message, kind) in enumerate(chat.texts):
+        for number, (message, kind, _) in enumerate(chat.texts):
             if kind in ("content", "call") and not printed[number]:
                 raise self._error(
                     f"must print every text, got none of messages[{message}]'s "
