@@ -79,14 +79,16 @@ def memory_over(loader: PackLoader, samples: int) -> Iterator[dict[str, float]]:
         for number, batch in enumerate(batches, start=1):
             taken += len(batch["sample_keys"])
             if taken >= due:
-                yield {"samples": taken, "batches": number, **held()}
+                yield {"samples": taken, "batches": number, **held(loader.has_workers)}
                 due = min(due + samples // 10, samples) if taken < samples else 0
             if taken >= samples:
                 return
 
 
-def held() -> dict[str, float]:
+def held(has_workers: bool) -> dict[str, float]:
     """MiB of this process, of its server and of all workers."""
+    if not has_workers:
+        return {"trainer": _proportional_size("self"), "server": 0.0, "workers": 0.0}
     server = start_server().pid
     workers = Path(f"/proc/{server}/task/{server}/children").read_text().split()
     return {

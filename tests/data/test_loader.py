@@ -175,6 +175,19 @@ def test_going_on_anyway_is_recorded_for_good(shards, tmp_path):
     assert again.state_dict() == loader.state_dict()
 
 
+@pytest.mark.parametrize("position", [13, 97, 200])
+def test_going_on_with_other_packs_begins_with_the_next_one(shards, position):
+    before = open_loader(shards)
+    stream = iter(before)
+    while before.position < position:
+        next(stream)
+    after = open_loader(shards, seq_len=900, resume_anyway=True)
+    after.load_state_dict(before.state_dict())
+    begins = [batch["place"].position for batch in islice(open_loader(shards, seq_len=900), 100)]
+    place = next(iter(after))["place"]
+    assert place.position == min(begin for begin in begins if begin >= before.position)
+
+
 def test_seed_gives_another_order(shards):
     assert take(open_loader(shards), 5) != take(open_loader(shards, seed=1), 5)
 

@@ -64,6 +64,11 @@ class PackLoader:
         self._stream = RankStream(self.plan, self.builder, rank, world_size)
         self._job = Job(self._stream) if config.num_workers else None
 
+    @property
+    def has_workers(self) -> bool:
+        """Whether other processes prepare the batches."""
+        return self._job is not None
+
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's batches from `position` on, without end.
 

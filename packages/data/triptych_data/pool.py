@@ -140,8 +140,9 @@ class _Server:
 
     def has_ended(self) -> bool:
         """Whether it closed its end: it says nothing unasked, so there is nothing else to read."""
-        readable, _, _ = select.select([self._control], [], [], 0)
-        return bool(readable) or self._process.poll() is not None
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        return bool(poll.poll(0)) or self._process.poll() is not None
 
     def close(self) -> None:
         """Let the server end, and its workers with it."""
@@ -236,7 +237,7 @@ class _Worker:
         text = b""
         deadline = time.monotonic() + _DUMP_SECONDS
         while time.monotonic() < deadline:
-            select.select([], [], [], 0.05)
+            time.sleep(0.05)
             before, text = text, os.pread(self._log, 1 << 20, NOTE.size)
             if text and text == before:
                 break
