@@ -186,10 +186,10 @@ def _hashes(path: Path, known: np.ndarray) -> np.ndarray:
     hashes = _hashed(keys)
     missing = np.flatnonzero(~np.isin(hashes, known)).tolist()
     if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(
-            f"{path}: each key must be one of the shards', got {keys[missing[0]]!r} and "
-            f"{len(missing) - 1} more that no sample has; check that keys and shards belong "
-            "together"
+            f"{path}: each key must be one of the shards', got {keys[missing[0]]!r}{more} that no "
+            "sample has; check that keys and shards belong together"
         )
     return hashes
 
