@@ -8,6 +8,7 @@ import resource
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
@@ -33,23 +34,23 @@ def main(samples: int, rounds: int) -> None:
         inputs = {"512x384 JPEG + chat": write_images(root, samples)}
         inputs["1 kB chat"] = write_texts(root, 10 * samples)
         for title, source in inputs.items():
-            out = root / "out"
             count = sum(1 for _ in source.open())
-            write_shards(source, root / "source", shard_size=SHARD_SIZE, decode=False)
-            ways: dict[str, Callable[[], object]] = {
-                "webdataset.ShardWriter, unchecked": lambda s=source: write_webdataset(s, out),
-                "shard --check full": lambda s=source: write_shards(s, out, shard_size=SHARD_SIZE),
-                "shard --check header": lambda s=source: write_shards(
-                    s, out, shard_size=SHARD_SIZE, decode=False
-                ),
-                "reshard --shuffle": lambda: reshard(
-                    [root / "source"], out, shard_size=SHARD_SIZE, shuffle_seed=0
-                ),
-            }
-            for way, write in ways.items():
-                seconds = min(cpu_seconds(write, out) for _ in range(rounds))
+            for way, write in ways(source, root / "out", root / "source").items():
+                seconds = min(cpu_seconds(write, root / "out") for _ in range(rounds))
                 click.echo(f"{title:<20} {way:<34} {count / seconds:>9,.0f} samples/s/core")
-            shutil.rmtree(root / "source")
+
+
+def ways(source: Path, out: Path, shards: Path) -> dict[str, Callable[[], object]]:
+    """What is measured; `shards` is where the input of reshard is written."""
+    shutil.rmtree(shards, ignore_errors=True)
+    write_shards(source, shards, shard_size=SHARD_SIZE, decode=False)
+    write = partial(write_shards, source, out, shard_size=SHARD_SIZE)
+    return {
+        "webdataset.ShardWriter, unchecked": partial(write_webdataset, source, out),
+        "shard --check full": write,
+        "shard --check header": partial(write, decode=False),
+        "reshard --shuffle": partial(reshard, [shards], out, shard_size=SHARD_SIZE, shuffle_seed=0),
+    }
 
 
 def write_images(root: Path, count: int) -> Path:
