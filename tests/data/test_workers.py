@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import subprocess
@@ -45,7 +46,26 @@ def test_workers_end_with_the_iterator():
     pids = children(server_pid())
     assert len(pids) == 2
     items.close()
-    assert not children(server_pid())
+    wait_until(lambda: not children(server_pid()))
+    wait_until(lambda: next(run(works.endless)) == 0 and all_gone(pids))  # forgotten with requests
+
+
+def test_an_iterator_that_is_garbage_ends_its_workers_whenever_it_is_collected():
+    """Also in the middle of another request, of which it must not take the answer."""
+    for _ in range(20):
+        items = run(works.endless, 2)
+        next(items)
+        loop = [items]
+        loop.append(loop)
+        before = gc.get_threshold()
+        gc.set_threshold(1)
+        try:
+            del items, loop
+            assert next(run(works.endless)) == 0
+        finally:
+            gc.set_threshold(*before)
+    gc.collect()
+    wait_until(lambda: not children(server_pid()))
 
 
 def test_workers_are_ahead_by_prefetch_only(tmp_path):
@@ -102,7 +122,7 @@ def test_work_is_loaded_ahead_and_forgotten_with_its_job():
     del job
     with closing(run(works.endless)) as items:
         next(items)
-        assert not server.dropped
+        assert not server.notes
     with pytest.raises(RuntimeError, match="KeyError"):
         server.request("start", number, 0, 1, (), 2, 0, 0)
 
@@ -194,7 +214,14 @@ def server_pid():
 
 
 def children(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """The child processes of a process that have not ended."""
+    pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    states = {p: Path(f"/proc/{p}/stat").read_text().rpartition(")")[2].split()[0] for p in pids}
+    return [int(p) for p, state in states.items() if state != "Z"]
+
+
+def all_gone(pids):
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def wait_until(condition, seconds=20):

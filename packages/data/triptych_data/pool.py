@@ -41,7 +41,7 @@ class Job:
         server = start_server()
         if self._server is not server:
             self._server, self._number = server, server.load(self._work)
-            weakref.finalize(self, server.dropped.append, self._number)
+            weakref.finalize(self, server.notes.append, ("drop", self._number))
         return server, self._number
 
 
@@ -104,8 +104,9 @@ class _Server:
         theirs.close()
         self._lock = threading.Lock()
         self._num_loaded = 0
-        self.dropped: deque[int] = deque()
-        """numbers of works that nobody needs any more; the server hears of them with a request"""
+        self.notes: deque[tuple[Any, ...]] = deque()
+        """requests without answer, sent with the next one: the garbage collector, which may run at
+        any point of another request, only adds to them"""
         atexit.register(self.close)
 
     @property
@@ -125,8 +126,8 @@ class _Server:
         """Return the answer to a request. Raises what it raised, or RuntimeError if it died."""
         with self._lock:
             try:
-                while self.dropped:
-                    send(self._control, ("drop", self.dropped.popleft()))
+                while self.notes:
+                    send(self._control, self.notes.popleft())
                 send(self._control, words, descriptors)
                 answer, _ = receive(self._control)
             except (EOFError, OSError) as error:
@@ -140,6 +141,8 @@ class _Server:
 
     def has_ended(self) -> bool:
         """Whether it closed its end: it says nothing unasked, so there is nothing else to read."""
+        if self._control.fileno() < 0:
+            return True  # this process closed it
         poll = select.poll()
         poll.register(self._control, select.POLLIN)
         return bool(poll.poll(0)) or self._process.poll() is not None
@@ -172,9 +175,15 @@ class _Worker:
         os.lseek(self._log, NOTE.size, os.SEEK_SET)  # stacks are written behind the note
         self._notes = mmap.mmap(self._log, NOTE.size)
         self._connection, theirs = socket.socketpair()
-        with theirs:
+        self._pid: int | None = None
+        try:
             files = theirs.fileno(), self._log
-            self._pid: int | None = server.request("start", *request, descriptors=files)
+            self._pid = server.request("start", *request, descriptors=files)
+        except BaseException:
+            self.end()
+            raise
+        finally:
+            theirs.close()
 
     def next_item(self, timeout: float, where: Callable[[int], str]) -> Any:
         """Return the worker's next item; raises StopIteration after the last."""
@@ -193,16 +202,20 @@ class _Worker:
             self._connection.send(b".")
         return rest[0]
 
-    def end(self, seconds: float = 0.0) -> int | None:
-        """Kill the worker unless it ends in time, and return its exit code."""
-        if self._owner != os.getpid() or self._pid is None:
-            return None
-        pid, self._pid = self._pid, None
+    def end(self) -> None:
+        """Kill the worker; without its connection it would end as soon as it is done with an item.
+
+        Asks nothing of the server: it is called where an iterator is collected as garbage.
+        """
+        if self._owner != os.getpid() or self._connection.fileno() < 0:
+            return
         self._connection.close()
         os.close(self._log)
-        with suppress(RuntimeError):  # then the server's end was the worker's as well
-            return self._server.request("end", pid, seconds)
-        return None
+        # The number is the worker's own until the server, which knows when, collects its exit code.
+        if self._pid is not None and not self._server.has_ended():
+            with suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+            self._server.notes.append(("forget", self._pid))
 
     def _hanging(self, timeout: float, where: Callable[[int], str]) -> ValueError:
         assert self._pid is not None
@@ -219,10 +232,8 @@ class _Worker:
 
     def _dead(self, where: Callable[[int], str]) -> RuntimeError:
         place = self._place(where)
-        code = self.end(seconds=5)
-        how = f"exit code {code}"
-        if code is not None and code < 0:
-            how = signal.Signals(-code).name
+        code = self._server.request("wait", self._pid, 5.0)
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return RuntimeError(
             f"data worker {self._number} must live as long as the run, got its end by {how} "
             f"{place}; SIGKILL mostly means that the machine ran out of memory"

@@ -46,8 +46,9 @@ def serve(descriptor: int) -> None:
     - `("drop", job)` forgets the work with that number; no answer
     - `("start", job, number, num_workers, args, prefetch)` with a socket and a log file forks a
       worker and returns its process id, or raises what loading the work raised
-    - `("end", pid, seconds)` waits for a worker, kills it if it takes longer, and returns its exit
-      code, negative if a signal ended it
+    - `("wait", pid, seconds)` waits for a worker's end, and returns its exit code, negative if a
+      signal ended it, or 0 if it takes longer
+    - `("forget", pid)` collects the exit code of a worker that was killed; no answer
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -62,7 +63,8 @@ def serve(descriptor: int) -> None:
             if answer is not None:
                 send(control, answer)
     for pid in state.living:
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _answer(state: "_State", control: socket.socket) -> Any:
@@ -87,6 +89,7 @@ class _State:
     def __init__(self, control: socket.socket) -> None:
         self.control = control
         self.living: set[int] = set()
+        self.killed: set[int] = set()
         self.works: dict[int, Work | Exception] = {}
         self.num_loaded = 0
 
@@ -110,6 +113,8 @@ class _State:
     ) -> int:
         work = self.works[job]
         if isinstance(work, Exception):
+            os.close(connection)
+            os.close(log)
             raise work
         pid = os.fork()
         if pid == 0:
@@ -120,15 +125,24 @@ class _State:
         self.living.add(pid)
         return pid
 
-    def end(self, pid: int, seconds: float) -> int:
+    def wait(self, pid: int, seconds: float) -> int:
         deadline = time.monotonic() + seconds
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        while not ended and time.monotonic() < deadline:
+        while (code := self._exit_code(pid)) is None and time.monotonic() < deadline:
             time.sleep(0.005)
-            ended, status = os.waitpid(pid, os.WNOHANG)
+        return code or 0
+
+    def forget(self, pid: int) -> None:
+        self.killed.add(pid)
+        # Not waited for: one that hangs in the kernel cannot die before the kernel lets it go.
+        self.killed = {pid for pid in self.killed if self._exit_code(pid) is None}
+
+    def _exit_code(self, pid: int) -> int | None:
+        """Return the exit code of a worker, None while it lives; asked again it is 0."""
+        if pid not in self.living:
+            return 0
+        ended, status = os.waitpid(pid, os.WNOHANG)
         if not ended:
-            os.kill(pid, signal.SIGKILL)
-            _, status = os.waitpid(pid, 0)
+            return None
         self.living.discard(pid)
         return os.waitstatus_to_exitcode(status)
 
@@ -162,7 +176,6 @@ def _run(work: Callable[[Note], Iterator[Any]], prefetch: int, descriptor: int, 
         except Exception as error:
             last = ("error", _portable(error))
         send(connection, last)
-        connection.recv(1)  # the log is of interest until the trainer has read the last item
         code = 0
     except BaseException:
         traceback.print_exc()
