@@ -68,7 +68,7 @@ def main(config: SftConfig) -> None:
     from triptych_core.launch import launch, shutdown
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
-    from triptych_core.optim import build_adamw, parameter_groups
+    from triptych_core.optim import build_optimizer, parameter_groups
     from triptych_core.run import close_run, describe_run, open_run
     from triptych_data.heldout import Heldout
     from triptych_data.ledger import Ledger
@@ -78,6 +78,7 @@ def main(config: SftConfig) -> None:
     from triptych_models.families import build_model
     from triptych_models.freeze import count_parameters, parameter_parts
     from triptych_models.generate import generate
+    from triptych_models.matrices import matrix_shapes, newton_schulz
 
     runtime = launch(config.run)
     ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
@@ -108,8 +109,9 @@ def main(config: SftConfig) -> None:
         model = build_model(config.model, dtype=dtype, gather=gather_parameters(config.engine))
     model.check_processor(processor)
     part_of = parameter_parts(model).__getitem__
-    groups = parameter_groups(model.named_parameters(), config.optim, part_of)
-    optimizer = build_adamw(groups, config.optim)
+    matrices = matrix_shapes(model)
+    groups = parameter_groups(model.named_parameters(), config.optim, part_of, matrices)
+    optimizer = build_optimizer(groups, config.optim, newton_schulz)
     engine = build_engine(model, optimizer, config.engine, config.optim, runtime.world_size)
     start_step = resume(engine, config, batches)
     facts = {"parameters": count_parameters(model), "data": batches.describe()}

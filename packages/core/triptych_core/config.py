@@ -50,9 +50,33 @@ class ScheduleConfig(Section):
     min_ratio: Unit = Field(0.0, description="the factor reached at the last step")
 
 
-class OptimConfig(Section):
-    """AdamW with fp32 master weights."""
+class MuonConfig(Section):
+    """Muon: momentum whose matrices are made orthogonal."""
 
+    lr: float | None = Field(
+        None,
+        gt=0,
+        description="peak rate of matrices, by default optim.lr; optim.lr_by_part moves it in the "
+        "same proportion",
+    )
+    momentum: float = Field(0.95, ge=0, lt=1, description="decay of the momentum")
+    nesterov: bool = Field(True, description="look ahead by one step of momentum")
+    ns_steps: int = Field(5, ge=1, description="Newton-Schulz steps")
+    lr_scale: Literal["match_rms_adamw", "original"] = Field(
+        "match_rms_adamw",
+        description="of a matrix (M, N): 0.2 sqrt(max(M, N)), which makes updates as large as "
+        "AdamW's, so that its lr and weight decay can be kept; or sqrt(max(1, M/N))",
+    )
+
+
+class OptimConfig(Section):
+    """AdamW, or Muon for matrices and AdamW for the rest, with fp32 master weights."""
+
+    name: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="muon: for weights of linear layers; embeddings, output layer, convolutions, "
+        "norms and biases stay with AdamW",
+    )
     lr: float = Field(1e-4, gt=0, description="peak learning rate")
     lr_by_part: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default_factory=dict, description="peak rate of a named part, e.g. {vision: 1e-5}"
@@ -62,6 +86,7 @@ class OptimConfig(Section):
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the global norm; 0 = never")
+    muon: MuonConfig = MuonConfig()
 
 
 class ZeroConfig(Section):
@@ -157,6 +182,15 @@ class StageConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check_optimizer(self) -> StageConfig:
+        if self.optim.name == "muon" and self.engine.zero.offload_optimizer:
+            raise ValueError(
+                "optim.name: must be adamw with engine.zero.offload_optimizer, got muon; "
+                "Newton-Schulz needs the device, switch offloading off"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_schedule(self) -> StageConfig:

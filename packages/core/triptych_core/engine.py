@@ -12,6 +12,8 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from triptych_core.config import EngineConfig, OptimConfig
+from triptych_core.muon import Muon
+from triptych_core.shards import find_shards
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 
@@ -93,6 +95,8 @@ def build_engine(
         config=deepspeed_config(config, optim.max_grad_norm, world_size),
     )
     _undo_warm_up_step(engine.optimizer)
+    if isinstance(optimizer, Muon):
+        optimizer.place(find_shards(engine.optimizer, optimizer.shapes))
     for name, buffer in engine.module.named_buffers(remove_duplicate=False):
         assert buffer.dtype == buffers[name], f"{name}: became {buffer.dtype}, was {buffers[name]}"
     return engine
