@@ -145,7 +145,6 @@ def gradients_of_a_step(
             [samples[i] for i in pack],
             SEQ_LEN,
             pad_token_id=processor.pad_token_id,
-            image_token_id=processor.image_token_id,
         )
         for pack in mine
     ]
