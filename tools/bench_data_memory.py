@@ -4,7 +4,7 @@
 
 Trains on nothing: takes the batches of short chats, of which every tenth has an image, and notes
 what the trainer, the server of the workers and the workers hold (proportional set size without
-files). Growth is from the first tenth of the run to its end. Then opens the
+files). Growth is from the second line to the last. Then opens the
 first batch at positions 0, 10^4 and 10^7, as a resumed run does.
 """
 
@@ -73,14 +73,14 @@ def write_texts(folder: Path, count: int) -> None:
 
 
 def memory_over(loader: PackLoader, samples: int) -> Iterator[dict[str, float]]:
-    """Memory after the first batch, and after each tenth of `samples`."""
-    taken, due = 0, 0
+    """Memory near the start, after each tenth of `samples` more, and at the end."""
+    taken, due = 0, samples // 100
     with closing(iter(loader)) as batches:
         for number, batch in enumerate(batches, start=1):
             taken += len(batch["sample_keys"])
-            if taken >= due:
+            if taken >= min(due, samples):
                 yield {"samples": taken, "batches": number, **held(loader.has_workers)}
-                due = min(due + samples // 10, samples) if taken < samples else 0
+                due += samples // 10
             if taken >= samples:
                 return
 
@@ -113,7 +113,10 @@ def first_batch(config: DataConfig, processor: Processor, depth: int) -> tuple[f
 def _proportional_size(process: str) -> float:
     """MiB of a process, memory shared by n processes counting 1/n; without mapped files, of which
     the kernel holds as much as it likes."""
-    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
+    except ProcessLookupError:  # a worker of a loader before, that ended
+        return 0.0
     sizes = {name: int(size) for name, size, _ in map(str.split, lines)}
     return (sizes["Pss_Anon:"] + sizes["Pss_Shmem:"]) / 1024
 

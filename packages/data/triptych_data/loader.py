@@ -119,16 +119,21 @@ class PackLoader:
 
     def _batches_from(self, position: int) -> Generator[Batch]:
         config = self._config
+        inline = self._stream(lambda sample: None, 0, 1, position)
         if self._job is None:
-            return self._stream(lambda sample: None, 0, 1, position)
-        return run_workers(
-            self._job,
-            config.num_workers,
-            (position,),
-            prefetch=config.prefetch,
-            timeout=config.timeout_s,
-            where=self.shards.where,
-        )
+            yield from inline
+        else:
+            # The first one is made here, or it would wait 3 s for a server that still imports.
+            first = next(inline)
+            yield first
+            yield from run_workers(
+                self._job,
+                config.num_workers,
+                (first["place"].next_position,),
+                prefetch=config.prefetch,
+                timeout=config.timeout_s,
+                where=self.shards.where,
+            )
 
 
 def open_sources(config: DataConfig) -> tuple[Shards, list[PlanSource]]:
