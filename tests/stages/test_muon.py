@@ -246,3 +246,52 @@ def test_losses_and_weights_equal_one_rank_with_whole_matrices(tmp_path, stage, 
             for name, weight in weights.items():
                 error = (weight - wanted[name]).norm() / wanted[name].norm()
                 assert error <= 1e-5, f"{where}: {name} off by {error:.1e}"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_resumed_run_repeats_every_bit(tmp_path, stage):
+    base = [f"engine.zero.stage={stage}", "engine.gradient_accumulation_steps=2"]
+    runs = {
+        "whole": [*base, "checkpoint.save=false"],
+        # Two steps of the same schedule, then the rest of it from the checkpoint.
+        "cut": [*base, "run.steps=2", "schedule.kind=constant", "checkpoint.every=2"],
+        "cut+on": [*base, "checkpoint.every=0"],
+    }
+    # Warm-up takes the first two steps, so that both schedules agree there.
+    for results in run_ranks(on_a_rank, 2, tmp_path, runs):
+        losses, weights = results["whole"]
+        assert results["cut"][0] == losses[:2]
+        resumed_losses, resumed = results["cut+on"]
+        assert resumed_losses == losses
+        for name, weight in weights.items():
+            assert torch.equal(resumed[name], weight), name
+
+
+@pytest.mark.parametrize(
+    "option", ["optim.muon.nesterov=false", "optim.muon.lr_scale=original"], ids=["plain", "scale"]
+)
+def test_options_reach_the_update(tmp_path, option):
+    runs = {"run": ["engine.zero.stage=2", "checkpoint.save=false", option]}
+    wanted_losses, wanted = reference(config_of(tmp_path, option), 2)
+    for results in run_ranks(on_a_rank, 2, tmp_path, runs):
+        losses, weights = results["run"]
+        assert losses == pytest.approx(wanted_losses, rel=1e-5)
+        for name, weight in weights.items():
+            assert (weight - wanted[name]).norm() <= 1e-5 * wanted[name].norm(), name
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_fp32_masters_of_bf16_weights_agree_between_stages(tmp_path, world_size):
+    # ZeRO-1 in bf16 is another class of DeepSpeed's (BF16_Optimizer), ZeRO-0 a third one, which
+    # adds gradients of several ranks up in bf16.
+    stages = (0, 1, 2, 3) if world_size == 1 else (1, 2, 3)
+    common = ["engine.precision=bf16", "run.steps=1", "schedule.warmup_steps=0"]
+    runs = {
+        f"stage-{n}": [f"engine.zero.stage={n}", *common, "checkpoint.save=false"] for n in stages
+    }
+    for results in run_ranks(on_a_rank, world_size, tmp_path, runs):
+        _, wanted = results["stage-2"]
+        for name, (_, weights) in results.items():
+            for key, weight in weights.items():
+                error = (weight - wanted[key]).norm() / wanted[key].norm()
+                assert error <= 1e-6, f"{name}: {key} off by {error:.1e}"

@@ -75,6 +75,11 @@ class Muon(torch.optim.AdamW):
                         self._step_matrices(master, group)
         return loss
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Past AdamW's, which fills in what older versions did not save and expects its own state in
+        # every group.
+        torch.optim.Optimizer.__setstate__(self, state)
+
     def _step_matrices(self, master: Tensor, group: dict[str, Any]) -> None:
         gradient = torch.zeros_like(master) if master.grad is None else master.grad
         if "momentum_buffer" not in self.state[master]:
