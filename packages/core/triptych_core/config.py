@@ -163,7 +163,11 @@ class EvaluationConfig(Section):
 class LogConfig(Section):
     """What is written while a run goes on."""
 
-    every: int = Field(1, ge=1, description="steps between console lines (metrics.jsonl has all)")
+    every: int = Field(
+        10,
+        ge=1,
+        description="steps between console lines; metrics.jsonl has every step, written then",
+    )
     progress: bool = Field(True, description="show a progress bar")
     wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases")
     wandb_project: str = Field("triptych", description="project name there")

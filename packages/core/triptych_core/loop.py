@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from triptych_core.config import StageConfig
 from triptych_core.engine import gradient_norm
-from triptych_core.metrics import Metrics, StepRecord
+from triptych_core.metrics import Metrics
 from triptych_core.optim import set_learning_rate
+from triptych_core.readout import StepRecord
 from triptych_core.schedule import lr_scale
 
 Batch = dict[str, Any]

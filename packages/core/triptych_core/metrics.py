@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import resource
-import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal
 
@@ -15,8 +15,9 @@ from deepspeed.accelerator import get_accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from triptych_core.config import StageConfig, dump_config
+from triptych_core.config import StageConfig, dump_config, is_due
 from triptych_core.lines import keep_steps_until
+from triptych_core.readout import FinishedStep, Readout, StepRecord
 
 # Dense bf16 peaks in TFLOP/s, from the vendors' data sheets; the first name found counts.
 PEAK_TFLOPS = {
@@ -30,26 +31,14 @@ PEAK_TFLOPS = {
 }
 
 
-@dataclass
-class StepRecord:
-    """What the loop knows of a step; tensors stay on the device until the next step is queued."""
-
-    step: int
-    loss: torch.Tensor
-    counts: torch.Tensor  # (4,) int64: targets, tokens, FLOPs, bad samples over all ranks
-    grad_norm: Any
-    lr: float
-    capacity: int  # tokens the step's rows could hold
-    data_wait_seconds: float
-
-
 class Metrics:
     """Writes `metrics.jsonl` and shows progress; a context manager used on every rank.
 
     Loss, counts and FLOPs are those of all ranks; memory and waiting for data the main rank's.
 
-    A step is written when the next one has been queued, so reading its loss never stalls the
-    device. Only the main rank writes.
+    Every step has its line, but lines are written at the end of an interval of `log.every` steps,
+    when one more step has been queued: reading never stalls the device. When an exception leaves
+    the context, the steps that the device has done are written. Only the main rank reads.
     """
 
     def __init__(
@@ -58,8 +47,8 @@ class Metrics:
         self._config = config
         self._is_main = is_main = rank == 0
         self._peak = peak_flops(config) * world_size
-        self._pending: tuple[StepRecord, float] | None = None
-        self._recorded_at = time.perf_counter()
+        self._readout = Readout()
+        self._first_step = start_step + 1
         self._progress: Progress | None = None
         self._wandb: Any = None
         if is_main:
@@ -76,6 +65,8 @@ class Metrics:
     ) -> None:
         if kind is None:
             self.flush()
+        else:
+            self._rescue()
         if self._progress is not None:
             self._progress.stop()
         if self._is_main:
@@ -84,27 +75,34 @@ class Metrics:
             self._wandb.finish()
 
     def record(self, record: StepRecord) -> None:
-        """Keep this step, write the one before.
+        """Keep this step; write the interval before, if that has ended.
 
-        A step lasts from one call to the next; each call waits for the step before, so on a busy
-        device that is the device's time.
+        A step lasts from one call to the next, in the device's own time.
         """
-        self.flush()
-        now = time.perf_counter()
-        self._pending = record, now - self._recorded_at
-        self._recorded_at = now
+        if not self._is_main:
+            return
+        self._write(self._readout.take())
+        self._readout.add(record)
+        step, log = record.step, self._config.log
+        if is_due(step, log.every, self._config.run.steps) or step == self._first_step:
+            self._readout.fetch()
 
     def restart_clock(self) -> None:
         """Leave out of step times what happened since the last step: evaluation, saving."""
         self.flush()
         get_accelerator().synchronize()
-        self._recorded_at = time.perf_counter()
+        self._readout.restart_clock()
 
     def flush(self) -> None:
-        """Write the pending step; waits for the device to finish it."""
-        pending, self._pending = self._pending, None
-        if pending is not None and self._is_main:
-            self._write(*pending)
+        """Write all steps so far; waits for the device to finish them."""
+        if self._is_main:
+            self._write(self._readout.take_all())
+
+    def _rescue(self) -> None:
+        """Write what can be known of the steps so far without waiting for anyone."""
+        if self._is_main:
+            with suppress(RuntimeError):  # the device may be what failed; that error goes on
+                self._write(self._readout.take_finished())
 
     def note(self, text: str) -> None:
         """Print one line below those of the steps so far, on the main rank."""
@@ -137,40 +135,51 @@ class Metrics:
         if config.log.wandb != "off":
             self._wandb = _start_wandb(config, config.log.wandb)
 
-    def _write(self, record: StepRecord, seconds: float) -> None:
-        loss = float(record.loss)  # the one wait
-        num_targets, num_tokens, flops, bad_samples = (int(n) for n in record.counts.tolist())
-        norm = None if record.grad_norm is None else float(record.grad_norm)
-        line = {
+    def _write(self, steps: Sequence[FinishedStep]) -> None:
+        if not steps:
+            return
+        lines = [self._line(step) for step in steps]
+        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
+        self._file.flush()
+        if self._wandb is not None:
+            for line in lines:
+                self._wandb.log(line, step=line["step"])
+        self._show(lines)
+
+    def _line(self, step: FinishedStep) -> dict[str, Any]:
+        num_targets, num_tokens, flops, bad_samples = step.counts
+        record, seconds = step.record, step.seconds
+        return {
             "step": record.step,
-            "loss": loss,
+            "loss": step.loss,
             "num_targets": num_targets,
             "num_tokens": num_tokens,
             "tokens_per_second": num_tokens / seconds,
             "mfu": flops / seconds / self._peak if math.isfinite(self._peak) else None,
             "flops": flops,
-            "grad_norm": norm,
+            "grad_norm": step.grad_norm,
             "lr": record.lr,
             "data_wait_seconds": record.data_wait_seconds,
             "step_seconds": seconds,
             "packing_fill": num_tokens / record.capacity,
             "bad_samples": bad_samples,
             "peak_memory_bytes": peak_memory_bytes(),
-            "time": time.time(),
+            "time": step.time,
         }
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log(line, step=record.step)
-        self._show(line)
 
-    def _show(self, line: dict[str, Any]) -> None:
-        mfu = "" if line["mfu"] is None else f"  mfu {line['mfu']:.1%}"
-        status = f"loss {line['loss']:.4f}  {line['tokens_per_second']:,.0f} tok/s{mfu}"
+    def _show(self, lines: Sequence[dict[str, Any]]) -> None:
+        """The last step's loss, and the speed over all of these; waiting for data slows it down."""
+        last = lines[-1]
+        seconds = sum(line["step_seconds"] for line in lines)
+        share = sum(line["flops"] for line in lines) / seconds / self._peak
+        mfu = f"  mfu {share:.1%}" if math.isfinite(share) else ""
+        speed = sum(line["num_tokens"] for line in lines) / seconds
+        wait = sum(line["data_wait_seconds"] for line in lines) / seconds
+        status = f"loss {last['loss']:.4f}  {speed:,.0f} tok/s{mfu}  data wait {wait:.1%}"
         if self._progress is not None:
-            self._progress.update(self._task, completed=line["step"], status=status)
-        elif line["step"] % self._config.log.every == 0 or line["step"] == self._config.run.steps:
-            self._say(f"step {line['step']}/{self._config.run.steps}  {status}")
+            self._progress.update(self._task, completed=last["step"], status=status)
+        else:
+            self._say(f"step {last['step']}/{self._config.run.steps}  {status}")
 
 
 def peak_flops(config: StageConfig) -> float:
