@@ -10,13 +10,16 @@ Measured on: two CPU ranks (`make demo`) and one H100 (README, Results).
 
 import sys
 from functools import partial
-from typing import Self, get_args
+from typing import TYPE_CHECKING, Self, get_args
 
 from pydantic import Field, model_validator
 
 from triptych_core.config import StageConfig, did_you_mean, parse_args, run_main
 from triptych_data.config import DataConfig
 from triptych_models.config import ModelConfig, Part
+
+if TYPE_CHECKING:
+    from triptych_core.plan import Plan
 
 
 class SftConfig(StageConfig):
@@ -52,9 +55,39 @@ class SftConfig(StageConfig):
         return self
 
 
+def plan(config: SftConfig) -> "Plan":
+    """What a step needs and how long it takes, from config.json alone."""
+    from triptych_core.engine import compute_dtype
+    from triptych_core.optim import parameter_groups
+    from triptych_core.plan import plan_run, tracer, weights_of
+    from triptych_models.freeze import parameter_parts
+    from triptych_models.matrices import matrix_shapes
+    from triptych_models.pretend import WORKSPACES, build_pretend_model, pretend, pretend_batch
+
+    model = build_pretend_model(config.model, dtype=compute_dtype(config.engine))
+    part_of, matrices = parameter_parts(model).__getitem__, matrix_shapes(model)
+    groups = parameter_groups(model.named_parameters(), config.optim, part_of, matrices)
+    weights = weights_of(model, groups, config.engine.zero.persistence_threshold)
+    make_batch = partial(
+        pretend_batch,
+        model,
+        document_len=config.plan.document_len,
+        image_share=config.plan.image_share,
+        image_tokens=config.plan.image_tokens,
+    )
+    with pretend(model):
+        trace = tracer(model, make_batch, WORKSPACES)
+        return plan_run(config, weights, trace, seq_len=config.data.seq_len)
+
+
 def main(config: SftConfig) -> None:
     """Wire data, model and engine together, train, evaluate, export."""
     config.model.check_path()
+    if config.plan.show != "no":
+        from triptych_core.plan import show_plan
+
+        show_plan(plan(config), config.plan)
+        return
     # Not at the top: the configuration is checked before torch is imported.
     from triptych_core.checkpoint import resume, save_if_due
     from triptych_core.engine import (

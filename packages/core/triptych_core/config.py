@@ -17,6 +17,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from triptych_core.plan_config import PlanConfig
+
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -186,6 +188,7 @@ class StageConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     log: LogConfig = LogConfig()
+    plan: PlanConfig = PlanConfig()
 
     @model_validator(mode="after")
     def _check_optimizer(self) -> StageConfig:
@@ -235,10 +238,14 @@ def parse_args(cls: type[Config], argv: Sequence[str], description: str = "") ->
             _ = inline or next(words, "")
         elif word == "--print-config":
             print_only = True
+        elif word == "--plan":
+            overrides.append(f"plan.show={'json' if '--json' in argv else 'table'}")
+        elif word == "--json" and "--plan" in argv:
+            pass
         elif not word.startswith("-") and "=" in word:
             overrides.append(word)
         else:
-            near = did_you_mean(name, ["--config", "--print-config", "--help"])
+            near = did_you_mean(name, ["--config", "--plan", "--json", "--print-config", "--help"])
             die([f"{word}: must be an option or section.key=value, got '{word}'{near}"])
     try:
         config = load_config(cls, path, overrides)
@@ -289,6 +296,8 @@ def render_help(cls: type[BaseModel], description: str = "") -> str:
         "options:",
         "  --config FILE      a YAML file with what differs from the defaults",
         "  section.key=value  override one key, e.g. optim.lr=1e-5",
+        "  --plan             print what a step needs under each ZeRO stage, and exit",
+        "  --plan --json      the same, sizes in bytes",
         "  --print-config     print the resolved tree and exit",
         "  --help             this text",
         "",

@@ -58,6 +58,8 @@ _MAX_NORM_WIDTH = 65536  # one program holds a whole row in registers
 # Set by `use_backend`. A plain global and not a ContextVar: activation checkpointing re-runs the
 # forward on autograd's own threads, which would not see a context variable.
 _requests: dict[str, str] = {}
+# Set by `assume_device`.
+_assumed: torch.device | None = None
 
 # Why a backend cannot take a tensor of this device, dtype and last dimension; "" when it can. A
 # fourth argument, the names of what a call needs (`choose(..., needs=)`), comes when there are any.
@@ -257,6 +259,21 @@ def use_backend(name: str | None = None, **per_op: str) -> Iterator[None]:
         _requests = before
 
 
+@contextmanager
+def assume_device(device: str) -> Iterator[None]:
+    """Choose backends within a `with` block as on `device`, "cuda", for fake tensors of the CPU.
+
+    To plan on one machine what another will do: autograd cannot run on fake tensors of a device
+    that is not there. Packages are still those of this machine.
+    """
+    global _assumed
+    before, _assumed = _assumed, torch.device(device)
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
 def choose(
     op: str, x: torch.Tensor, backend: str | None = None, needs: tuple[str, ...] = ()
 ) -> str:
@@ -268,15 +285,16 @@ def choose(
     Raises ValueError when the backend that was asked for does not exist or cannot take `x`.
     """
     name, asked_by = requested(op, backend)
+    device = _assumed or x.device
     if name is None:
-        return first_able(op, x.device, x.dtype, x.shape[-1], needs)
+        return first_able(op, device, x.dtype, x.shape[-1], needs)
     reasons = BACKENDS[op]
     if name not in reasons:
         raise ValueError(
             f"{asked_by}: the backend of {op} must be one of {', '.join(reasons)}, got {name!r}; "
             f"name one of these, or leave the choice open"
         )
-    if why_not := reasons[name](x.device, x.dtype, x.shape[-1], *([needs] if needs else [])):
+    if why_not := reasons[name](device, x.dtype, x.shape[-1], *([needs] if needs else [])):
         raise ValueError(
             f"{asked_by}: the backend of {op} must be able to run here, got {name!r}, which "
             f"cannot: {why_not}; change that, or leave the choice open"

@@ -184,6 +184,10 @@ class Qwen3VL(nn.Module):
         for block in self.hf.model.visual.blocks:
             block.compile(dynamic=True)
 
+    def set_checkpointing(self, checkpointing: str) -> None:
+        """none: keep all that a backward needs; full: keep each layer's input, compute it again."""
+        self.gradient_checkpointing = checkpointing == "full"
+
     def flops(self, batch: Mapping[str, Any]) -> float:
         """Forward and backward FLOPs of one packed row; see triptych_models.flops."""
         trainable = {

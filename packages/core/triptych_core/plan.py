@@ -1,0 +1,311 @@
+"""The plan of a run: what fits, how long a step takes, and what should be chosen.
+
+Nothing here runs on a device: a micro-step is traced on fake tensors (memory_trace), the engine's
+allocations are added (memory_plan) and its work is divided by measured ceilings (speed_plan).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from triptych_core.config import StageConfig
+from triptych_core.memory_plan import Group, MemoryPlan, Weights, plan_memory
+from triptych_core.memory_trace import MicroStep, Workspaces, trace_micro_step
+from triptych_core.plan_config import PlanConfig
+from triptych_core.speed_plan import SpeedPlan, plan_speed
+
+GIB = 2**30
+DEFAULT_MEMORY = 79.1 * GIB  # of an "80 GB" H100, by torch.cuda.get_device_properties
+
+
+class Traced(NamedTuple):
+    """A micro-step, and its FLOPs as the model counts them."""
+
+    step: MicroStep
+    flops: float
+
+
+Trace = Callable[[int, str], Traced]  # (seq_len, checkpointing) -> a traced micro-step
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to run: its ZeRO stage and checkpointing, what it needs and how fast it is."""
+
+    stage: int
+    checkpointing: str
+    memory: MemoryPlan
+    speed: SpeedPlan
+    fits: bool
+    longest: int
+    """The largest seq_len that fits, in steps of 1,024; 0 where none does."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All choices for a machine; `chosen` is the fastest that fits, or None."""
+
+    choices: Sequence[Choice]
+    chosen: Choice | None
+    ranks: int
+    seq_len: int
+    limit: float  # bytes a rank may use
+    parameters: int
+
+    def why(self) -> str:
+        """One line: what was chosen, and why not what is less."""
+        if self.chosen is None:
+            least = min(self.choices, key=lambda choice: choice.memory.peak)
+            return (
+                f"nothing fits: ZeRO-{least.stage} with {least.checkpointing} checkpointing needs "
+                f"{least.memory.peak / GIB:.1f} of {self.limit / GIB:.1f} GiB at "
+                f"data.seq_len={self.seq_len}; {remedy(self)}"
+            )
+        chosen = self.chosen
+        return (
+            f"ZeRO-{chosen.stage}, {chosen.checkpointing} checkpointing: "
+            f"{chosen.memory.peak / GIB:.1f} of {self.limit / GIB:.1f} GiB on {self.ranks} "
+            f"rank{'s' * (self.ranks > 1)}, the fastest that fits of {len(self.choices)}"
+        )
+
+
+def weights_of(model: nn.Module, groups: Iterable[Mapping[str, Any]], threshold: int) -> Weights:
+    """Elements of a model and of its optimizer's groups; a group with a "rule" has one state."""
+    parameters = list(model.parameters())
+    small = sum(p.numel() for p in parameters if p.numel() <= threshold)
+    return Weights(
+        sum(p.numel() for p in parameters),
+        [
+            Group(
+                sum(p.numel() for p in group["params"]),
+                max(p.numel() for p in group["params"]),
+                states=1 if group.get("rule") == "muon" else 2,
+            )
+            for group in groups
+        ],
+        persistent=small,
+    )
+
+
+def tracer(
+    model: Any, make_batch: Callable[[int], dict[str, Any]], workspaces: Workspaces
+) -> Trace:
+    """How to trace a micro-step of a model with fake tensors; call the result where they are made.
+
+    Args:
+        model: an nn.Module that returns a `loss_sum`, has `set_checkpointing(way)` and
+            `flops(batch)`.
+        make_batch: seq_len -> a batch.
+        workspaces: see trace_micro_step.
+    """
+
+    def trace(seq_len: int, checkpointing: str) -> Traced:
+        model.set_checkpointing(checkpointing)
+        batch = make_batch(seq_len)
+        given = [value for value in batch.values() if isinstance(value, Tensor)]
+        step = trace_micro_step(
+            lambda: model(**batch).loss_sum,
+            model.parameters(),
+            [*model.buffers(), *given],
+            workspaces,
+        )
+        with unset_fake_temporarily():  # lengths of documents are real, and are read
+            return Traced(step, model.flops(batch))
+
+    return trace
+
+
+def plan_run(config: StageConfig, weights: Weights, trace: Trace, *, seq_len: int) -> Plan:
+    """Weigh every stage and way of checkpointing that the configuration allows."""
+    stages = [
+        stage
+        for stage in (0, 1, 2, 3)
+        if not (stage == 0 and (config.engine.precision == "bf16" or _offloads(config)))
+        and not (stage != 3 and config.engine.zero.offload_params)
+    ]
+    return make_plan(
+        config,
+        weights,
+        trace,
+        seq_len=seq_len,
+        ranks=config.plan.ranks or int(os.environ.get("WORLD_SIZE", "1")),
+        memory=device_memory(config),
+        stages=stages,
+    )
+
+
+def show_plan(plan: Plan, assumed: PlanConfig) -> None:
+    """Print the plan as `plan.show` says, once for all ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(plan_to_json(plan) if assumed.show == "json" else render_plan(plan))  # noqa: T201
+
+
+def device_memory(config: StageConfig) -> float:
+    """Bytes of a device: what the configuration says, or what this machine's has."""
+    if config.plan.gpu_memory_gib is not None:
+        return config.plan.gpu_memory_gib * GIB
+    if config.run.device != "cpu" and torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    return DEFAULT_MEMORY
+
+
+def _offloads(config: StageConfig) -> bool:
+    return config.engine.zero.offload_optimizer or config.engine.zero.offload_params
+
+
+def make_plan(
+    config: StageConfig,
+    weights: Weights,
+    trace: Trace,
+    *,
+    seq_len: int,
+    ranks: int,
+    memory: float,
+    stages: Sequence[int] = (0, 1, 2, 3),
+    checkpointing: Sequence[str] = ("none", "full"),
+) -> Plan:
+    """Weigh every stage with every way of checkpointing, for rows of seq_len.
+
+    Args:
+        config: precision, accumulation, buckets, and what `plan` assumes.
+        weights: elements.
+        trace: runs a micro-step on fake tensors; called twice per way of checkpointing, since
+            memory is a line in seq_len.
+        seq_len: tokens of a row.
+        ranks: data-parallel ranks.
+        memory: bytes of a device.
+        stages: which to weigh.
+        checkpointing: which ways to weigh.
+    """
+    limit = memory * (1 - config.plan.headroom)
+    choices = []
+    least = trace(seq_len, "none").step.products
+    for way in checkpointing:
+        here, half = trace(seq_len, way), trace(seq_len // 2, way)
+        for stage in stages:
+            at = {"stage": stage, "ranks": ranks}
+            plan = plan_memory(weights, config.engine, here.step, **at)
+            below = plan_memory(weights, config.engine, half.step, **at)
+            speed = plan_speed(
+                weights,
+                config.engine,
+                here.step,
+                flops=here.flops,
+                recomputed=here.step.products - least,
+                device=config.plan.device,
+                **at,
+            )
+            longest = _longest(plan, below, seq_len, limit)
+            choices.append(Choice(stage, way, plan, speed, plan.peak <= limit, longest))
+    return Plan(choices, _choose(choices), ranks, seq_len, limit, weights.numel)
+
+
+def _choose(choices: Sequence[Choice]) -> Choice | None:
+    """The fastest that fits; of those within 1 % of it the lowest stage."""
+    fitting = [choice for choice in choices if choice.fits]
+    if not fitting:
+        return None
+    best = min(choice.speed.seconds for choice in fitting)
+    near = [choice for choice in fitting if choice.speed.seconds <= 1.01 * best]
+    return min(near, key=lambda choice: (choice.stage, choice.speed.seconds))
+
+
+def _longest(plan: MemoryPlan, half: MemoryPlan, seq_len: int, limit: float) -> int:
+    """Each phase is a line through its values at seq_len / 2 and seq_len; the first to end."""
+    longest = 2**20
+    for name, parts in plan.phases.items():
+        here, below = sum(parts.values()), sum(half.phases[name].values())
+        slope = max(0.0, (here - below) / (seq_len - seq_len // 2))
+        fixed = here - slope * seq_len
+        if fixed > limit:
+            return 0
+        if slope:
+            longest = min(longest, int((limit - fixed) / slope))
+    return longest // 1024 * 1024
+
+
+def remedy(plan: Plan, current: tuple[int, str] | None = None) -> str:
+    """The one setting that makes the run fit, as it is typed; `current` did not."""
+    fitting = [c for c in plan.choices if c.fits and (c.stage, c.checkpointing) != current]
+    if fitting:
+        best = min(fitting, key=lambda choice: choice.speed.seconds)
+        same_stage = [c for c in fitting if current and c.stage == current[0]]
+        same_way = [c for c in fitting if current and c.checkpointing == current[1]]
+        if same_stage:
+            way = min(same_stage, key=lambda choice: choice.speed.seconds).checkpointing
+            return f"set model.gradient_checkpointing={way}"
+        if same_way:
+            return f"set engine.zero.stage={min(c.stage for c in same_way)}"
+        return (
+            f"set engine.zero.stage={best.stage} model.gradient_checkpointing={best.checkpointing}"
+        )
+    longest = max(choice.longest for choice in plan.choices)
+    if longest:
+        return f"set data.seq_len={longest}"
+    return "take more ranks, or set engine.zero.offload_optimizer=true"
+
+
+def render_plan(plan: Plan) -> str:
+    """A table for people: a line per stage and way of checkpointing, and the chosen one in full."""
+    lines = [
+        f"{plan.parameters / 1e9:.2f} B parameters, rows of {plan.seq_len:,} tokens, "
+        f"{plan.ranks} rank{'s' * (plan.ranks > 1)}, {plan.limit / GIB:.1f} GiB to use",
+        "",
+        f"{'ZeRO':>4}  {'checkpointing':13}{'peak GiB':>10}{'fits':>6}{'longest row':>13}"
+        f"{'step s':>9}{'MFU':>8}  peak in",
+    ]
+    for choice in plan.choices:
+        mark = "*" if choice is plan.chosen else " "
+        lines.append(
+            f"{choice.stage:>3}{mark}  {choice.checkpointing:13}{choice.memory.peak / GIB:10.1f}"
+            f"{'yes' if choice.fits else 'no':>6}{choice.longest:13,}"
+            f"{choice.speed.seconds:9.2f}{choice.speed.mfu:8.1%}  {choice.memory.peak_phase}"
+        )
+    shown = plan.chosen or min(plan.choices, key=lambda choice: choice.memory.peak)
+    lines += ["", plan.why(), ""]
+    for phase, parts in shown.memory.phases.items():
+        listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
+        lines.append(f"{phase:>9}  {sum(parts.values()) / GIB:5.1f} GiB = {listed}")
+    speed = asdict(shown.speed)
+    seconds = ", ".join(
+        f"{name} {speed[name]:.3f}" for name in speed if name not in ("flops", "peak_flops")
+    )
+    lines.append(f"{'step':>9}  {shown.speed.seconds:5.2f} s: {seconds}")
+    return "\n".join(lines)
+
+
+def plan_to_json(plan: Plan) -> str:
+    """The same as JSON, sizes in bytes."""
+    return json.dumps(
+        {
+            "parameters": plan.parameters,
+            "seq_len": plan.seq_len,
+            "ranks": plan.ranks,
+            "limit_bytes": plan.limit,
+            "chosen": plan.chosen and [plan.chosen.stage, plan.chosen.checkpointing],
+            "why": plan.why(),
+            "choices": [
+                {
+                    "stage": choice.stage,
+                    "checkpointing": choice.checkpointing,
+                    "peak_bytes": choice.memory.peak,
+                    "peak_phase": choice.memory.peak_phase,
+                    "phases": choice.memory.phases,
+                    "fits": choice.fits,
+                    "longest_seq_len": choice.longest,
+                    "step_seconds": choice.speed.seconds,
+                    "mfu": choice.speed.mfu,
+                }
+                for choice in plan.choices
+            ],
+        },
+        indent=2,
+    )

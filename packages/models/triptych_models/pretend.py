@@ -1,0 +1,127 @@
+"""A model and a batch without memory behind them, to plan a run on any machine.
+
+Shapes, dtypes and the ops that run are those of the real ones; values there are none.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from triptych_kernels.dispatch import assume_device
+
+from .config import ModelConfig
+from .families import FAMILIES
+from .freeze import freeze
+from .qwen3_vl import Qwen3VL
+
+
+def _loss_bytes(
+    hidden_states: Tensor, weight: Tensor, bias: Any, labels: Any, weights: Any, *settings: Any
+) -> tuple[int, int]:
+    """One chunk of logits; and the head's gradient is fp32 where it is a sum over chunks."""
+    num_targets, chunk_rows = settings[1] or len(hidden_states), settings[2]
+    chunks = -(-num_targets // chunk_rows)
+    rows, width = -(-num_targets // chunks), weight.element_size()
+    logits = rows * (weight.shape[0] + weight.shape[1]) * width
+    return logits, weight.numel() * (4 - width) if chunks > 1 else 0
+
+
+def _attention_backward_bytes(d_out: Tensor, q: Tensor, k: Tensor, *rest: Any) -> tuple[int, int]:
+    """FlashAttention 2's fp32 sum of dq, and dk and dv for every query head before they are
+    summed over those that share a key head."""
+    expanded = 2 * q.numel() * q.element_size() if q.shape[1] != k.shape[1] else 0
+    return 4 * q.numel() + expanded, 0
+
+
+# What ops hold that their outputs do not show: op -> (bytes while it runs, bytes with its outputs).
+WORKSPACES = {
+    "triptych::linear_cross_entropy": _loss_bytes,
+    "torch_attn::_varlen_attn_backward": _attention_backward_bytes,
+}
+
+
+def build_pretend_model(config: ModelConfig, *, dtype: torch.dtype) -> Qwen3VL:
+    """The model of `build_model` on the meta device: config.json is read, weights are not."""
+    with torch.device("meta"):
+        model = FAMILIES[config.family].from_directory(
+            config.path,
+            dtype=dtype,
+            gradient_checkpointing=config.gradient_checkpointing == "full",
+            fused=config.fuse,
+        )
+    freeze(model, config.freeze)
+    return model.train()
+
+
+@contextmanager
+def pretend(model: nn.Module, device: str = "cuda") -> Iterator[None]:
+    """Inside, the model's tensors are fake and ops take the backends they take on `device`."""
+    # Of the CPU, since autograd cannot run on fake tensors of a device that is not there.
+    with FakeTensorMode(allow_non_fake_inputs=True), assume_device(device):
+        _make_fake(model)
+        # Threads of other devices are not to be started.
+        with torch.autograd.set_multithreading_enabled(False):
+            yield
+
+
+def pretend_batch(
+    model: Qwen3VL, seq_len: int, *, document_len: int, image_share: float, image_tokens: int
+) -> dict[str, Any]:
+    """A packed row of full documents; call it inside `pretend`, or for a real model.
+
+    image_share of its tokens are those of square images of about image_tokens each; there is
+    always one image, of one token where there should be none. Every text token is a target.
+    """
+    vision = model.hf.config.vision_config
+    merge = vision.spatial_merge_size
+    side = max(1, round(math.sqrt(image_tokens))) if image_share else 1  # in tokens
+    count = max(1, round(seq_len * image_share / side**2))
+    patches = (side * merge) ** 2  # of one image
+    patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    num_targets = max(1, seq_len - count * side**2)
+    shift_labels = torch.full((1, seq_len), -100)
+    shift_labels[:, -num_targets:] = 0
+    bounds = [*range(0, seq_len, document_len), seq_len]
+    ends = [*range(0, count * patches + 1, patches)]
+    return {
+        "input_ids": torch.zeros(1, seq_len, dtype=torch.int64),
+        "shift_labels": shift_labels,
+        "num_targets": num_targets,
+        "position_ids": torch.zeros(3, 1, seq_len, dtype=torch.int64),
+        "cu_seqlens": _known(bounds),
+        "max_seqlen": min(document_len, seq_len),
+        "pixel_values": torch.zeros(count * patches, patch_dim, dtype=torch.uint8),
+        "image_grid_thw": _known([[1, side * merge, side * merge]] * count),
+        "image_positions": torch.arange(count * side**2),
+        "vision_cu_seqlens": _known(ends),
+        "vision_max_seqlen": patches,
+    }
+
+
+def _known(values: list[Any]) -> Tensor:
+    """A real tensor, though fake ones are made around: its values are read on the host."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():
+        dtype = torch.int64 if isinstance(values[0], list) else torch.int32
+        return torch.tensor(values, dtype=dtype)
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Put a fake tensor in the place of each parameter and buffer; tied ones stay one."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:
+                    like = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    made[id(parameter)] = nn.Parameter(like, parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
