@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from triptych_core.config import OptimConfig
+from triptych_core.config import OptimConfig, StageConfig, load_config
 from triptych_core.optim import build_adamw, parameter_groups, set_learning_rate
 
 
@@ -65,3 +65,24 @@ def test_a_partitioned_parameter_is_judged_by_its_whole_shape():
     matrix.ds_shape = torch.Size([4, 4])  # what ZeRO-3 leaves behind
     (group,) = parameter_groups([("w", matrix)], OptimConfig(weight_decay=0.1), lambda name: "all")
     assert group["name"] == "all/decay"
+
+
+def test_muon_takes_the_matrices_it_is_given_at_a_rate_of_their_own():
+    config = OptimConfig(
+        name="muon", lr=1.0, lr_by_part={"vision": 0.1}, weight_decay=0.2, muon={"lr": 5.0}
+    )
+    matrices = {"vision.0.weight": [(4, 4)], "language.1.weight": [(2, 4), (2, 4)]}
+    named = model().named_parameters()
+    groups = {g["name"]: g for g in parameter_groups(named, config, part, matrices)}
+    assert {name: (g["lr"], g["weight_decay"]) for name, g in groups.items()} == {
+        "vision/muon": (0.5, 0.2),
+        "vision/no_decay": (0.1, 0.0),
+        "language/decay": (1.0, 0.2),  # the embedding
+        "language/muon": (5.0, 0.2),
+    }
+    assert groups["language/muon"]["matrices"] == [[(2, 4), (2, 4)]]
+
+
+def test_muon_is_refused_where_states_are_on_the_host():
+    with pytest.raises(ValueError, match=r"^optim.name: must be adamw with engine.zero.offload"):
+        load_config(StageConfig, None, ["optim.name=muon", "engine.zero.offload_optimizer=true"])

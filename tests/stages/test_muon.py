@@ -267,6 +267,13 @@ def test_a_resumed_run_repeats_every_bit(tmp_path, stage):
             assert torch.equal(resumed[name], weight), name
 
 
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
+    base = ["engine.zero.stage=2", "run.steps=2"]
+    runs = {"run": base, "run+on": [*base, "optim.name=adamw"]}
+    with pytest.raises(RuntimeError, match="optimizer must be adamw as in this run, got muon"):
+        run_ranks(on_a_rank, 1, tmp_path, runs)
+
+
 @pytest.mark.parametrize(
     "option", ["optim.muon.nesterov=false", "optim.muon.lr_scale=original"], ids=["plain", "scale"]
 )

@@ -128,10 +128,10 @@ def load_checkpoint(engine: Any, config: StageConfig, path: Path) -> tuple[int, 
     """Restore weights, optimizer and generators; returns the step taken last and the data state.
 
     Raises:
-        ValueError: the checkpoint was made with another world size, ZeRO stage, precision or set
-            of trainable parameters, or lies beyond `run.steps`.
+        ValueError: the checkpoint was made with another world size, ZeRO stage, precision,
+            optimizer or set of trainable parameters, or lies beyond `run.steps`.
     """
-    state = json.loads((path / "state.json").read_text())
+    state = {"optimizer": "adamw"} | json.loads((path / "state.json").read_text())
     for key, wanted in _must_match(engine, config).items():
         if state[key] != wanted:
             raise ValueError(
@@ -155,6 +155,7 @@ def _must_match(engine: Any, config: StageConfig) -> dict[str, Any]:
         "world_size": dist.get_world_size(),
         "zero_stage": config.engine.zero.stage,
         "precision": config.engine.precision,
+        "optimizer": config.optim.name,
         "trainable_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trainable),
     }
 
