@@ -99,6 +99,22 @@ def test_gradcheck():
     )
 
 
+def test_autocast_takes_its_dtype_once_and_keeps_the_lse_float32():
+    """A rope in float32 beside a plain projection, as under autocast, gives q, k, v two dtypes."""
+    q, k, v, cu_seqlens = pack([5, 9])
+    halves = [x.bfloat16() for x in (q, k, v)]
+    for options in ({}, {"softcap": 5.0}):
+        want = attention(*halves, cu_seqlens, 256, causal=True, **options)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = attention(q, k, halves[2], cu_seqlens, 256, causal=True, **options)
+        assert torch.equal(got, want)
+    _, want = attention(*halves, cu_seqlens, 256, causal=True, return_lse=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, lse = attention(q, k, v, cu_seqlens, 256, causal=True, return_lse=True)
+        exact = attention(*(x.double() for x in (q, k, v)), cu_seqlens, 256, causal=True)
+    assert lse.dtype == torch.float32 and torch.equal(lse, want) and exact.dtype == torch.float64
+
+
 @pytest.mark.parametrize("bounds", [[0, 4], [1, 5], [0, 6, 5], [0]])
 def test_cu_seqlens_must_cover_the_row(bounds):
     q, k, v, _ = pack([5])

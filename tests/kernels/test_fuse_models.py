@@ -240,6 +240,16 @@ def test_packed_rows_of_a_fused_model_are_documents_on_their_own():
     torch.testing.assert_close(model(**row).logits[0], torch.cat(alone))
 
 
+def test_packed_rows_under_autocast_where_rope_leaves_q_wider_than_v():
+    model, _, _ = build("Qwen3")
+    fuse(model, ops=["attention"])
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(**packed()).logits
+    unfuse(model)
+    alone = [model(ids[None]).logits[0] for ids in packed()["input_ids"][0].split([5, 1, 9])]
+    torch.testing.assert_close(got[0].float(), torch.cat(alone), rtol=0.1, atol=0.05)
+
+
 @pytest.mark.parametrize("family", ["Llama", "Qwen3Moe"])
 def test_a_fused_model_compiles_in_one_graph(family):
     model, _, _ = build(family)

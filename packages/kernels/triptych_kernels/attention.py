@@ -12,6 +12,7 @@ from torch import Tensor
 from . import flash_attention
 from .attention_by_document import by_document
 from .attention_pattern import Pattern, make_pattern
+from .autocast import lowered
 from .dispatch import choose
 
 _Run = Callable[[Tensor, Tensor, Tensor, Pattern, bool], tuple[Tensor, Tensor | None]]
@@ -99,9 +100,11 @@ def attention(
     flash-attn), sdpa (scaled_dot_product_attention, one document after the other) and reference.
     Under torch.compile each is one node; flash2 has the package's own.
 
-    Raises ValueError for shapes and values that do not fit. sdpa and reference also check the
+    Under autocast q, k and v are taken in its dtype, as scaled_dot_product_attention does. Raises
+    ValueError for shapes and values that do not fit. sdpa and reference also check the
     values of cu_seqlens, which costs a synchronisation on CUDA; the others do not look at them.
     """
+    q, k, v = lowered(q), lowered(k), lowered(v)
     pattern = make_pattern(
         q, k, v, cu_seqlens, max_seqlen, causal, scale, window, softcap, cu_seqlens_k, max_seqlen_k
     )

@@ -28,7 +28,8 @@ def _run(
 ) -> tuple[Tensor, Tensor | None]:
     lengths_q, lengths_k = _lengths(pattern, len(q), len(k))
     documents = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
-    parts = [_attend(*document, pattern, return_lse) for document in documents]
+    with torch.autocast(q.device.type, enabled=False):
+        parts = [_attend(*document, pattern, return_lse) for document in documents]
     out = torch.cat([out for out, _ in parts])
     return out, torch.cat([lse for _, lse in parts], dim=1) if return_lse else None
 

@@ -25,7 +25,8 @@ def _run(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Ten
         token, choice = torch.where(experts == expert)
         gate, up = F.linear(x[token], gate_up_e).chunk(2, dim=-1)
         given = F.linear(F.silu(gate) * up, down_e)  # (n, H)
-        y = y.index_add(0, token, given.to(y.dtype) * weights[token, choice, None])
+        scale = weights[token, choice, None].to(wide)
+        y = y.index_add(0, token, given.to(wide) * scale)
     return y.to(x.dtype)
 
 

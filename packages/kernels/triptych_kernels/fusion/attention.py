@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import attention
+from ..autocast import lowered
 from ..dispatch import choose, is_requested
 from ..transformers_attention import attend_packed
 
@@ -88,6 +89,7 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """query (B, Hq, T, D), key and value (B, Hkv, Tk, D) -> (B, T, Hq, D)."""
+    query, key, value = lowered(query), lowered(key), lowered(value)
     if kwargs.get("cu_seq_lens_q") is not None and query.shape[0] == 1:
         # The mask that came along is the same documents once more, made from position_ids.
         return attend_packed(module, query, key, value, None, **kwargs)
