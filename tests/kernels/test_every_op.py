@@ -121,6 +121,30 @@ def test_takes_non_contiguous_tensors(name, backend):
 
 
 @on_every_backend
+def test_differentiated_twice_it_is_right_or_raises(name, backend):
+    """Also where the gradient that reaches the op is a constant, as that of a loss is."""
+    case = CASES[name]
+    if not case.differentiable:
+        pytest.skip("it has no gradient")
+    op, tensors = make(name, backend)
+    try:
+        got = second_gradients(op, tensors)
+    except RuntimeError as error:
+        assert "differentiate" in str(error) or "not implemented" in str(error)  # sdpa's own
+        return
+    assert_close(got, second_gradients(case.plain, tensors))
+
+
+def second_gradients(op, tensors):
+    """Of a penalty on the gradients, beside a term that is differentiable anyway."""
+    outputs = [x for x in tree_leaves(op(*tensors)) if isinstance(x, torch.Tensor)]
+    total = sum(y.sum() for y in outputs if y.requires_grad)
+    gradients = torch.autograd.grad(total, tensors, create_graph=True, materialize_grads=True)
+    penalty = sum(g.square().sum() for g in gradients) + sum(x.sum() for x in tensors)
+    return torch.autograd.grad(penalty, tensors)
+
+
+@on_every_backend
 @pytest.mark.usefixtures("poison")
 def test_leaves_nothing_unwritten(name, backend):
     """torch.empty is filled with NaN here."""

@@ -138,6 +138,11 @@ def test_autocast_computes_in_its_dtype():
     (gradient,) = torch.autograd.grad(loss, weight)
     wanted = linear_cross_entropy(hidden_states.bfloat16(), weight.bfloat16(), labels)
     assert torch.equal(loss, wanted) and gradient.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 alone, as in torch
+        assert (
+            linear_cross_entropy(hidden_states.double(), weight.double(), labels).dtype.itemsize
+            == 8
+        )
 
 
 def test_wrong_labels_counts_and_shapes_are_refused():
@@ -150,3 +155,7 @@ def test_wrong_labels_counts_and_shapes_are_refused():
         linear_cross_entropy(hidden_states[None], weight, labels)
     with pytest.raises(ValueError, match="chunk_rows must be at least 1, got 0"):
         linear_cross_entropy(hidden_states, weight, labels, chunk_rows=0)
+    with pytest.raises(ValueError, match=r"labels must be int64, got torch\.float32"):
+        linear_cross_entropy(hidden_states, weight, labels.float())
+    with pytest.raises(ValueError, match=r"one dtype, got torch\.bfloat16, torch\.float32"):
+        linear_cross_entropy(hidden_states.bfloat16(), weight, labels)

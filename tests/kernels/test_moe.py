@@ -198,6 +198,14 @@ def test_autocast_takes_the_low_dtype():
     assert torch.equal(y, moe_mlp(*(t.bfloat16() for t in given[:3]), given[3], experts))
 
 
+def test_weights_may_be_of_another_dtype():
+    x, gate_up, down, weights, experts = inputs()
+    for name in ("grouped", "reference"):
+        want = moe_mlp(x, gate_up, down, weights, experts, backend=name)
+        got = moe_mlp(x, gate_up, down, weights.double(), experts, backend=name)
+        torch.testing.assert_close(got, want)
+
+
 def test_what_does_not_fit_is_refused():
     x, gate_up, down, weights, experts = inputs()
     with pytest.raises(ValueError, match=r"\(E, 2F, H\).*got \(13, 16\), \(5, 8, 16\)"):

@@ -170,3 +170,11 @@ def test_what_does_not_fit_is_refused_by_its_index():
         weighted_sum([x], [1], out=torch.ones(3, 2))
     with pytest.raises(ValueError, match="no tensor may require a gradient"):
         weighted_sum([x.clone().requires_grad_()], [1], out=torch.ones(2, 3))
+
+
+def test_a_second_derivative_is_refused():
+    x = torch.ones(3, requires_grad=True)
+    y = weighted_sum([x, x], [0.5, 0.25]).square().sum()
+    (first,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="must not be differentiated"):
+        torch.autograd.grad(first.square().sum() + x.sum(), x)

@@ -14,8 +14,8 @@ from typing import Any, Literal, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .autocast import lowered
 from .cross_entropy_in_place import Terms
 from .dispatch import choose, is_traced
 from .linear_cross_entropy_chunks import compute, scaled, spread, wide_dtype
@@ -91,16 +91,15 @@ def linear_cross_entropy(
     num_targets is the number of labels that are not ignored. On CUDA give it where it is known:
     counting them waits for the device. A wrong count, or a label outside 0..V-1, raises ValueError
     on the CPU and trips a device-side assertion on CUDA, as do shapes and values that do not fit
-    (ValueError). Not differentiable twice.
+    (ValueError). Not differentiable twice: a backward with create_graph=True raises RuntimeError.
     """
     terms = Terms(z_loss, softcap, label_smoothing)
     _check_shapes(hidden_states, weight, labels, bias, weights)
     _check_values(chunk_rows, terms)
+    hidden_states, weight = lowered(hidden_states), lowered(weight)
+    bias = None if bias is None else lowered(bias)
+    _check_dtypes(hidden_states, weight, labels, bias)
     name = choose("linear_cross_entropy", hidden_states, backend)
-    if torch.is_autocast_enabled(hidden_states.device.type) and name != "reference":
-        dtype = torch.get_autocast_dtype(hidden_states.device.type)
-        hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
-        bias = bias if bias is None else bias.to(dtype)
     if name == "reference":
         loss, losses = _reference(hidden_states, weight, labels, bias, weights, ignore_index, terms)
     else:
@@ -179,8 +178,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return result.loss, losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, d_losses: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # they would pass as constants: the inputs were not kept
+            raise RuntimeError(
+                "linear_cross_entropy: its gradients must not be differentiated, got "
+                "create_graph=True; ask for backend='reference'"
+            )
         d_hidden, d_weight, d_bias, rows = ctx.saved_tensors
         if d_hidden is not None:
             d_hidden = spread(d_hidden * d_loss, rows, ctx.num_rows)
@@ -293,6 +296,22 @@ def _check_shapes(
         raise ValueError(
             f"linear_cross_entropy: hidden_states, weight, labels, bias, weights must be (N, H), "
             f"(V, H), (N,), (V,), (N,), got {', '.join(map(str, shapes))}; flatten the batch first"
+        )
+
+
+def _check_dtypes(
+    hidden_states: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
+) -> None:
+    dtypes = [x.dtype for x in (hidden_states, weight, bias) if x is not None]
+    if len(set(dtypes)) > 1:
+        raise ValueError(
+            f"linear_cross_entropy: hidden_states, weight and bias must have one dtype, got "
+            f"{', '.join(map(str, dtypes))}; cast them"
+        )
+    if labels.dtype != torch.int64:
+        raise ValueError(
+            f"linear_cross_entropy: labels must be int64, got {labels.dtype}; convert them once, "
+            f"where the batch is made"
         )
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import moe_passes as passes
+from .autocast import lowered
+from .autograd import first_order
 from .dispatch import choose, is_traced
 from .moe_by_expert import by_expert
 
@@ -43,9 +44,7 @@ def moe_mlp(
     Raises ValueError for shapes or dtypes that do not fit, and on the CPU for an expert outside
     0..E-1 (on CUDA that trips a device-side assertion).
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
+    x, gate_up, down = lowered(x), lowered(gate_up), lowered(down)
     _check(x, gate_up, down, weights, experts)
     # H decides and so does F; both widths are asked about, and a request is refused by either.
     names = {choose("moe_mlp", x, backend), choose("moe_mlp", down, backend)}
@@ -83,7 +82,7 @@ class _MoEMLP(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gate_up, down, weights, pre, *rest = ctx.saved_tensors
         wants = ctx.needs_input_grad[:4]

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .autograd import first_order
 from .dispatch import choose, is_traced
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -122,7 +122,7 @@ class _WeightedSum(torch.autograd.Function):
         return _sum(name, tensors, weights, dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         wants = ctx.needs_input_grad[3:]
         grads = [
