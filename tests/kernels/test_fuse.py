@@ -152,6 +152,40 @@ def test_the_report_says_why_a_candidate_was_left_alone():
     assert fuse(model).left_alone["first"] == "it is fused already"
 
 
+class Asserting(Norm):
+    def forward(self, x):
+        assert x.ndim == 3
+        return super().forward(x)
+
+
+class Dividing(Norm):
+    def forward(self, x):
+        return super().forward(x) * (1 // (len(x) - len(x)))
+
+
+class Counting(Norm):
+    def __init__(self, width):
+        super().__init__(width)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_whatever_a_probe_raises_the_rest_is_fused():
+    report = fuse(nn.Sequential(Norm(8), Asserting(8), Dividing(8), Norm(8)))
+    assert report.replaced == {"0": "rms_norm", "3": "rms_norm"}
+    assert "than the norms here (assert" in report.left_alone["1"]
+    assert report.left_alone["2"].endswith("by zero)")
+
+
+def test_a_module_with_a_buffer_is_left_alone_and_its_buffer_too():
+    model = nn.Sequential(Counting(8))
+    assert fuse(model).left_alone == {"0": "it has more than a weight: calls"}
+    assert model[0].calls == 0
+
+
 def test_the_fused_forward_is_the_op():
     model = Model()
     fuse(model)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .fusion import attention, experts, loss, mlps, norms, rotary
-from .fusion.probe import ERRORS, Match, is_fused, is_replaced, replaced_op
+from .fusion.probe import ERRORS, Match, is_fused, is_replaced, replaced_op, said
 
 _KINDS: tuple[ModuleType, ...] = (norms, mlps, experts, rotary, loss)
 OPS = (
@@ -141,5 +141,5 @@ def _recognise(kind: ModuleType, module: nn.Module) -> Match | str:
         with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
             found: Match | str = kind.recognise(module)
     except ERRORS as error:
-        return f"its forward does not run on a probe: {error}"
+        return f"its forward does not run on a probe: {said(error)}"
     return found

@@ -10,7 +10,18 @@ from torch import Tensor, nn
 from ..gated_rms_norm import gated_rms_norm, gated_rms_norm_ref
 from ..layer_norm import layer_norm
 from ..rms_norm import rms_norm, rms_norm_ref
-from .probe import ERRORS, Forward, Match, agree, marked, others, random, shape_of, with_attributes
+from .probe import (
+    ERRORS,
+    Forward,
+    Match,
+    agree,
+    marked,
+    others,
+    random,
+    said,
+    shape_of,
+    with_attributes,
+)
 
 
 def is_candidate(module: nn.Module) -> bool:
@@ -44,7 +55,7 @@ def recognise(module: nn.Module) -> Match | str:
                 return Match(op, forward)
         except ERRORS as raised:  # of one input where two are needed, or the other way round
             error = raised if num_inputs == 1 else error
-    return f"it gives other values than the norms here{f' ({error})' if error else ''}"
+    return f"it gives other values than the norms here{f' ({said(error)})' if error else ''}"
 
 
 def _zero_centered_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:

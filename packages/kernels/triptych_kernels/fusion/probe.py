@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What a forward that was not written for the probe may raise.
-ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError)
+# What a forward that was not written for the probe may raise: anything, such as an assert.
+ERRORS = Exception
 
 Forward = Callable[..., Any]
 
@@ -89,8 +89,12 @@ def shape_of(parameter: Any) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def said(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
 def others(module: nn.Module, *known: str) -> list[str]:
-    """Names of parameters and children that are not among `known`."""
-    names = [name for name, p in module._parameters.items() if p is not None]
-    names += [name for name, child in module._modules.items() if child is not None]
+    """Names of parameters, buffers and children that are not among `known`."""
+    kinds = (module._parameters, module._buffers, module._modules)
+    names = [name for kind in kinds for name, held in kind.items() if held is not None]
     return sorted(set(names) - set(known))
