@@ -167,6 +167,15 @@ def test_strong_decay_does_not_overflow():
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("g", [-1e4, -torch.inf])
+def test_a_state_that_is_forgotten_at_once_costs_no_digits(g):
+    tensors, cu_seqlens = pack([80])
+    tensors[3] = torch.where(torch.arange(80)[:, None] == 4, g, tensors[3] * 1e-2)
+    exact = gated_delta_rule_ref(*(x.double() for x in tensors), cu_seqlens)
+    got = gated_delta_rule(*tensors, cu_seqlens, backend="chunked")
+    assert (got - exact).norm() < 1e-5 * exact.norm()
+
+
 def test_autocast_leaves_it_float32():
     tensors, cu_seqlens = pack([70])
     want = gated_delta_rule(*tensors, cu_seqlens)

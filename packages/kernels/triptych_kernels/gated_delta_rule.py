@@ -17,6 +17,8 @@ from .documents import check_cu_seqlens, document_of, position_of
 from .recompute import recomputed_gradients
 
 _CHUNK = 64
+# exp of it is 0. Larger decays would only take digits from the sums of g over a chunk.
+_FORGOTTEN = {torch.float32: -128.0, torch.float64: -768.0}
 
 
 def gated_delta_rule(
@@ -169,7 +171,7 @@ def _chunked(
         return laid.unflatten(0, (n, _CHUNK)).transpose(1, 2).repeat_interleave(group, 1)
 
     q, k, v, g, beta = lay(q, group), lay(k, group), lay(v), lay(g), lay(beta).unsqueeze(-1)
-    c = g.cumsum(-1)  # (n, Hv, 64)
+    c = g.clamp(min=_FORGOTTEN[g.dtype]).cumsum(-1)  # (n, Hv, 64)
     above = torch.ones(_CHUNK, _CHUNK, dtype=torch.bool, device=q.device).triu(1)
     # Masked before exp: above the diagonal c_i - c_j is positive and could overflow.
     fade = (c.unsqueeze(-1) - c.unsqueeze(-2)).masked_fill(above, -torch.inf).exp()
