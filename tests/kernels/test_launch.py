@@ -72,3 +72,12 @@ def test_what_triton_specialises_on_is_another_variant(x, other):
     launch(kernel, (1, 1, 1), (x,), (64, 0.5), (True, 8), 4)
     launch(kernel, (1, 1, 1), *other(x))
     assert kernel.compiled == 2 and not kernel.launches
+
+
+def test_nothing_is_remembered_on_rocm(x, monkeypatch):
+    """There Triton specialises on the size of a tensor's storage too."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    kernel = Recorder()
+    for _ in range(2):
+        launch(kernel, (1, 1, 1), (x,), (64, 0.5), (True, 8))
+    assert kernel.compiled == 2 and not kernel.launches

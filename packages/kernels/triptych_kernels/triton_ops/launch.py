@@ -6,7 +6,8 @@ Triton's own launch works out on every call which of its compiled variants fits 
 and its look-ups of environment variables take longer on the host than a small kernel runs. Here
 the variant is remembered under what Triton specialises on: dtypes, alignment of the pointers,
 whether an integer is 1 or a multiple of 16. Triton's launch hooks (its profiler Proton) see a
-variant's first launch only.
+variant's first launch only. On ROCm Triton also specialises on the size of a tensor's storage, so
+that nothing is remembered there.
 """
 
 import torch
@@ -48,6 +49,6 @@ def _launch(kernel, grid, device, tensors, scalars, constants, num_warps):
         run(*grid, stream, function, metadata, None, None, None, *pointers, *scalars, *constants)
         return
     compiled = kernel[grid](*tensors, *scalars, *constants, num_warps=num_warps)
-    if compiled is not None:  # None under the interpreter
+    if compiled is not None and torch.version.hip is None:  # None under the interpreter
         handles = (compiled.run, compiled.function, compiled.packed_metadata)
         _compiled[key] = (*handles, kernel)  # the kernel, so that its id stays its own
