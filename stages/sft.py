@@ -45,6 +45,11 @@ class SftConfig(StageConfig):
                 "model.compile: must be none with engine.zero.stage=3, got layers; DeepSpeed's "
                 "hooks inside a layer break its graph, take a lower stage"
             )
+        if self.model.compile == "layers" and self.engine.checkpointing == "selective":
+            raise ValueError(
+                "engine.checkpointing: must be none or full with model.compile=layers, got "
+                "selective; the compiler itself chooses what is cheap to compute again"
+            )
         return self
 
     @model_validator(mode="after")
@@ -141,6 +146,7 @@ def main(config: SftConfig) -> None:
     with sharded_init(config.engine, runtime.world_size):
         model = build_model(config.model, dtype=dtype, gather=gather_parameters(config.engine))
     model.check_processor(processor)
+    model.set_checkpointing(config.engine.checkpointing)
     part_of = parameter_parts(model).__getitem__
     matrices = matrix_shapes(model)
     groups = parameter_groups(model.named_parameters(), config.optim, part_of, matrices)

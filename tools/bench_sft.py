@@ -16,12 +16,12 @@ import click
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = {
-    "zero3_checkpointing": ["engine.zero.stage=3", "model.gradient_checkpointing=full"],
-    "zero1_checkpointing": ["engine.zero.stage=1", "model.gradient_checkpointing=full"],
-    "zero1": ["engine.zero.stage=1", "model.gradient_checkpointing=none"],
+    "zero3_checkpointing": ["engine.zero.stage=3", "engine.checkpointing=full"],
+    "zero1_checkpointing": ["engine.zero.stage=1", "engine.checkpointing=full"],
+    "zero1": ["engine.zero.stage=1", "engine.checkpointing=none"],
     "zero3_stock_ops": [
         "engine.zero.stage=3",
-        "model.gradient_checkpointing=full",
+        "engine.checkpointing=full",
         "model.fuse=false",
     ],
 }

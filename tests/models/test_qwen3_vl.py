@@ -5,6 +5,7 @@ from tests.models import tiny
 from tests.models.conftest import Build
 from tests.models.stock import stock_logits, stock_loss, stock_twin
 from triptych_kernels import unfuse
+from triptych_models.checkpointing import Checkpointing
 from triptych_models.generate import generate
 
 SEQ_LEN = 96
@@ -84,7 +85,7 @@ def test_text_only_row_gives_the_tower_zero_gradients(build: Build) -> None:
 def test_images_or_not_the_same_modules_run_in_the_same_order(
     build: Build, documents: list[tiny.Document]
 ) -> None:
-    model = build(gradient_checkpointing="none")
+    model = build()
     calls: list[str] = []
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
@@ -109,10 +110,12 @@ def test_row_without_targets_has_loss_zero_and_zero_gradients(
         assert not parameter.grad.any(), name
 
 
-def test_gradient_checkpointing_changes_nothing(
-    build: Build, documents: list[tiny.Document]
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_checkpointing_changes_nothing(
+    build: Build, documents: list[tiny.Document], checkpointing: Checkpointing
 ) -> None:
-    plain, checkpointed = build(), build(gradient_checkpointing="full")
+    plain, checkpointed = build(), build()
+    checkpointed.set_checkpointing(checkpointing)
     batch = tiny.pack(documents, SEQ_LEN)
     for model in (plain, checkpointed):
         model(**batch).loss_sum.backward()

@@ -81,7 +81,7 @@ def alone(stock: Any, processor: Any, sample: Any) -> torch.Tensor:
 
 
 def gradients_of_a_step(
-    workspace: Path, stage: int, accumulation: int
+    workspace: Path, stage: int, accumulation: int, checkpointing: str = "none"
 ) -> tuple[float, float, dict[str, torch.Tensor]]:
     """One step of the real loop on this rank's share of the packs."""
     import torch.distributed as dist
@@ -98,7 +98,7 @@ def gradients_of_a_step(
     from triptych_models.freeze import parameter_parts
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    run_dir = workspace / f"run-{stage}-{world_size}-{accumulation}"
+    run_dir = workspace / f"run-{stage}-{world_size}-{accumulation}-{checkpointing}"
     config = load_config(
         StageConfig,
         None,
@@ -122,6 +122,7 @@ def gradients_of_a_step(
             dtype=torch.float32,
             gather=gather_parameters(config.engine),
         )
+    model.set_checkpointing(checkpointing)
     groups = parameter_groups(
         model.named_parameters(), config.optim, parameter_parts(model).__getitem__
     )
@@ -156,14 +157,19 @@ def gradients_of_a_step(
     return line["loss"], line["grad_norm"], gradients
 
 
-def on_a_rank(workspace: Path, stage: int) -> dict[int, Any]:
+def on_a_rank(
+    workspace: Path,
+    stage: int,
+    checkpointing: str = "none",
+    accumulations: tuple[int, ...] = (1, 2, 4),
+) -> dict[int, Any]:
     from triptych_core.config import RunConfig
     from triptych_core.launch import launch
 
     launch(RunConfig(device="cpu"))
     return {
-        accumulation: gradients_of_a_step(workspace, stage, accumulation)
-        for accumulation in (1, 2, 4)
+        accumulation: gradients_of_a_step(workspace, stage, accumulation, checkpointing)
+        for accumulation in accumulations
     }
 
 
@@ -172,7 +178,18 @@ def on_a_rank(workspace: Path, stage: int) -> dict[int, Any]:
 def test_gradients_equal_the_unpacked_single_process_reference(
     workspace, reference, stage, world_size
 ):
-    for result in run_ranks(on_a_rank, world_size, workspace, stage):
+    check(run_ranks(on_a_rank, world_size, workspace, stage), reference, stage)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_so_they_do_with_checkpointing(workspace, reference, stage, checkpointing):
+    check(run_ranks(on_a_rank, 2, workspace, stage, checkpointing, (2,)), reference, stage)
+
+
+def check(results: list[dict[int, Any]], reference: dict[int, Any], stage: int) -> None:
+    world_size = len(results)
+    for result in results:
         for accumulation, (loss, norm, gradients) in result.items():
             wanted_loss, wanted = reference[world_size * accumulation]
             where = f"stage {stage}, {world_size} ranks, accumulation {accumulation}"

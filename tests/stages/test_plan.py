@@ -151,6 +151,17 @@ def test_what_a_forward_keeps_is_what_autograd_saves_and_what_the_plan_says(fold
         assert planned.products == pytest.approx(step.products, rel=0.2)
 
 
+def test_selective_checkpointing_keeps_less_and_computes_no_product_again(folder):
+    from triptych_models.config import ModelConfig
+    from triptych_models.families import build_model
+
+    real = build_model(ModelConfig(path=folder, init="random"), dtype=torch.float32).train()
+    none, selective, full = (traced(real, way) for way in ("none", "selective", "full"))
+    assert selective.products == none.products < full.products
+    assert full.kept < selective.kept < none.kept
+    assert full.moments[0][0] < selective.moments[0][0] < none.moments[0][0]
+
+
 def plan(*words: str) -> str:
     """`--plan` as a user types it."""
     command = [sys.executable, "stages/sft.py", *words]

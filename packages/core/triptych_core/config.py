@@ -115,6 +115,11 @@ class EngineConfig(Section):
     reduce_dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="in which gradients cross ranks; bf16 halves the traffic and rounds"
     )
+    checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="what a layer keeps for its backward: all; selective: what matrix products and "
+        "attention gave; full: its input only. The rest is computed again",
+    )
     zero: ZeroConfig = ZeroConfig()
 
     @model_validator(mode="after")

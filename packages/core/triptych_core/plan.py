@@ -170,7 +170,7 @@ def make_plan(
     ranks: int,
     memory: float,
     stages: Sequence[int] = (0, 1, 2, 3),
-    checkpointing: Sequence[str] = ("none", "full"),
+    checkpointing: Sequence[str] = ("none", "selective", "full"),
 ) -> Plan:
     """Weigh every stage with every way of checkpointing, for rows of seq_len.
 
@@ -241,12 +241,10 @@ def remedy(plan: Plan, current: tuple[int, str] | None = None) -> str:
         same_way = [c for c in fitting if current and c.checkpointing == current[1]]
         if same_stage:
             way = min(same_stage, key=lambda choice: choice.speed.seconds).checkpointing
-            return f"set model.gradient_checkpointing={way}"
+            return f"set engine.checkpointing={way}"
         if same_way:
             return f"set engine.zero.stage={min(c.stage for c in same_way)}"
-        return (
-            f"set engine.zero.stage={best.stage} model.gradient_checkpointing={best.checkpointing}"
-        )
+        return f"set engine.zero.stage={best.stage} engine.checkpointing={best.checkpointing}"
     longest = max(choice.longest for choice in plan.choices)
     if longest:
         return f"set data.seq_len={longest}"

@@ -27,10 +27,6 @@ class ModelConfig(BaseModel):
     freeze: list[Part] = Field(
         default_factory=list, description="parts that do not train: vision, projector, language"
     )
-    gradient_checkpointing: Literal["none", "full"] = Field(
-        default="none",
-        description="full: keep only each layer's input and recompute the layer in backward",
-    )
     compile: Literal["none", "layers"] = Field(
         default="none",
         description="layers: torch.compile each layer on its own (not with ZeRO-3, whose hooks "

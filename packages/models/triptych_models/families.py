@@ -20,7 +20,6 @@ def build_model(config: ModelConfig, *, dtype: torch.dtype, gather: Gather = who
     model = FAMILIES[config.family].from_directory(
         config.path,
         dtype=dtype,
-        gradient_checkpointing=config.gradient_checkpointing == "full",
         fused=config.fuse,
     )
     found = {parameter.dtype for parameter in model.parameters()}

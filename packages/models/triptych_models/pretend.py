@@ -51,7 +51,6 @@ def build_pretend_model(config: ModelConfig, *, dtype: torch.dtype) -> Qwen3VL:
         model = FAMILIES[config.family].from_directory(
             config.path,
             dtype=dtype,
-            gradient_checkpointing=config.gradient_checkpointing == "full",
             fused=config.fuse,
         )
     freeze(model, config.freeze)

@@ -7,13 +7,13 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, PretrainedConfig, Qwen3VLForConditionalGeneration
 from transformers.initialization import no_init_weights
 
 from triptych_kernels import fuse
 
 from .attention import PACKED, pack_vision_attention, register
+from .checkpointing import Checkpointing, run_layer
 from .flops import qwen3_vl_flops
 from .head import LossHead
 from .output import LossOutput
@@ -48,7 +48,6 @@ class Qwen3VL(nn.Module):
         dtype: torch.dtype,
         image_mean: list[float],
         image_std: list[float],
-        gradient_checkpointing: bool = False,
         fused: bool = True,
     ) -> None:
         super().__init__()
@@ -65,7 +64,7 @@ class Qwen3VL(nn.Module):
         restore_rotary(self.hf)
         self.image_mean = image_mean
         self.image_std = image_std
-        self.gradient_checkpointing = gradient_checkpointing
+        self.checkpointing: Checkpointing = "none"
 
     @classmethod
     def from_directory(
@@ -73,7 +72,6 @@ class Qwen3VL(nn.Module):
         path: Path,
         *,
         dtype: torch.dtype,
-        gradient_checkpointing: bool = False,
         fused: bool = True,
     ) -> Self:
         """Build from config.json and preprocessor_config.json of a Hugging Face directory.
@@ -86,7 +84,6 @@ class Qwen3VL(nn.Module):
             dtype=dtype,
             image_mean=mean,
             image_std=std,
-            gradient_checkpointing=gradient_checkpointing,
             fused=fused,
         )
 
@@ -184,9 +181,9 @@ class Qwen3VL(nn.Module):
         for block in self.hf.model.visual.blocks:
             block.compile(dynamic=True)
 
-    def set_checkpointing(self, checkpointing: str) -> None:
-        """none: keep all that a backward needs; full: keep each layer's input, compute it again."""
-        self.gradient_checkpointing = checkpointing == "full"
+    def set_checkpointing(self, checkpointing: Checkpointing) -> None:
+        """Say what every layer keeps for its backward; see triptych_models.checkpointing."""
+        self.checkpointing = checkpointing
 
     def flops(self, batch: Mapping[str, Any]) -> float:
         """Forward and backward FLOPs of one packed row; see triptych_models.flops."""
@@ -237,11 +234,8 @@ class Qwen3VL(nn.Module):
     def _run_layer(
         self, layer: Callable[..., Tensor], hidden_states: Tensor, **kwargs: Any
     ) -> Tensor:
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(  # no dropout inside, so no RNG state (a sync on CUDA) to keep
-                layer, hidden_states, use_reentrant=False, preserve_rng_state=False, **kwargs
-            )
-        return layer(hidden_states, **kwargs)
+        checkpointing = self.checkpointing if self.training else "none"
+        return run_layer(checkpointing, layer, hidden_states, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # behind .to(), .bfloat16(), .cuda()

@@ -1,0 +1,74 @@
+"""What a layer keeps for its backward, and what it computes again there."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+Checkpointing = Literal["none", "selective", "full"]
+
+_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
+_ATTENTION = {
+    "torch_attn::_varlen_attn",
+    "triptych::flash4",
+    "aten::_flash_attention_forward",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+}
+
+
+def run_layer(
+    checkpointing: Checkpointing, layer: Callable[..., Tensor], hidden_states: Tensor, **kwargs: Any
+) -> Tensor:
+    """Call a layer so that it keeps what `checkpointing` says.
+
+    none: all that its backward reads. full: its input. selective: also what matrix products and
+    attention gave, so that only norms, gates and rotary are computed again (Korthikanti et al.,
+    arXiv 2205.05198, taken from the other side: the dear is kept). An attention kernel that is no
+    op of torch's dispatcher (flash-attn 4 outside torch.compile) is computed again too.
+    """
+    if checkpointing == "none" or not torch.is_grad_enabled():
+        return layer(hidden_states, **kwargs)
+    settings: dict[str, Any] = {}
+    if checkpointing == "selective":
+        policy = partial(_policy, _last_weight(layer))
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+    # No dropout inside, so no RNG state (a sync on CUDA) to keep.
+    return checkpoint(
+        layer, hidden_states, use_reentrant=False, preserve_rng_state=False, **settings, **kwargs
+    )
+
+
+def _last_weight(layer: Any) -> Tensor | None:
+    """The weight of a layer's last product, by the order in which linears were registered.
+
+    What it gives goes to the residual stream and is read by no backward within the layer:
+    recomputation ends before it, and keeping it would be for nothing.
+    """
+    weights = [module.weight for module in layer.modules() if isinstance(module, nn.Linear)]
+    return weights[-1] if weights else None
+
+
+def _policy(
+    last: Tensor | None, context: Any, op: Any, *args: Any, **kwargs: Any
+) -> CheckpointPolicy:
+    name = op._schema.name
+    if name in _ATTENTION or (name in _PRODUCTS and not _reads(args[-1], last)):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _reads(matrix: Tensor, weight: Tensor | None) -> bool:
+    # Asked anew each time, since ZeRO-3 gives a weight other storage whenever it is gathered.
+    if weight is None:
+        return False
+    return bool(matrix.untyped_storage()._cdata == weight.untyped_storage()._cdata)
