@@ -108,6 +108,7 @@ def main(config: SftConfig) -> None:
     from triptych_core.metrics import Metrics
     from triptych_core.optim import build_optimizer, parameter_groups
     from triptych_core.run import close_run, describe_run, open_run
+    from triptych_core.settle import settle
     from triptych_data.heldout import Heldout
     from triptych_data.ledger import Ledger
     from triptych_data.loader import PackLoader
@@ -119,6 +120,7 @@ def main(config: SftConfig) -> None:
     from triptych_models.matrices import matrix_shapes, newton_schulz
 
     runtime = launch(config.run)
+    config, chosen = settle(config, plan)
     ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
 
     # Data: shards → packs of whole documents, the same global stream on any number of ranks.
@@ -153,7 +155,7 @@ def main(config: SftConfig) -> None:
     optimizer = build_optimizer(groups, config.optim, newton_schulz)
     engine = build_engine(model, optimizer, config.engine, config.optim, runtime.world_size)
     start_step = resume(engine, config, batches)
-    facts = {"parameters": count_parameters(model), "data": batches.describe()}
+    facts = {"parameters": count_parameters(model), "data": batches.describe(), "chosen": chosen}
     open_run(config, runtime, facts, start_step)
 
     def answer(questions: list[int]) -> list[str]:
@@ -164,7 +166,7 @@ def main(config: SftConfig) -> None:
             max_new_tokens=config.evaluation.max_new_tokens,
             eos_token_id=processor.eos_token_id,
             pad_token_id=processor.pad_token_id,
-            synced=config.engine.zero.stage == 3,
+            synced=config.engine.stage == 3,
         )
         return [processor.decode(row) for row in tokens]
 

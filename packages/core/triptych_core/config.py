@@ -94,8 +94,10 @@ class OptimConfig(Section):
 class ZeroConfig(Section):
     """What DeepSpeed partitions over data-parallel ranks."""
 
-    stage: Literal[0, 1, 2, 3] = Field(
-        3, description="0 nothing, 1 optimizer states, 2 + gradients, 3 + parameters"
+    stage: Literal[0, 1, 2, 3, "auto"] = Field(
+        3,
+        description="0 nothing, 1 optimizer states, 2 + gradients, 3 + parameters; auto: the "
+        "lowest that fits the device by the plan",
     )
     offload_optimizer: bool = Field(False, description="keep optimizer states in host memory")
     offload_params: bool = Field(False, description="keep parameters in host memory (stage 3)")
@@ -104,6 +106,9 @@ class ZeroConfig(Section):
     )
     persistence_threshold: int = Field(
         100_000, ge=0, description="stage 3: parameters below this many elements stay whole"
+    )
+    max_live: int = Field(
+        1_000_000_000, ge=1, description="stage 3: elements that may be whole at the same time"
     )
 
 
@@ -115,17 +120,24 @@ class EngineConfig(Section):
     reduce_dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="in which gradients cross ranks; bf16 halves the traffic and rounds"
     )
-    checkpointing: Literal["none", "selective", "full"] = Field(
+    checkpointing: Literal["none", "selective", "full", "auto"] = Field(
         "none",
         description="what a layer keeps for its backward: all; selective: what matrix products and "
-        "attention gave; full: its input only. The rest is computed again",
+        "attention gave; full: its input only. The rest is computed again. auto: what is fastest "
+        "of what fits by the plan",
     )
     zero: ZeroConfig = ZeroConfig()
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage, once it is settled."""
+        assert self.zero.stage != "auto", "settle the configuration first"
+        return self.zero.stage
 
     @model_validator(mode="after")
     def _check_combinations(self) -> EngineConfig:
         zero, gas = self.zero, self.gradient_accumulation_steps
-        if zero.offload_params and zero.stage != 3:
+        if zero.offload_params and zero.stage not in (3, "auto"):
             raise ValueError(
                 f"engine.zero.offload_params: must go with stage 3, got stage {zero.stage}; "
                 "set engine.zero.stage=3 or offload only the optimizer"

@@ -46,14 +46,14 @@ def deepspeed_config(
         "steps_per_print": 10**9,
         "zero_optimization": _zero_section(config),
     }
-    if config.zero.stage > 0:
+    if config.stage > 0:
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     return result
 
 
 def sharded_init(config: EngineConfig, world_size: int) -> AbstractContextManager[Any]:
     """A context in which modules are born partitioned over ranks (ZeRO-3), or as they are."""
-    if config.zero.stage != 3:
+    if config.stage != 3:
         return nullcontext()
     # No `dtype=`: on a device without fp16 DeepSpeed 0.19.8 ignores it and takes bf16 (an operator
     # precedence slip in zero.Init._set_dtype); the config's precision it does follow.
@@ -64,14 +64,14 @@ def sharded_init(config: EngineConfig, world_size: int) -> AbstractContextManage
 
 def gather_parameters(config: EngineConfig) -> Gather:
     """How to make parameters whole for a moment: rank 0's edits are what all ranks keep."""
-    if config.zero.stage != 3:
+    if config.stage != 3:
         return lambda parameters: nullcontext()
     return lambda parameters: deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 
 def read_parameters(config: EngineConfig) -> Gather:
     """Like `gather_parameters`, for reading only: nothing is written back."""
-    if config.zero.stage != 3:
+    if config.stage != 3:
         return lambda parameters: nullcontext()
     return lambda parameters: deepspeed.zero.GatheredParameters(parameters)
 
@@ -134,22 +134,22 @@ def _undo_warm_up_step(optimizer: Any) -> None:
 
 
 def _zero_section(config: EngineConfig) -> dict[str, Any]:
-    zero = config.zero
+    zero, stage = config.zero, config.stage
     section: dict[str, Any] = {
-        "stage": zero.stage,
+        "stage": stage,
         "reduce_bucket_size": zero.bucket_size,
         "contiguous_gradients": True,
-        "overlap_comm": zero.stage >= 2,
+        "overlap_comm": stage >= 2,
         "reduce_scatter": True,
     }
-    if zero.stage in (1, 2):
+    if stage in (1, 2):
         section["allgather_bucket_size"] = zero.bucket_size
-    if zero.stage == 3:
+    if stage == 3:
         section |= {
             "stage3_prefetch_bucket_size": zero.bucket_size // 10,
             "stage3_param_persistence_threshold": zero.persistence_threshold,
-            "stage3_max_live_parameters": 10**9,
-            "stage3_max_reuse_distance": 10**9,
+            "stage3_max_live_parameters": zero.max_live,
+            "stage3_max_reuse_distance": zero.max_live,
         }
     pins = get_accelerator().device_name() != "cpu"
     if zero.offload_optimizer:

@@ -90,7 +90,7 @@ def plan_memory(
         phases["backward"] = always | buckets | own | {"activations": _most(step)}
         phases["step"] = always | _step(weights, ranks)
     else:
-        live = min(10**9, weights.numel - weights.persistent)  # stage3_max_live_parameters
+        live = min(engine.zero.max_live, weights.numel - weights.persistent)
         own = {"gradients": _WIDE * -(-trained // ranks)}
         phases["backward"] = (
             always | own | {"gathered layers": width * live, "activations": _most(step)}

@@ -10,9 +10,10 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -33,6 +34,8 @@ class Traced(NamedTuple):
     flops: float
 
 
+WAYS = ("none", "selective", "full")
+Stage = TypeVar("Stage", bound=StageConfig)
 Trace = Callable[[int, str], Traced]  # (seq_len, checkpointing) -> a traced micro-step
 
 
@@ -51,7 +54,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """All choices for a machine; `chosen` is the fastest that fits, or None."""
+    """All choices for a machine; `chosen` is the lowest stage that fits, or None."""
 
     choices: Sequence[Choice]
     chosen: Choice | None
@@ -73,8 +76,19 @@ class Plan:
         return (
             f"ZeRO-{chosen.stage}, {chosen.checkpointing} checkpointing: "
             f"{chosen.memory.peak / GIB:.1f} of {self.limit / GIB:.1f} GiB on {self.ranks} "
-            f"rank{'s' * (self.ranks > 1)}, the fastest that fits of {len(self.choices)}"
+            f"rank{'s' * (self.ranks > 1)}{self._lower()}"
         )
+
+    def _lower(self) -> str:
+        """What the next lower stage would have needed."""
+        assert self.chosen is not None
+        for choice in reversed(self.choices):
+            if (
+                choice.checkpointing == self.chosen.checkpointing
+                and choice.stage < self.chosen.stage
+            ):
+                return f"; ZeRO-{choice.stage} would need {choice.memory.peak / GIB:.1f}"
+        return "; the lowest stage"
 
 
 def weights_of(model: nn.Module, groups: Iterable[Mapping[str, Any]], threshold: int) -> Weights:
@@ -124,13 +138,13 @@ def tracer(
 
 
 def plan_run(config: StageConfig, weights: Weights, trace: Trace, *, seq_len: int) -> Plan:
-    """Weigh every stage and way of checkpointing that the configuration allows."""
-    stages = [
-        stage
-        for stage in (0, 1, 2, 3)
-        if not (stage == 0 and (config.engine.precision == "bf16" or _offloads(config)))
-        and not (stage != 3 and config.engine.zero.offload_params)
-    ]
+    """Weigh what the configuration leaves open; to show, all that it could say instead."""
+    stage, way = config.engine.zero.stage, config.engine.checkpointing
+    shows = config.plan.show != "no"
+    # Not ZeRO-0 in bf16: there DeepSpeed keeps and clips gradients in bf16.
+    lowest = 1 if config.engine.precision == "bf16" else 0
+    stages = range(lowest, 4) if shows or stage == "auto" else [stage]
+    ways = WAYS if shows or way == "auto" else [way]
     return make_plan(
         config,
         weights,
@@ -138,8 +152,27 @@ def plan_run(config: StageConfig, weights: Weights, trace: Trace, *, seq_len: in
         seq_len=seq_len,
         ranks=config.plan.ranks or int(os.environ.get("WORLD_SIZE", "1")),
         memory=device_memory(config),
-        stages=stages,
+        candidates=[(s, w) for w in ways for s in stages if _allows(config, s, w)],
     )
+
+
+def with_choice(config: Stage, stage: int | str, checkpointing: str) -> Stage:
+    """The configuration with another stage and checkpointing.
+
+    Raises ValidationError where the stage's rules forbid that.
+    """
+    tree = config.model_dump()
+    tree["engine"]["checkpointing"] = checkpointing
+    tree["engine"]["zero"]["stage"] = stage
+    return type(config).model_validate(tree)
+
+
+def _allows(config: StageConfig, stage: int | str, checkpointing: str) -> bool:
+    try:
+        with_choice(config, stage, checkpointing)
+    except ValidationError:
+        return False
+    return True
 
 
 def show_plan(plan: Plan, assumed: PlanConfig) -> None:
@@ -154,11 +187,10 @@ def device_memory(config: StageConfig) -> float:
         return config.plan.gpu_memory_gib * GIB
     if config.run.device != "cpu" and torch.cuda.is_available():
         return float(torch.cuda.get_device_properties(0).total_memory)
-    return DEFAULT_MEMORY
-
-
-def _offloads(config: StageConfig) -> bool:
-    return config.engine.zero.offload_optimizer or config.engine.zero.offload_params
+    if config.plan.show != "no":
+        return DEFAULT_MEMORY  # planned for another machine
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
 
 
 def make_plan(
@@ -169,10 +201,9 @@ def make_plan(
     seq_len: int,
     ranks: int,
     memory: float,
-    stages: Sequence[int] = (0, 1, 2, 3),
-    checkpointing: Sequence[str] = ("none", "selective", "full"),
+    candidates: Sequence[tuple[int, str]],
 ) -> Plan:
-    """Weigh every stage with every way of checkpointing, for rows of seq_len.
+    """Weigh candidates for rows of seq_len.
 
     Args:
         config: precision, accumulation, buckets, and what `plan` assumes.
@@ -182,15 +213,14 @@ def make_plan(
         seq_len: tokens of a row.
         ranks: data-parallel ranks.
         memory: bytes of a device.
-        stages: which to weigh.
-        checkpointing: which ways to weigh.
+        candidates: pairs of ZeRO stage and checkpointing to weigh.
     """
     limit = memory * (1 - config.plan.headroom)
     choices = []
     least = trace(seq_len, "none").step.products
-    for way in checkpointing:
+    for way in dict.fromkeys(way for _, way in candidates):
         here, half = trace(seq_len, way), trace(seq_len // 2, way)
-        for stage in stages:
+        for stage in (stage for stage, its_way in candidates if its_way == way):
             at = {"stage": stage, "ranks": ranks}
             plan = plan_memory(weights, config.engine, here.step, **at)
             below = plan_memory(weights, config.engine, half.step, **at)
@@ -209,13 +239,15 @@ def make_plan(
 
 
 def _choose(choices: Sequence[Choice]) -> Choice | None:
-    """The fastest that fits; of those within 1 % of it the lowest stage."""
+    """With the checkpointing of the fastest that fits, the lowest stage that fits."""
     fitting = [choice for choice in choices if choice.fits]
     if not fitting:
         return None
-    best = min(choice.speed.seconds for choice in fitting)
-    near = [choice for choice in fitting if choice.speed.seconds <= 1.01 * best]
-    return min(near, key=lambda choice: (choice.stage, choice.speed.seconds))
+    way = min(fitting, key=lambda choice: choice.speed.seconds).checkpointing
+    return min(
+        (choice for choice in fitting if choice.checkpointing == way),
+        key=lambda choice: choice.stage,
+    )
 
 
 def _longest(plan: MemoryPlan, half: MemoryPlan, seq_len: int, limit: float) -> int:

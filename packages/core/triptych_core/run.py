@@ -51,15 +51,16 @@ def open_run(config: StageConfig, runtime: Runtime, facts: dict[str, Any], start
 def describe_run(
     config: StageConfig, runtime: Runtime, facts: dict[str, Any], start_step: int
 ) -> str:
-    """Two lines that say what is about to run, and from where it goes on."""
+    """Lines that say what is about to run, and from where it goes on."""
     engine = config.engine
     parts = ", ".join(f"{name} {_short(count)}" for name, count in facts["parameters"].items())
     data = ", ".join(f"{count:,} {name}" for name, count in facts["data"].items())
+    chosen = f"\nchosen by the plan: {facts['chosen']}" if facts.get("chosen") else ""
     goes_on = f"; goes on after step {start_step}" if start_step else ""
     return (
         f"{runtime.world_size} × {device_name()}, ZeRO-{engine.zero.stage}, {engine.precision}, "
         f"{config.run.steps} steps of {runtime.world_size * engine.gradient_accumulation_steps} "
-        f"packs{goes_on}\nparameters: {parts}; data: {data}"
+        f"packs{goes_on}\nparameters: {parts}; data: {data}{chosen}"
     )
 
 

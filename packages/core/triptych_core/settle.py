@@ -1,0 +1,47 @@
+"""Settling what the configuration leaves open: `engine.zero.stage` and `engine.checkpointing`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from triptych_core.checkpoint import checkpoints
+from triptych_core.config import StageConfig
+from triptych_core.plan import Plan, with_choice
+
+Stage = TypeVar("Stage", bound=StageConfig)
+
+
+def settle(config: Stage, plan: Callable[[Stage], Plan]) -> tuple[Stage, str | None]:
+    """The configuration with nothing left open, and one line that says why it is as it is.
+
+    The main rank plans and all follow. A run that has a checkpoint goes on under its stage, since
+    a checkpoint can only be read by the stage that wrote it. None for a configuration that left
+    nothing open.
+    """
+    if "auto" not in (config.engine.zero.stage, config.engine.checkpointing):
+        return config, None
+    found: list[tuple[int, str, str] | None] = [None]
+    if dist.get_rank() == 0:
+        found[0] = _choose(config, plan)
+    dist.broadcast_object_list(found, src=0)
+    assert found[0] is not None
+    stage, checkpointing, why = found[0]
+    return with_choice(config, stage, checkpointing), why
+
+
+def _choose(config: Stage, plan: Callable[[Stage], Plan]) -> tuple[int, str, str]:
+    before = ""
+    saved = checkpoints(config.run.dir)
+    if saved and config.engine.zero.stage == "auto":
+        stage = json.loads((saved[-1] / "state.json").read_text())["zero_stage"]
+        config = with_choice(config, stage, config.engine.checkpointing)
+        before = f"ZeRO-{stage} as {saved[-1].name} was saved; "
+        if config.engine.checkpointing != "auto":
+            return stage, config.engine.checkpointing, before.removesuffix("; ")
+    made = plan(config)
+    chosen = made.chosen or min(made.choices, key=lambda choice: choice.memory.peak)
+    return chosen.stage, chosen.checkpointing, before + made.why()
