@@ -38,7 +38,7 @@ def test_dump_and_load_are_inverse(tmp_path):
         ("optmi.lr=1", "did you mean 'optim'?"),
         ("optim.lr=fast", "optim.lr: must be a valid number"),
         ("run.steps=0", "run.steps: must be greater than or equal to 1, got 0"),
-        ("engine.zero.stage=4", "engine.zero.stage: must be 0, 1, 2 or 3, got 4"),
+        ("engine.zero.stage=4", "engine.zero.stage: must be 0, 1, 2, 3 or 'auto', got 4"),
         ("optim.lr.x=1", "optim.lr"),
         ("engine.zero=3", "engine.zero"),
         ("schedule.warmup_steps=2000", "warmup_steps + decay_steps must be at most run.steps"),
@@ -81,7 +81,7 @@ def test_the_launchers_local_rank_is_accepted():
 def test_help_names_every_key_with_its_default():
     text = render_help(StageConfig)
     assert "optim.lr: float = 0.0001" in text
-    assert "engine.zero.stage: 0|1|2|3 = 3" in text
+    assert "engine.zero.stage: 0|1|2|3|auto = 3" in text
 
 
 class Part(BaseModel):
