@@ -153,7 +153,9 @@ def main(config: SftConfig) -> None:
     matrices = matrix_shapes(model)
     groups = parameter_groups(model.named_parameters(), config.optim, part_of, matrices)
     optimizer = build_optimizer(groups, config.optim, newton_schulz)
-    engine = build_engine(model, optimizer, config.engine, config.optim, runtime.world_size)
+    engine = build_engine(
+        model, optimizer, config.engine, config.optim, runtime.world_size, model.layers()
+    )
     start_step = resume(engine, config, batches)
     facts = {"parameters": count_parameters(model), "data": batches.describe(), "chosen": chosen}
     open_run(config, runtime, facts, start_step)

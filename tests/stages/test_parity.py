@@ -85,7 +85,7 @@ def gradients_of_a_step(
 ) -> tuple[float, float, dict[str, torch.Tensor]]:
     """One step of the real loop on this rank's share of the packs."""
     import torch.distributed as dist
-    from deepspeed.utils import safe_get_full_grad
+    from deepspeed.utils import get_z3_leaf_modules, safe_get_full_grad
 
     from triptych_core.config import StageConfig, load_config
     from triptych_core.engine import build_engine, gather_parameters, sharded_init
@@ -126,9 +126,13 @@ def gradients_of_a_step(
     groups = parameter_groups(
         model.named_parameters(), config.optim, parameter_parts(model).__getitem__
     )
-    engine = build_engine(
-        model, build_adamw(groups, config.optim), config.engine, config.optim, world_size
-    )
+    optimizer = build_adamw(groups, config.optim)
+    engine = build_engine(model, optimizer, config.engine, config.optim, world_size, model.layers())
+    if stage == 3:
+        leaves = get_z3_leaf_modules(model)
+        assert {id(m) for m in leaves} == {id(m) for m in model.layers()}
+        largest = max(sum(p.ds_numel for p in m.parameters()) for m in leaves)
+        assert engine.zero_prefetch_bucket_size() == largest
     gradients: dict[str, torch.Tensor] = {}
     take_step = engine.step
 

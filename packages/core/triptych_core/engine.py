@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
 from triptych_core.config import EngineConfig, OptimConfig
@@ -26,12 +27,13 @@ def compute_dtype(config: EngineConfig) -> torch.dtype:
 
 
 def deepspeed_config(
-    config: EngineConfig, max_grad_norm: float, world_size: int = 1
+    config: EngineConfig, max_grad_norm: float, world_size: int = 1, layer_numel: int = 0
 ) -> dict[str, Any]:
     """Derive DeepSpeed's own configuration; every value we rely on is written out.
 
     DeepSpeed's defaults have changed silently (clipping became 1.0, gradients accumulate in the
-    model's dtype), so nothing that matters to the numbers is left to them.
+    model's dtype), so nothing that matters to the numbers is left to them. layer_numel is of the
+    largest layer that ZeRO-3 gathers at once, 0 where it gathers module by module.
     """
     gas = config.gradient_accumulation_steps
     result: dict[str, Any] = {
@@ -44,7 +46,7 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,
         "communication_data_type": config.reduce_dtype if config.precision == "bf16" else "fp32",
         "steps_per_print": 10**9,
-        "zero_optimization": _zero_section(config),
+        "zero_optimization": _zero_section(config, layer_numel),
     }
     if config.stage > 0:
         result["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -82,17 +84,21 @@ def build_engine(
     config: EngineConfig,
     optim: OptimConfig,
     world_size: int,
+    layers: Sequence[nn.Module] = (),
 ) -> Any:
     """Hand model and optimizer to DeepSpeed.
 
-    The optimizer's groups keep their `name` and `peak_lr`; floating-point buffers keep their
-    dtype (rotary frequencies in bf16 would move every position).
+    ZeRO-3 gathers each of `layers` as a whole, one ahead: module by module the host cannot keep up
+    with the device (Qwen3-1.7B at 16k tokens on an H100: 38.1 against 29.6 % MFU). The optimizer's
+    groups keep their `name` and `peak_lr`; floating-point buffers keep their dtype (rotary
+    frequencies in bf16 would move every position).
     """
     buffers = {name: buffer.dtype for name, buffer in model.named_buffers(remove_duplicate=False)}
+    layer_numel = _make_leaves(model, layers) if config.stage == 3 else 0
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
-        config=deepspeed_config(config, optim.max_grad_norm, world_size),
+        config=deepspeed_config(config, optim.max_grad_norm, world_size, layer_numel),
     )
     _undo_warm_up_step(engine.optimizer)
     if isinstance(optimizer, Muon):
@@ -133,7 +139,16 @@ def _undo_warm_up_step(optimizer: Any) -> None:
             master.copy_(half)
 
 
-def _zero_section(config: EngineConfig) -> dict[str, Any]:
+def _make_leaves(model: nn.Module, layers: Sequence[nn.Module]) -> int:
+    """Mark layers as ZeRO-3's leaf modules; -> elements of the largest."""
+    if not layers:
+        return 0
+    set_z3_leaf_modules(model, sorted({type(layer) for layer in layers}, key=lambda t: t.__name__))
+    sizes = (sum(getattr(p, "ds_numel", p.numel()) for p in layer.parameters()) for layer in layers)
+    return int(max(sizes))
+
+
+def _zero_section(config: EngineConfig, layer_numel: int) -> dict[str, Any]:
     zero, stage = config.zero, config.stage
     section: dict[str, Any] = {
         "stage": stage,
@@ -146,7 +161,7 @@ def _zero_section(config: EngineConfig) -> dict[str, Any]:
         section["allgather_bucket_size"] = zero.bucket_size
     if stage == 3:
         section |= {
-            "stage3_prefetch_bucket_size": zero.bucket_size // 10,
+            "stage3_prefetch_bucket_size": layer_numel or zero.bucket_size // 10,
             "stage3_param_persistence_threshold": zero.persistence_threshold,
             "stage3_max_live_parameters": zero.max_live,
             "stage3_max_reuse_distance": zero.max_live,

@@ -174,6 +174,10 @@ class Qwen3VL(nn.Module):
             "language": [self.hf.model.language_model, self.hf.lm_head],
         }
 
+    def layers(self) -> list[nn.Module]:
+        """Every layer of the tower and of the language model: what repeats, and runs as a whole."""
+        return [*self.hf.model.visual.blocks, *self.hf.model.language_model.layers]
+
     def compile_layers(self) -> None:
         """Compile every layer in place; the tower's for any number of patches."""
         for layer in self.hf.model.language_model.layers:
