@@ -107,6 +107,7 @@ def main(config: SftConfig) -> None:
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
     from triptych_core.optim import build_optimizer, parameter_groups
+    from triptych_core.recompiles import RecompileWatch
     from triptych_core.run import close_run, describe_run, open_run
     from triptych_core.settle import settle
     from triptych_data.heldout import Heldout
@@ -180,6 +181,8 @@ def main(config: SftConfig) -> None:
         if config.data.ledger:
             ledger = Ledger(config.run.dir / "ledger", start_step=start_step, **ranks)
             stream, on_step = ledger.watch(stream), [ledger.write, *on_step]
+        if config.model.compile == "layers":
+            on_step = [RecompileWatch(start_step), *on_step]
         if start_step == 0:
             test(0)
         train(
