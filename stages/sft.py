@@ -107,6 +107,7 @@ def main(config: SftConfig) -> None:
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
     from triptych_core.optim import build_optimizer, parameter_groups
+    from triptych_core.postmortem import suggest_remedy
     from triptych_core.recompiles import RecompileWatch
     from triptych_core.run import close_run, describe_run, open_run
     from triptych_core.settle import settle
@@ -185,15 +186,16 @@ def main(config: SftConfig) -> None:
             on_step = [RecompileWatch(start_step), *on_step]
         if start_step == 0:
             test(0)
-        train(
-            engine,
-            stream,
-            config,
-            flops=model.flops,
-            metrics=metrics,
-            start_step=start_step,
-            on_step=on_step,
-        )
+        with suggest_remedy(config, plan):
+            train(
+                engine,
+                stream,
+                config,
+                flops=model.flops,
+                metrics=metrics,
+                start_step=start_step,
+                on_step=on_step,
+            )
     if config.export:
         export(
             model.hf,

@@ -13,6 +13,7 @@ from triptych_core.config import StageConfig
 from triptych_core.engine import gradient_norm
 from triptych_core.metrics import Metrics
 from triptych_core.optim import set_learning_rate
+from triptych_core.postmortem import name_batch
 from triptych_core.readout import StepRecord
 from triptych_core.schedule import lr_scale
 
@@ -55,13 +56,14 @@ def train(
         loss = torch.zeros((), device=engine.device)
         norm: Any = None
         for micro_step, batch in enumerate(window, start=1):
-            output = engine(**to_device(batch, engine.device))
-            # DeepSpeed averages gradients over ranks: multiply the number of ranks back in.
-            engine.backward(output.loss_sum * world_size / divisor, scale_wrt_gas=False)
-            loss += output.loss_sum.detach() / divisor
-            if micro_step == len(window):
-                norm = gradient_norm(engine)
-            engine.step()  # updates only after the window's last pack
+            with name_batch(engine.module, batch):
+                output = engine(**to_device(batch, engine.device))
+                # DeepSpeed averages gradients over ranks: multiply the number of ranks back in.
+                engine.backward(output.loss_sum * world_size / divisor, scale_wrt_gas=False)
+                loss += output.loss_sum.detach() / divisor
+                if micro_step == len(window):
+                    norm = gradient_norm(engine)
+                engine.step()  # updates only after the window's last pack
         dist.all_reduce(loss)
         metrics.record(
             StepRecord(

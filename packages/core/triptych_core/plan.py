@@ -265,22 +265,33 @@ def _longest(plan: MemoryPlan, half: MemoryPlan, seq_len: int, limit: float) -> 
 
 
 def remedy(plan: Plan, current: tuple[int, str] | None = None) -> str:
-    """The one setting that makes the run fit, as it is typed; `current` did not."""
-    fitting = [c for c in plan.choices if c.fits and (c.stage, c.checkpointing) != current]
+    """The one setting that makes the run fit, as it is typed.
+
+    current is the stage and checkpointing that did not fit, whatever the plan had said of them:
+    only what needs less than they do is a remedy.
+    """
+    failed = [c for c in plan.choices if (c.stage, c.checkpointing) == current]
+    most = failed[0].memory.peak if failed else float("inf")
+    fitting = [c for c in plan.choices if c.fits and c.memory.peak < 0.97 * most]
+    # One key before two, and what is fastest before what is slow.
+    fitting.sort(key=lambda c: (len(_changes(c, current)), c.speed.seconds))
     if fitting:
-        best = min(fitting, key=lambda choice: choice.speed.seconds)
-        same_stage = [c for c in fitting if current and c.stage == current[0]]
-        same_way = [c for c in fitting if current and c.checkpointing == current[1]]
-        if same_stage:
-            way = min(same_stage, key=lambda choice: choice.speed.seconds).checkpointing
-            return f"set engine.checkpointing={way}"
-        if same_way:
-            return f"set engine.zero.stage={min(c.stage for c in same_way)}"
-        return f"set engine.zero.stage={best.stage} engine.checkpointing={best.checkpointing}"
-    longest = max(choice.longest for choice in plan.choices)
-    if longest:
-        return f"set data.seq_len={longest}"
+        return f"set {' '.join(_changes(fitting[0], current))}"
+    longest = max(choice.longest for choice in failed or plan.choices)
+    shorter = min(longest, plan.seq_len * 3 // 4) // 256 * 256
+    if shorter:
+        return f"set data.seq_len={shorter}"
     return "take more ranks, or set engine.zero.offload_optimizer=true"
+
+
+def _changes(choice: Choice, current: tuple[int, str] | None) -> list[str]:
+    stage, checkpointing = current or (None, None)
+    changes = []
+    if choice.stage != stage:
+        changes.append(f"engine.zero.stage={choice.stage}")
+    if choice.checkpointing != checkpointing:
+        changes.append(f"engine.checkpointing={choice.checkpointing}")
+    return changes
 
 
 def render_plan(plan: Plan) -> str:
