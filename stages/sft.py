@@ -78,6 +78,7 @@ def plan(config: SftConfig) -> "Plan":
         model,
         document_len=config.plan.document_len,
         image_share=config.plan.image_share,
+        target_share=config.plan.target_share,
         image_tokens=config.plan.image_tokens,
     )
     with pretend(model):

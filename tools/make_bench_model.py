@@ -54,10 +54,11 @@ def main(out_dir: Path) -> None:
     config["text_config"] |= TEXT | {"rope_parameters": ROPE}
     config["vision_config"] |= VISION
     (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    processor = json.loads((out_dir / "preprocessor_config.json").read_text())
-    processor |= {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
-    processor["size"] = {"shortest_edge": 65536, "longest_edge": 16777216}
-    (out_dir / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        processor = json.loads((out_dir / name).read_text())
+        processor |= {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
+        processor["size"] = {"shortest_edge": 65536, "longest_edge": 16777216}
+        (out_dir / name).write_text(json.dumps(processor, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,4 +32,7 @@ class PlanConfig(BaseModel):
     image_share: float = Field(
         0.5, ge=0, le=1, description="of the row's tokens, those that stand for images"
     )
+    target_share: float = Field(
+        1.0, ge=0, le=1, description="of the row's other tokens, those the loss is taken of"
+    )
     image_tokens: int = Field(256, ge=1, description="tokens an image")

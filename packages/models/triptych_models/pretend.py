@@ -69,12 +69,19 @@ def pretend(model: nn.Module, device: str = "cuda") -> Iterator[None]:
 
 
 def pretend_batch(
-    model: Qwen3VL, seq_len: int, *, document_len: int, image_share: float, image_tokens: int
+    model: Qwen3VL,
+    seq_len: int,
+    *,
+    document_len: int,
+    image_share: float,
+    target_share: float,
+    image_tokens: int,
 ) -> dict[str, Any]:
     """A packed row of full documents; call it inside `pretend`, or for a real model.
 
     image_share of its tokens are those of square images of about image_tokens each; there is
-    always one image, of one token where there should be none. Every text token is a target.
+    always one image, of one token where there should be none. target_share of the other tokens
+    are targets.
     """
     vision = model.hf.config.vision_config
     merge = vision.spatial_merge_size
@@ -82,7 +89,7 @@ def pretend_batch(
     count = max(1, round(seq_len * image_share / side**2))
     patches = (side * merge) ** 2  # of one image
     patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    num_targets = max(1, seq_len - count * side**2)
+    num_targets = max(1, round((seq_len - count * side**2) * target_share))
     shift_labels = torch.full((1, seq_len), -100)
     shift_labels[:, -num_targets:] = 0
     bounds = [*range(0, seq_len, document_len), seq_len]
