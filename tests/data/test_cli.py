@@ -273,7 +273,8 @@ def test_killed_runs_leave_nothing_half_and_no_process_and_go_on(tmp_path):
         assert len(children) >= 2
         await_that(lambda pids=children: not any(map(is_running, pids)))
     report = read_json("shard", source, out, *whole)
-    assert report["kept_records"] == 160 and report["kept_shards"] >= 5
+    # Of the five up to number 4, the other worker's may not have been whole yet.
+    assert report["kept_records"] == 160 and report["kept_shards"] >= 4
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()
     }
