@@ -1,9 +1,27 @@
-"""A size that changes after warm-up is named; a steady run says nothing."""
+"""A size that changes after warm-up is named; a steady run says nothing.
+
+Each run is a process of its own: what torch.compile starts does not survive a fork.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from tests.ranks import run_ranks
+ROOT = Path(__file__).parents[2]
+
+
+def in_a_process(call: str) -> str:
+    """What a call of one of the functions below prints."""
+    code = f"import json\nfrom tests.core.test_recompiles import *\n{call}"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 class Layer(nn.Module):
@@ -30,7 +48,7 @@ def compiled_run(sizes: list[int]) -> list[list[tuple[str, str]]]:
 
 
 def test_a_new_size_is_a_recompilation_with_its_guard():
-    (news,) = run_ranks(compiled_run, 1, [8, 8, 16, 16])
+    news = json.loads(in_a_process("print(json.dumps(compiled_run([8, 8, 16, 16])))"))
     assert [len(step) for step in news] == [0, 0, 1, 0]
     place, reason = news[2][0]
     assert "forward" in place
@@ -39,7 +57,6 @@ def test_a_new_size_is_a_recompilation_with_its_guard():
 
 def said(sizes: list[int], path: str) -> None:
     import contextlib
-    from pathlib import Path
 
     from triptych_core.config import RunConfig
     from triptych_core.launch import launch
@@ -57,7 +74,7 @@ def said(sizes: list[int], path: str) -> None:
 
 def test_only_what_comes_after_warm_up_is_said(tmp_path):
     path = tmp_path / "stderr"
-    run_ranks(said, 1, [8, 16, 8, 8, 24], str(path))
+    in_a_process(f"said([8, 16, 8, 8, 24], {str(path)!r})")
     (line,) = path.read_text().splitlines()
     assert line.startswith("step 5  rank 0 compiled forward (")
     assert "24" in line
