@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from PIL import Image
@@ -66,3 +68,11 @@ def make_shards(path: Path, count: int, seed: int = 0) -> Path:
 
     write_shards(make_chats(path / "raw", count, seed), path / "shards", samples_per_shard=7)
     return path / "shards"
+
+
+def sft_stage() -> ModuleType:
+    """`stages/sft.py`, imported as a script of that folder sees its neighbours."""
+    sys.path.insert(0, str(ROOT / "stages"))
+    import sft
+
+    return sft

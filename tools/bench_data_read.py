@@ -11,10 +11,10 @@ process. litdata is read if it is installed.
 import io
 import json
 import pickle
-import resource
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -174,16 +174,11 @@ def measure(readers: dict[str, Reader], rounds: int, samples: int) -> dict[str, 
     times: dict[str, list[float]] = {name: [] for name in readers}
     for round_ in range(rounds + 1):
         for name, read in readers.items():
-            start = cpu_seconds()
+            start = time.process_time()
             assert read() > 0
             if round_:
-                times[name].append((cpu_seconds() - start) / samples)
+                times[name].append((time.process_time() - start) / samples)
     return times
-
-
-def cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 def summary(times: dict[str, list[float]], shards: Shards) -> dict[str, dict[str, float]]:

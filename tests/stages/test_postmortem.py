@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.tiny import ROOT, make_model_dir, make_shards
+from tests.tiny import make_model_dir, make_shards, sft_stage
 
 
 @pytest.fixture(scope="module")
@@ -19,13 +18,6 @@ def workspace(tmp_path_factory) -> Path:
     make_model_dir(path / "model")
     make_shards(path / "train", 20, seed=1)
     return path
-
-
-def sft() -> Any:
-    sys.path.insert(0, str(ROOT / "stages"))
-    import sft
-
-    return sft
 
 
 def words(workspace: Path, *more: str) -> list[str]:
@@ -64,7 +56,7 @@ def notes_of_a_failed_run(workspace: Path, at_call: int, more: list[str]) -> lis
     from triptych_core.config import load_config
 
     fail_in_attention(at_call)
-    module = sft()
+    module = sft_stage()
     try:
         module.main(load_config(module.SftConfig, None, words(workspace, *more)))
     except torch.OutOfMemoryError as error:
@@ -75,7 +67,7 @@ def notes_of_a_failed_run(workspace: Path, at_call: int, more: list[str]) -> lis
 def peak(workspace: Path, checkpointing: str) -> float:
     from triptych_core.config import load_config
 
-    module = sft()
+    module = sft_stage()
     arguments = words(workspace, "plan.show=table")
     plan = module.plan(load_config(module.SftConfig, None, arguments))
     (choice,) = [c for c in plan.choices if (c.stage, c.checkpointing) == (1, checkpointing)]
@@ -104,7 +96,7 @@ def second_batch(workspace: Path) -> list[str]:
     from triptych_data.loader import PackLoader
     from triptych_data.processor import Processor
 
-    config = load_config(sft().SftConfig, None, words(workspace))
+    config = load_config(sft_stage().SftConfig, None, words(workspace))
     processor = Processor.from_directory(config.model.path)
     batches = iter(PackLoader(config.data, processor, rank=0, world_size=1))
     next(batches)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import yaml
 
 from tests.ranks import run_ranks
-from tests.tiny import ROOT, make_model_dir, make_shards
+from tests.tiny import make_model_dir, make_shards, sft_stage
 
 
 @pytest.fixture(scope="module")
@@ -20,13 +19,6 @@ def workspace(tmp_path_factory) -> Path:
     make_model_dir(path / "model")
     make_shards(path / "train", 20, seed=1)
     return path
-
-
-def stage_module() -> Any:
-    sys.path.insert(0, str(ROOT / "stages"))
-    import sft
-
-    return sft
 
 
 def words(workspace: Path, name: str, *more: str) -> list[str]:
@@ -55,14 +47,14 @@ def words(workspace: Path, name: str, *more: str) -> list[str]:
 def run_stage(arguments: list[str]) -> None:
     from triptych_core.config import load_config
 
-    sft = stage_module()
+    sft = sft_stage()
     sft.main(load_config(sft.SftConfig, None, arguments))
 
 
 def make_plan(arguments: list[str]) -> Any:
     from triptych_core.config import load_config
 
-    sft = stage_module()
+    sft = sft_stage()
     return sft.plan(load_config(sft.SftConfig, None, arguments))
 
 

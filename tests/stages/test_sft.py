@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from tests.ranks import run_ranks
-from tests.tiny import ROOT, make_model_dir, make_shards
+from tests.tiny import ROOT, make_model_dir, make_shards, sft_stage
 from triptych_data.ledger import audit
 
 CONFIGS = sorted((ROOT / "stages/configs").glob("*.yaml"))
@@ -53,11 +53,9 @@ def overrides(workspace: Path, run_dir: Path, *more: str) -> list[str]:
 
 def run_stage(words: list[str]) -> None:
     """`stages/sft.py` in this process, as its `__main__` does it."""
-    sys.path.insert(0, str(ROOT / "stages"))
-    import sft
-
     from triptych_core.config import load_config
 
+    sft = sft_stage()
     sft.main(load_config(sft.SftConfig, None, words))
 
 

@@ -106,6 +106,12 @@ shard_size = click.option(
 samples_per_shard = click.option(
     "--samples-per-shard", type=click.IntRange(1), help="Most samples of a shard."
 )
+shuffle = click.option(
+    "--shuffle", is_flag=True, help="Write the samples in a random, repeatable order."
+)
+overwrite = click.option(
+    "--overwrite", is_flag=True, help="Replace the shards in OUTPUT, nothing else there."
+)
 seed = click.option(
     "--seed",
     type=click.IntRange(0, 2**63 - 1),

@@ -41,7 +41,7 @@ KINDS = ("jsonl", "json", "csv", "tsv", "parquet", "arrow", "tar", "folder")
 )
 @options.shard_size
 @options.samples_per_shard
-@click.option("--shuffle", is_flag=True, help="Write the samples in a random, repeatable order.")
+@options.shuffle
 @options.seed
 @click.option("--skip-bad", is_flag=True, help="Leave bad records out, list them in skipped.jsonl.")
 @click.option(
@@ -52,7 +52,7 @@ KINDS = ("jsonl", "json", "csv", "tsv", "parquet", "arrow", "tar", "folder")
     help="With --skip-bad: stop when more are bad, a number or a share.",
 )
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be written.")
-@click.option("--overwrite", is_flag=True, help="Replace the shards in OUTPUT, nothing else there.")
+@options.overwrite
 @options.workers
 @options.as_json
 def shard(
@@ -138,7 +138,7 @@ def shard(
 @click.argument("output", type=click.Path(path_type=Path, file_okay=False))
 @options.shard_size
 @options.samples_per_shard
-@click.option("--shuffle", is_flag=True, help="Write the samples in a random, repeatable order.")
+@options.shuffle
 @options.seed
 @click.option("--num-samples", type=click.IntRange(1), help="Only so many, the first of the order.")
 @click.option(
@@ -152,7 +152,7 @@ def shard(
     help="File of keys, one a line: all samples but these.",
 )
 @click.option("--rekey", is_flag=True, help="Number the samples anew, if keys repeat.")
-@click.option("--overwrite", is_flag=True, help="Replace the shards in OUTPUT, nothing else there.")
+@options.overwrite
 @options.workers
 @options.as_json
 def reshard(

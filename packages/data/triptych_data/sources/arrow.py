@@ -15,11 +15,10 @@ from triptych_data.sources.source import Reopened, Row
 
 
 @dataclass(frozen=True)
-class ArrowRows(Reopened):
-    """Rows of an Arrow file, mapped: a row costs what it holds. `path` is the user's file."""
+class _Tables(Reopened):
+    """Rows of a file that holds them in several tables. `path` is the user's file."""
 
     path: Path
-    file: Path
 
     @property
     def root(self) -> Path:
@@ -31,10 +30,27 @@ class ArrowRows(Reopened):
     def where(self, row: int) -> str:
         return f"{self.path}: row {row}"
 
+    def _place(self, row: int) -> tuple[int, int]:
+        """The table that holds a row, and where in it."""
+        table = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return table, row - int(self._starts[table])
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """(number of tables + 1,) int64: the first row of each, and the number of all."""
+        raise AssertionError("each format says")
+
+
+@dataclass(frozen=True)
+class ArrowRows(_Tables):
+    """Rows of an Arrow file, mapped: a row costs what it holds."""
+
+    file: Path
+
     def read(self, row: int) -> Row:
-        batch = int(np.searchsorted(self._starts, row, side="right")) - 1
+        batch, within = self._place(row)
         with readable(self.where(row)):
-            [value] = self._batches[batch].slice(row - int(self._starts[batch]), 1).to_pylist()
+            [value] = self._batches[batch].slice(within, 1).to_pylist()
         return value
 
     def pieces(self) -> np.ndarray | None:
@@ -58,28 +74,16 @@ class ArrowRows(Reopened):
 
 
 @dataclass(frozen=True)
-class ParquetRows(Reopened):
+class ParquetRows(_Tables):
     """Rows of a Parquet file, a row group at a time: fast in the file's own order only."""
 
-    path: Path
-
-    @property
-    def root(self) -> Path:
-        return self.path.parent
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def where(self, row: int) -> str:
-        return f"{self.path}: row {row}"
-
     def read(self, row: int) -> Row:
-        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        number, within = self._place(row)
         if number not in self._group:
             self._group.clear()  # one at a time: a group of images may be large
             with readable(self.where(row)):
                 self._group[number] = self.parquet.read_row_group(number)
-        [value] = self._group[number].slice(row - int(self._starts[number]), 1).to_pylist()
+        [value] = self._group[number].slice(within, 1).to_pylist()
         return value
 
     def pieces(self) -> np.ndarray | None:
