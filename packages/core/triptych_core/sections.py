@@ -1,0 +1,183 @@
+"""The sections every stage's configuration has: each key with its type, default and meaning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A part of the configuration tree: typed, documented, closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    """Where a run lives and how long it is."""
+
+    dir: Path = Field(Path("runs/default"), description="run folder; everything written goes here")
+    steps: int = Field(1000, ge=1, description="optimizer steps in the whole run")
+    seed: int = Field(
+        0,
+        ge=0,
+        description="of all generators; and of weights and data, unless they have their own",
+    )
+    device: Literal["auto", "cpu"] = Field(
+        "auto", description="auto: what DeepSpeed's accelerator finds; cpu: never a GPU"
+    )
+
+
+class ScheduleConfig(Section):
+    """The learning rate over steps, as a factor on every group's own rate."""
+
+    kind: Literal["constant", "cosine", "linear", "wsd"] = Field("cosine", description="shape")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear rise from 0")
+    decay_steps: int = Field(0, ge=0, description="wsd only: steps of linear fall at the end")
+    min_ratio: Unit = Field(0.0, description="the factor reached at the last step")
+
+
+class MuonConfig(Section):
+    """Muon: momentum whose matrices are made orthogonal."""
+
+    lr: float | None = Field(
+        None,
+        gt=0,
+        description="peak rate of matrices, by default optim.lr; optim.lr_by_part moves it in the "
+        "same proportion",
+    )
+    momentum: float = Field(0.95, ge=0, lt=1, description="decay of the momentum")
+    nesterov: bool = Field(True, description="look ahead by one step of momentum")
+    ns_steps: int = Field(5, ge=1, description="Newton-Schulz steps")
+    lr_scale: Literal["match_rms_adamw", "original"] = Field(
+        "match_rms_adamw",
+        description="of a matrix (M, N): 0.2 sqrt(max(M, N)), which makes updates as large as "
+        "AdamW's, so that its lr and weight decay can be kept; or sqrt(max(1, M/N))",
+    )
+
+
+class OptimConfig(Section):
+    """AdamW, or Muon for matrices and AdamW for the rest, with fp32 master weights."""
+
+    name: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="muon: for weights of linear layers; embeddings, output layer, convolutions, "
+        "norms and biases stay with AdamW",
+    )
+    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    lr_by_part: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="peak rate of a named part, e.g. {vision: 1e-5}"
+    )
+    weight_decay: float = Field(0.01, ge=0, description="on matrices; never on norms and biases")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    max_grad_norm: float = Field(1.0, ge=0, description="clip the global norm; 0 = never")
+    muon: MuonConfig = MuonConfig()
+
+
+class ZeroConfig(Section):
+    """What DeepSpeed partitions over data-parallel ranks."""
+
+    stage: Literal[0, 1, 2, 3, "auto"] = Field(
+        3,
+        description="0 nothing, 1 optimizer states, 2 + gradients, 3 + parameters; auto: the "
+        "lowest that fits the device by the plan",
+    )
+    offload_optimizer: bool = Field(False, description="keep optimizer states in host memory")
+    offload_params: bool = Field(False, description="keep parameters in host memory (stage 3)")
+    bucket_size: int = Field(
+        500_000_000, ge=1, description="elements per reduce and all-gather bucket"
+    )
+    persistence_threshold: int = Field(
+        100_000, ge=0, description="stage 3: parameters below this many elements stay whole"
+    )
+    max_live: int = Field(
+        1_000_000_000, ge=1, description="stage 3: elements that may be whole at the same time"
+    )
+
+
+class EngineConfig(Section):
+    """How a step is computed."""
+
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="of weights and activations")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="packs per rank and step")
+    reduce_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="in which gradients cross ranks; bf16 halves the traffic and rounds"
+    )
+    checkpointing: Literal["none", "selective", "full", "auto"] = Field(
+        "none",
+        description="what a layer keeps for its backward: all; selective: what matrix products and "
+        "attention gave; full: its input only. The rest is computed again. auto: what is fastest "
+        "of what fits by the plan",
+    )
+    zero: ZeroConfig = ZeroConfig()
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage, once it is settled."""
+        assert self.zero.stage != "auto", "settle the configuration first"
+        return self.zero.stage
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> EngineConfig:
+        zero, gas = self.zero, self.gradient_accumulation_steps
+        if zero.offload_params and zero.stage not in (3, "auto"):
+            raise ValueError(
+                f"engine.zero.offload_params: must go with stage 3, got stage {zero.stage}; "
+                "set engine.zero.stage=3 or offload only the optimizer"
+            )
+        if zero.offload_optimizer and zero.stage == 0:
+            raise ValueError(
+                "engine.zero.offload_optimizer: must go with stage 1, 2 or 3, got stage 0; "
+                "set engine.zero.stage=1"
+            )
+        if zero.stage == 0 and self.precision == "bf16" and gas > 1:
+            raise ValueError(
+                "engine.gradient_accumulation_steps: must be 1 with engine.zero.stage=0 in bf16, "
+                f"got {gas}; DeepSpeed adds up gradients in bf16 there, set engine.zero.stage=1"
+            )
+        return self
+
+
+class CheckpointConfig(Section):
+    """When the state is saved and what is kept."""
+
+    save: bool = Field(True, description="save at all; false for measurements")
+    every: int = Field(500, ge=0, description="steps between saves; 0 = only the last step")
+    keep: int = Field(2, ge=1, description="how many checkpoints stay on disk")
+    resume: Literal["auto", "never"] = Field(
+        "auto",
+        description="auto: go on from the run folder's newest checkpoint if there is one; "
+        "never: refuse a folder that has any",
+    )
+
+
+class EvaluationConfig(Section):
+    """Held-out samples: their loss, and greedy answers compared with the expected ones."""
+
+    shards: list[str] = Field(default_factory=list, description="held-out shards; empty = none")
+    every: int = Field(0, ge=0, description="steps between evaluations; 0 = only before and after")
+    max_new_tokens: int = Field(32, ge=1, description="longest answer, in tokens")
+    batch_size: int = Field(32, ge=1, description="questions answered at once, per rank")
+    max_questions: int = Field(2000, ge=0, description="how many questions to answer; 0 = none")
+    num_examples: int = Field(48, ge=0, description="answers kept with images for the report")
+
+
+class LogConfig(Section):
+    """What is written while a run goes on."""
+
+    every: int = Field(
+        10,
+        ge=1,
+        description="steps between console lines; metrics.jsonl has every step, written then",
+    )
+    progress: bool = Field(True, description="show a progress bar")
+    wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases")
+    wandb_project: str = Field("triptych", description="project name there")
+    peak_tflops: float | None = Field(
+        None, gt=0, description="device peak for MFU; by default taken from the device's name"
+    )
