@@ -6,7 +6,7 @@ from torch import distributed
 
 from tests.models import tiny
 from tests.models.conftest import Build
-from triptych_models.generate import generate, left_padded
+from triptych_models.generate import generate, model_inputs
 from triptych_models.qwen3_vl import Qwen3VL
 
 NEW = 6
@@ -80,6 +80,6 @@ def test_no_prompts_keep_in_step_only_when_synced(build: Build) -> None:
     settings = {"max_new_tokens": 2, "eos_token_id": tiny.EOS, "pad_token_id": tiny.PAD}
     assert generate(model, [], **settings) == []
     assert generate(model, [], synced=True, **settings) == []
-    inputs = left_padded(model, [], tiny.PAD, force_image=True)
+    inputs = model_inputs(model, [], tiny.PAD, force_image=True)
     assert inputs["input_ids"].tolist() == [[tiny.IMAGE, tiny.PAD]]
     assert inputs["attention_mask"].tolist() == [[0, 1]]

@@ -14,7 +14,8 @@ from triptych_models.config import ModelConfig
 from triptych_models.export import export
 from triptych_models.families import build_model
 from triptych_models.generate import generate
-from triptych_models.qwen3_vl import FUSED_OPS, Qwen3VL
+from triptych_models.packed import FUSED_OPS
+from triptych_models.qwen3_vl import Qwen3VL
 
 # Its build takes minutes and gloo does without it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

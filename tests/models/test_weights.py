@@ -120,6 +120,9 @@ def test_a_directory_without_weights_or_of_another_family_is_refused(
         build(path=path)
     (path / "config.json").write_text('{"model_type": "qwen3"}')
     with pytest.raises(ValueError, match="model_type must be qwen3_vl, got qwen3"):
+        build(path=path, family="qwen3_vl")
+    (path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="model_type must be one of qwen3, qwen3_vl, got llama"):
         build(path=path)
     with pytest.raises(ValueError, match=r"model.path: must hold a config.json"):
         build(path=tmp_path / "nowhere")

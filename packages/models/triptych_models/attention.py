@@ -17,6 +17,8 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 
 from triptych_kernels import attention
 
+from .sequence import SequenceGroup, heads_to_tokens, tokens_to_heads
+
 PACKED = "triptych_packed"
 
 
@@ -42,12 +44,13 @@ def packed_attention(
     scaling: float,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    sequence: SequenceGroup | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document of one packed row.
 
     query (1, Hq, T, D), key and value (1, Hkv, T, D), cu_seqlens (num_docs + 1,) int32
-    → (1, T, Hq, D).
+    → (1, T, Hq, D). In a sequence group of N ranks each has T/N of the row's T tokens.
     Without cu_seqlens the rows are ordinary padded ones (generation with a cache) and
     transformers' sdpa answers, with the mask it made.
     """
@@ -57,7 +60,13 @@ def packed_attention(
         )
     assert query.shape[0] == 1 and attention_mask is None, "packed rows are one row without a mask"
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D), no copy
-    return attention(q, k, v, cu_seqlens, max_seqlen, causal=True, scale=scaling)[None], None
+    shared = sequence is not None and sequence.size > 1
+    if shared:
+        q, k, v = tokens_to_heads(q, k, v, sequence)
+    out = attention(q, k, v, cu_seqlens, max_seqlen, causal=True, scale=scaling)
+    if shared:
+        out = heads_to_tokens(out, sequence)
+    return out[None], None
 
 
 class PackedVisionAttention(nn.Module):

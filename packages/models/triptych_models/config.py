@@ -1,11 +1,18 @@
 """What a stage's YAML says about its model. Imports no torch: it is validated before torch is."""
 
+import json
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Family = Literal["qwen3", "qwen3_vl"]
 Part = Literal["vision", "projector", "language"]
+
+PARTS: dict[Family, tuple[Part, ...]] = {
+    "qwen3": ("language",),
+    "qwen3_vl": ("vision", "projector", "language"),
+}
 
 
 class ModelConfig(BaseModel):
@@ -13,8 +20,9 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    family: Literal["qwen3_vl"] = Field(
-        default="qwen3_vl", description="architecture; a key of triptych_models.families.FAMILIES"
+    family: Literal["auto", Family] = Field(
+        default="auto",
+        description="architecture: auto (what config.json's model_type says), qwen3, qwen3_vl",
     )
     path: Path = Field(description="local Hugging Face model directory (config.json, tokenizer, …)")
     init: Literal["pretrained", "random"] = Field(
@@ -37,9 +45,40 @@ class ModelConfig(BaseModel):
     )
 
     def check_path(self) -> None:
-        """Raise ValueError unless `path` is a directory, before anything heavy is imported."""
+        """Raise ValueError unless `path` holds a family that has the parts to freeze.
+
+        Called before anything heavy is imported.
+        """
         if not self.path.is_dir():
             raise ValueError(
                 f"model.path: must be a local Hugging Face directory, got '{self.path}'; "
                 "download the model there or correct the path"
             )
+        parts = PARTS[self.find_family()]
+        for part in self.freeze:
+            if part not in parts:
+                raise ValueError(
+                    f"model.freeze: must name parts of the model ({', '.join(parts)}), got "
+                    f"{part}; leave it out"
+                )
+
+    def find_family(self) -> Family:
+        """The architecture, read from config.json where `family` leaves it to that.
+
+        Raises ValueError for a directory without one, or with one that no family is for.
+        """
+        if self.family != "auto":
+            return self.family
+        file = self.path / "config.json"
+        if not file.is_file():
+            raise ValueError(
+                f"model.path: must hold a config.json, got {self.path}; name a model directory"
+            )
+        model_type = json.loads(file.read_text()).get("model_type")
+        for family in PARTS:
+            if family == model_type:
+                return family
+        raise ValueError(
+            f"{file}: model_type must be one of {', '.join(PARTS)}, got {model_type}; "
+            "take a model of a supported family"
+        )

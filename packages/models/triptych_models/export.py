@@ -67,7 +67,7 @@ def copy_configs(source_dir: Path, out_dir: Path, dtype: torch.dtype) -> None:
     """Copy the small files, with dtype noted in config.json so that loading keeps it."""
     config = json.loads((source_dir / "config.json").read_text())
     name = str(dtype).removeprefix("torch.")
-    for section in (config, config["text_config"], config["vision_config"]):
+    for section in (config, config.get("text_config", {}), config.get("vision_config", {})):
         section.pop("torch_dtype", None)  # the name before transformers 5
         section["dtype"] = name
     (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")

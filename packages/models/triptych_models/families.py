@@ -4,24 +4,22 @@ import torch
 
 from .config import ModelConfig
 from .freeze import freeze
+from .packed import PackedModel
+from .qwen3 import Qwen3
 from .qwen3_vl import Qwen3VL
 from .weights import Gather, initialize, load_weights, whole
 
-FAMILIES = {"qwen3_vl": Qwen3VL}
+FAMILIES: dict[str, type[PackedModel]] = {"qwen3": Qwen3, "qwen3_vl": Qwen3VL}
 
 
-def build_model(config: ModelConfig, *, dtype: torch.dtype, gather: Gather = whole) -> Qwen3VL:
+def build_model(config: ModelConfig, *, dtype: torch.dtype, gather: Gather = whole) -> PackedModel:
     """Build the model, fill its weights and freeze what the config says.
 
     Parameters are in dtype, rotary frequencies in fp32. May run inside `deepspeed.zero.Init`; then
     gather must be `lambda p: deepspeed.zero.GatheredParameters(p, modifier_rank=0)`, and all ranks
     must call it. Raises ValueError for a directory that does not hold the family or its weights.
     """
-    model = FAMILIES[config.family].from_directory(
-        config.path,
-        dtype=dtype,
-        fused=config.fuse,
-    )
+    model = build_shell(config, dtype=dtype)
     found = {parameter.dtype for parameter in model.parameters()}
     assert found == {dtype}, f"zero.Init must be told to keep {dtype}, made {found}"
     if config.init == "random":
@@ -32,3 +30,9 @@ def build_model(config: ModelConfig, *, dtype: torch.dtype, gather: Gather = who
     if config.compile == "layers":
         model.compile_layers()
     return model
+
+
+def build_shell(config: ModelConfig, *, dtype: torch.dtype) -> PackedModel:
+    """The model of a directory with its parameters not filled in."""
+    family = FAMILIES[config.find_family()]
+    return family.from_directory(config.path, dtype=dtype, fused=config.fuse)

@@ -21,6 +21,14 @@ class Work(NamedTuple):
     attention: float
 
 
+def qwen3_flops(
+    config: PretrainedConfig, batch: Mapping[str, Any], trainable: Collection[str]
+) -> float:
+    """Forward + backward FLOPs of a batch of text alone; see qwen3_vl_flops."""
+    trains = "language" in trainable
+    return language_flops(config, batch, weight=trains, inputs=trains)
+
+
 def qwen3_vl_flops(
     config: PretrainedConfig, batch: Mapping[str, Any], trainable: Collection[str]
 ) -> float:
@@ -31,33 +39,39 @@ def qwen3_vl_flops(
     something that trains lies before. A frozen part with nothing trainable before it is forward
     only.
     """
-    bounds = [int(x) for x in batch["cu_seqlens"]]
     grid = batch.get("image_grid_thw")
     grids = [] if grid is None else [tuple(int(n) for n in row) for row in grid]
 
     embed = Work(patch_embedding(config.vision_config, grids), 0.0)
     tower = vision_blocks(config.vision_config, grids)
     projector = Work(mergers(config.vision_config, grids), 0.0)
-    language = language_layers(config.text_config, bounds)
-    text = config.text_config
-    head = Work(2.0 * text.hidden_size * text.vocab_size * int(batch["num_targets"]), 0.0)
-
     vision_trains = "vision" in trainable
     projector_trains = "projector" in trainable
-    language_trains = "language" in trainable
     into_projector = vision_trains or projector_trains  # it begins with a norm of its own
     return (
         with_backward(embed, weight=vision_trains, inputs=False)  # pixels need no gradient
         + with_backward(tower, weight=vision_trains, inputs=vision_trains)
         + with_backward(projector, weight=projector_trains, inputs=into_projector)
-        + with_backward(language, weight=language_trains, inputs=bool(trainable))
-        + with_backward(head, weight=language_trains, inputs=bool(trainable))
+        + language_flops(
+            config.text_config, batch, weight="language" in trainable, inputs=bool(trainable)
+        )
     )
 
 
 def with_backward(work: Work, *, weight: bool, inputs: bool) -> float:
     """Forward + backward of a part whose weights, or whose inputs, need gradients."""
     return work.linear * (1 + weight + inputs) + work.attention * (3 if weight or inputs else 1)
+
+
+def language_flops(
+    text: PretrainedConfig, batch: Mapping[str, Any], *, weight: bool, inputs: bool
+) -> float:
+    """Forward + backward FLOPs of decoder layers and head."""
+    layers = language_layers(text, [int(x) for x in batch["cu_seqlens"]])
+    head = Work(2.0 * text.hidden_size * text.vocab_size * int(batch["num_targets"]), 0.0)
+    return with_backward(layers, weight=weight, inputs=inputs) + with_backward(
+        head, weight=weight, inputs=inputs
+    )
 
 
 def language_layers(text: PretrainedConfig, bounds: list[int]) -> Work:

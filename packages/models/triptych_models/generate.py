@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from .packed import PackedModel
 from .qwen3_vl import Qwen3VL
 from .vision import normalize_pixels
 
@@ -23,7 +24,7 @@ class Prompt(Protocol):
 
 
 def generate(
-    model: Qwen3VL,
+    model: PackedModel,
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
@@ -38,7 +39,7 @@ def generate(
     """
     if not prompts and not synced:
         return []
-    inputs = left_padded(model, prompts, pad_token_id, force_image=synced)
+    inputs = model_inputs(model, prompts, pad_token_id, force_image=synced)
     was_training = model.training
     model.eval()
     settings = GenerationConfig(
@@ -63,43 +64,54 @@ def before_stop(tokens: list[int], stops: set[int]) -> list[int]:
     return tokens[:end]
 
 
-def left_padded(
-    model: Qwen3VL, prompts: Sequence[Prompt], pad_token_id: int, *, force_image: bool
+def model_inputs(
+    model: PackedModel, prompts: Sequence[Prompt], pad_token_id: int, *, force_image: bool
 ) -> dict[str, Tensor]:
     """Inputs (B, L) of `generate`, on the model's device.
 
     With force_image a batch without images gets one: its token stands in the padding, where
     attention does not look, so the tower runs on every rank as ZeRO-3 needs.
     """
-    config = model.hf.config
     rows = [prompt.input_ids.cpu() for prompt in prompts] or [torch.tensor([pad_token_id])]
-    # A video comes as images, and stock looks for their token; what it embeds is replaced anyway.
-    rows = [row.masked_fill(row == config.video_token_id, config.image_token_id) for row in rows]
-    grids = [p.image_grid_thw.cpu() for p in prompts if p.image_grid_thw is not None]
-    pixels = [p.pixel_values.cpu() for p in prompts if p.pixel_values is not None]
-    has_image = any(len(grid) for grid in grids)
-    dummy = force_image and not has_image
+    inputs = left_padded(rows, pad_token_id, room=int(force_image))
+    if isinstance(model, Qwen3VL):
+        inputs |= image_inputs(model, prompts, inputs["input_ids"], force=force_image)
+    device = next(model.parameters()).device
+    return {name: x.to(device) for name, x in inputs.items()}
 
-    length = max(len(row) for row in rows) + dummy
+
+def left_padded(rows: list[Tensor], pad_token_id: int, *, room: int) -> dict[str, Tensor]:
+    """Rows of several lengths as (B, L), with at least `room` tokens of padding before each."""
+    length = max(len(row) for row in rows) + room
     input_ids = torch.full((len(rows), length), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
     for i, row in enumerate(rows):
         input_ids[i, length - len(row) :] = row
         attention_mask[i, length - len(row) :] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def image_inputs(
+    model: Qwen3VL, prompts: Sequence[Prompt], input_ids: Tensor, *, force: bool
+) -> dict[str, Tensor]:
+    """What stands for images: their tokens in input_ids (B, L), and their pixels."""
+    config = model.hf.config
+    # A video comes as images, and stock looks for their token; what it embeds is replaced anyway.
+    input_ids = input_ids.masked_fill(input_ids == config.video_token_id, config.image_token_id)
     inputs = {
         "input_ids": input_ids,
-        "attention_mask": attention_mask,
         "mm_token_type_ids": (input_ids == config.image_token_id).int(),
     }
-    if dummy:
-        input_ids[0, 0] = (
-            config.image_token_id
-        )  # after mm_token_type_ids: no position is made of it
+    grids = [p.image_grid_thw.cpu() for p in prompts if p.image_grid_thw is not None]
+    pixels = [p.pixel_values.cpu() for p in prompts if p.pixel_values is not None]
+    has_image = any(len(grid) for grid in grids)
+    if force and not has_image:
+        input_ids[0, 0] = config.image_token_id  # after the types: no position is made of it
         grid, patches = model.dummy_image()
         grids, pixels = [grid], [patches]
-    device = next(model.parameters()).device
-    if dummy or has_image:
+    if force or has_image:
+        device = next(model.parameters()).device
+        patches = torch.cat(pixels).to(device)
         inputs["image_grid_thw"] = torch.cat(grids)
-        patches = normalize_pixels(torch.cat(pixels).to(device), model.image_mean, model.image_std)
-        inputs["pixel_values"] = patches
-    return {name: x.to(device) for name, x in inputs.items()}
+        inputs["pixel_values"] = normalize_pixels(patches, model.image_mean, model.image_std)
+    return inputs

@@ -15,9 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triptych_kernels.dispatch import assume_device
 
 from .config import ModelConfig
-from .families import FAMILIES
+from .families import build_shell
 from .freeze import freeze
-from .qwen3_vl import Qwen3VL
+from .layout import tower
+from .packed import PackedModel
 
 
 def _loss_bytes(
@@ -45,14 +46,10 @@ WORKSPACES = {
 }
 
 
-def build_pretend_model(config: ModelConfig, *, dtype: torch.dtype) -> Qwen3VL:
+def build_pretend_model(config: ModelConfig, *, dtype: torch.dtype) -> PackedModel:
     """The model of `build_model` on the meta device: config.json is read, weights are not."""
     with torch.device("meta"):
-        model = FAMILIES[config.family].from_directory(
-            config.path,
-            dtype=dtype,
-            fused=config.fuse,
-        )
+        model = build_shell(config, dtype=dtype)
     freeze(model, config.freeze)
     return model.train()
 
@@ -69,7 +66,7 @@ def pretend(model: nn.Module, device: str = "cuda") -> Iterator[None]:
 
 
 def pretend_batch(
-    model: Qwen3VL,
+    model: PackedModel,
     seq_len: int,
     *,
     document_len: int,
@@ -80,32 +77,41 @@ def pretend_batch(
     """A packed row of full documents; call it inside `pretend`, or for a real model.
 
     image_share of its tokens are those of square images of about image_tokens each; there is
-    always one image, of one token where there should be none. target_share of the other tokens
-    are targets.
+    always one image, of one token where there should be none, unless the model is of text alone.
+    target_share of the other tokens are targets.
     """
-    vision = model.hf.config.vision_config
-    merge = vision.spatial_merge_size
-    side = max(1, round(math.sqrt(image_tokens))) if image_share else 1  # in tokens
-    count = max(1, round(seq_len * image_share / side**2))
-    patches = (side * merge) ** 2  # of one image
-    patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    num_targets = max(1, round((seq_len - count * side**2) * target_share))
+    images: dict[str, Any] = {}
+    taken = 0  # tokens that stand for images
+    if tower(model.hf) is not None:
+        side = max(1, round(math.sqrt(image_tokens))) if image_share else 1  # in tokens
+        count = max(1, round(seq_len * image_share / side**2))
+        images, taken = _pretend_images(model, count, side), count * side**2
+    num_targets = max(1, round((seq_len - taken) * target_share))
     shift_labels = torch.full((1, seq_len), -100)
     shift_labels[:, -num_targets:] = 0
-    bounds = [*range(0, seq_len, document_len), seq_len]
-    ends = [*range(0, count * patches + 1, patches)]
+    axes = (3,) if images else ()  # of M-RoPE
     return {
         "input_ids": torch.zeros(1, seq_len, dtype=torch.int64),
         "shift_labels": shift_labels,
         "num_targets": num_targets,
-        "position_ids": torch.zeros(3, 1, seq_len, dtype=torch.int64),
-        "cu_seqlens": _known(bounds),
+        "position_ids": torch.zeros(*axes, 1, seq_len, dtype=torch.int64),
+        "cu_seqlens": _known([*range(0, seq_len, document_len), seq_len]),
         "max_seqlen": min(document_len, seq_len),
-        "pixel_values": torch.zeros(count * patches, patch_dim, dtype=torch.uint8),
-        "image_grid_thw": _known([[1, side * merge, side * merge]] * count),
+        **images,
+    }
+
+
+def _pretend_images(model: PackedModel, count: int, side: int) -> dict[str, Any]:
+    """count images of side × side tokens each."""
+    vision = model.hf.config.vision_config
+    height = side * vision.spatial_merge_size  # in patches
+    patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return {
+        "pixel_values": torch.zeros(count * height**2, patch_dim, dtype=torch.uint8),
+        "image_grid_thw": _known([[1, height, height]] * count),
         "image_positions": torch.arange(count * side**2),
-        "vision_cu_seqlens": _known(ends),
-        "vision_max_seqlen": patches,
+        "vision_cu_seqlens": _known([*range(0, count * height**2 + 1, height**2)]),
+        "vision_max_seqlen": height**2,
     }
 
 

@@ -1,28 +1,19 @@
 """Qwen3-VL (dense) as a packed-sequence module with its loss inside."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, Qwen3VLForConditionalGeneration
-from transformers.initialization import no_init_weights
+from transformers import PretrainedConfig, Qwen3VLForConditionalGeneration
 
-from triptych_kernels import fuse
-
-from .attention import PACKED, pack_vision_attention, register
-from .checkpointing import Checkpointing, run_layer
+from .attention import pack_vision_attention
 from .flops import qwen3_vl_flops
-from .head import LossHead
-from .output import LossOutput
-from .rotary import restore_rotary
+from .packed import PackedModel
+from .read_config import read_config
 from .vision import normalize_pixels, vision_features
-
-# Of what triptych_kernels.fuse knows: what the language layers have. The loss is LossHead's, and
-# packed attention comes by its own name.
-FUSED_OPS = ("rms_norm", "swiglu")
 
 
 class HasImageRules(Protocol):
@@ -34,11 +25,11 @@ class HasImageRules(Protocol):
     image_token_id: int
 
 
-class Qwen3VL(nn.Module):
+class Qwen3VL(PackedModel):
     """Transformers' Qwen3-VL, `self.hf`, fed with packed rows.
 
     Every rank calls the same submodules in the same order on every batch, images or not: ZeRO-2
-    and ZeRO-3 need that. The weights are not filled in: see triptych_models.weights.
+    and ZeRO-3 need that.
     """
 
     def __init__(
@@ -50,55 +41,25 @@ class Qwen3VL(nn.Module):
         image_std: list[float],
         fused: bool = True,
     ) -> None:
-        super().__init__()
-        register()
-        with no_init_weights():
-            self.hf = Qwen3VLForConditionalGeneration._from_config(
-                hf_config, dtype=dtype, attn_implementation=PACKED
-            )
-        self.hf.lm_head = LossHead(self.hf.lm_head)
-        self.hf.tie_weights()
+        super().__init__(Qwen3VLForConditionalGeneration, hf_config, dtype=dtype, fused=fused)
         pack_vision_attention(self.hf)
-        if fused:
-            fuse(self.hf, ops=FUSED_OPS)
-        restore_rotary(self.hf)
         self.image_mean = image_mean
         self.image_std = image_std
-        self.checkpointing: Checkpointing = "none"
 
     @classmethod
-    def from_directory(
-        cls,
-        path: Path,
-        *,
-        dtype: torch.dtype,
-        fused: bool = True,
-    ) -> Self:
+    def from_directory(cls, path: Path, *, dtype: torch.dtype, fused: bool = True) -> Self:
         """Build from config.json and preprocessor_config.json of a Hugging Face directory.
 
         Raises ValueError if the directory is not one of a Qwen3-VL this module computes.
         """
         mean, std = image_statistics(path)
         return cls(
-            read_config(path),
+            read_config(path, "qwen3_vl"),
             dtype=dtype,
             image_mean=mean,
             image_std=std,
             fused=fused,
         )
-
-    def forward(self, *, shift_labels: Tensor, num_targets: int, **batch: Any) -> LossOutput:
-        """Summed loss of one packed row.
-
-        shift_labels (1, T) int64; the rest of the batch as in `hidden_states`.
-        """
-        hidden_states = self.hidden_states(**batch)
-        loss_sum = self.hf.lm_head(hidden_states, shift_labels, num_targets)
-        return LossOutput(loss_sum, num_targets, {})
-
-    def logits(self, **batch: Any) -> Tensor:
-        """Logits (1, T, V) of one packed row; takes what `hidden_states` takes."""
-        return self.hf.lm_head(self.hidden_states(**batch))
 
     def hidden_states(
         self,
@@ -133,20 +94,15 @@ class Qwen3VL(nn.Module):
         features = features.to(hidden_states.dtype)[None]  # (1, M, H)
         hidden_states = hidden_states.index_copy(1, positions, features)
 
-        rotary = language.rotary_emb(hidden_states, position_ids)
-        for index, layer in enumerate(language.layers):
-            hidden_states = self._run_layer(
-                layer,
-                hidden_states,
-                position_embeddings=rotary,
-                attention_mask=None,
-                cu_seqlens=cu_seqlens,
-                max_seqlen=max_seqlen,
-            )
-            if index < len(deepstack):
-                features = deepstack[index].to(hidden_states.dtype)[None]
-                hidden_states = hidden_states.index_add(1, positions, features)
-        return language.norm(hidden_states)
+        def add_deepstack(index: int, hidden_states: Tensor) -> Tensor:
+            if index >= len(deepstack):
+                return hidden_states
+            tapped = deepstack[index].to(hidden_states.dtype)[None]
+            return hidden_states.index_add(1, positions, tapped)
+
+        return self.run_decoder(
+            hidden_states, position_ids, cu_seqlens, max_seqlen, after_layer=add_deepstack
+        )
 
     def check_processor(self, processor: HasImageRules) -> None:
         """Raise ValueError unless the data's processor cuts images as this model expects."""
@@ -175,28 +131,18 @@ class Qwen3VL(nn.Module):
         }
 
     def layers(self) -> list[nn.Module]:
-        """Every layer of the tower and of the language model: what repeats, and runs as a whole."""
-        return [*self.hf.model.visual.blocks, *self.hf.model.language_model.layers]
+        """Every layer of the tower and of the language model."""
+        return [*self.hf.model.visual.blocks, *super().layers()]
 
     def compile_layers(self) -> None:
         """Compile every layer in place; the tower's for any number of patches."""
-        for layer in self.hf.model.language_model.layers:
-            layer.compile()
+        super().compile_layers()
         for block in self.hf.model.visual.blocks:
             block.compile(dynamic=True)
 
-    def set_checkpointing(self, checkpointing: Checkpointing) -> None:
-        """Say what every layer keeps for its backward; see triptych_models.checkpointing."""
-        self.checkpointing = checkpointing
-
     def flops(self, batch: Mapping[str, Any]) -> float:
         """Forward and backward FLOPs of one packed row; see triptych_models.flops."""
-        trainable = {
-            name
-            for name, modules in self.parts().items()
-            if any(p.requires_grad for module in modules for p in module.parameters())
-        }
-        return qwen3_vl_flops(self.hf.config, batch, trainable)
+        return qwen3_vl_flops(self.hf.config, batch, self.trainable_parts())
 
     def dummy_image(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """A black image that makes one token: grid (1, 3) on the host, uint8 patches on device."""
@@ -234,42 +180,6 @@ class Qwen3VL(nn.Module):
         )
         positions = torch.zeros(0, dtype=torch.int64, device=device)
         return positions, features[:0], [x[:0] for x in deepstack]
-
-    def _run_layer(
-        self, layer: Callable[..., Tensor], hidden_states: Tensor, **kwargs: Any
-    ) -> Tensor:
-        checkpointing = self.checkpointing if self.training else "none"
-        return run_layer(checkpointing, layer, hidden_states, **kwargs)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # behind .to(), .bfloat16(), .cuda()
-        restore_rotary(self.hf)
-        return self
-
-
-def read_config(path: Path) -> PretrainedConfig:
-    """Read config.json; ValueError unless it is a Qwen3-VL with plain rotary and no dropout."""
-    file = path / "config.json"
-    if not file.is_file():
-        raise ValueError(f"model.path: must hold a config.json, got {path}; name a model directory")
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    if config.model_type != "qwen3_vl":
-        raise ValueError(
-            f"{file}: model_type must be qwen3_vl, got {config.model_type}; "
-            "set model.family to what the directory holds"
-        )
-    text = config.text_config
-    if text.rope_parameters["rope_type"] != "default":
-        raise ValueError(
-            f"{file}: text_config rope_type must be default, got "
-            f"{text.rope_parameters['rope_type']}; scaled rotary positions are not supported"
-        )
-    if text.attention_dropout:
-        raise ValueError(
-            f"{file}: text_config.attention_dropout must be 0, got {text.attention_dropout}; "
-            "packed attention has no dropout"
-        )
-    return config
 
 
 def image_statistics(path: Path) -> tuple[list[float], list[float]]:

@@ -2,24 +2,29 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import PreTrainedModel
+
+from .layout import decoder, text_config, tower
 
 
-def restore_rotary(model: Qwen3VLForConditionalGeneration) -> None:
-    """Recompute the rotary frequencies of a Qwen3-VL model in fp32, on the device they are on.
+def restore_rotary(model: PreTrainedModel) -> None:
+    """Recompute the rotary frequencies of a transformers model in fp32, on the device they are on.
 
     Casting a module (`model.bfloat16()`, which DeepSpeed does) casts its buffers too, and
     building one under `deepspeed.zero.Init` rounds them on the way; bf16 frequencies are off by
     up to 0.4 %, which is whole turns at long positions.
     """
-    text, vision = model.config.text_config, model.config.vision_config
+    text = text_config(model.config)
     assign(
-        model.model.language_model.rotary_emb,
+        decoder(model).rotary_emb,
         inverse_frequencies(text.head_dim, text.rope_parameters["rope_theta"]),
     )
+    if tower(model) is None:
+        return
+    vision = model.config.vision_config
     rope = getattr(vision, "rope_parameters", None) or {}  # fixed at 10000 before transformers 5.6
     assign(
-        model.model.visual.rotary_pos_emb,
+        tower(model).rotary_pos_emb,
         inverse_frequencies(
             vision.hidden_size // vision.num_heads // 2, rope.get("rope_theta", 10000.0)
         ),

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import PreTrainedModel
+
+from .layout import text_config, tower
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
-
-TIED = ("lm_head.weight", "model.language_model.embed_tokens.weight")
 
 
 def whole(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
@@ -40,17 +40,18 @@ def own_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, nn.P
 
 
 @torch.no_grad()
-def initialize(hf: Qwen3VLForConditionalGeneration, seed: int, gather: Gather = whole) -> None:
+def initialize(hf: PreTrainedModel, seed: int, gather: Gather = whole) -> None:
     """Draw weights by transformers' rule: normal(0, initializer_range), biases 0, norms 1.
 
     Drawn in fp32 on the host from one generator, then cast: the same seed gives bit-identical
     weights for any device, number of ranks and sharding.
     """
     generator = torch.Generator().manual_seed(seed)
-    config = hf.config
-    vision_ids = {id(module) for module in hf.model.visual.modules()}
+    visual = tower(hf)
+    vision_ids = set() if visual is None else {id(module) for module in visual.modules()}
     for module, own in own_parameters(hf):
-        section = config.vision_config if id(module) in vision_ids else config.text_config
+        in_tower = id(module) in vision_ids
+        section = hf.config.vision_config if in_tower else text_config(hf.config)
         std = section.initializer_range
         with gather(list(own.values())):
             for name, parameter in own.items():
@@ -78,9 +79,7 @@ def constant(value: float, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def load_weights(
-    hf: Qwen3VLForConditionalGeneration, directory: Path, gather: Gather = whole
-) -> None:
+def load_weights(hf: PreTrainedModel, directory: Path, gather: Gather = whole) -> None:
     """Read model.safetensors, or its shards by index, into the model, one module at a time.
 
     Names are those of the Hugging Face checkpoint. Raises ValueError that lists tensors missing,
@@ -131,13 +130,14 @@ def check_names(
     wanted: set[str],
     files: dict[str, Path],
     readers: dict[Path, Any],
-    hf: Qwen3VLForConditionalGeneration,
+    hf: PreTrainedModel,
 ) -> None:
     """ValueError unless exactly the wanted tensors are stored; a tied head may be stored twice."""
-    head, embedding = TIED
+    (tied,) = hf._tied_weights_keys.items()  # lm_head.weight and the embedding's name
+    head, embedding = tied
     stored = set(files)
     if hf.config.tie_word_embeddings and {head, embedding} <= stored:
-        copies = [readers[files[name]].get_tensor(name) for name in TIED]
+        copies = [readers[files[name]].get_tensor(name) for name in tied]
         if not torch.equal(*copies):
             raise ValueError(
                 f"{directory}: {head} must equal {embedding} when tie_word_embeddings is true, "

@@ -1,0 +1,145 @@
+"""What every family is: a transformers model fed with packed rows, its loss inside."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from triptych_kernels import fuse
+
+from .attention import PACKED, register
+from .checkpointing import Checkpointing, run_layer
+from .head import LossHead
+from .layout import decoder
+from .output import LossOutput
+from .rotary import restore_rotary
+
+# Of what triptych_kernels.fuse knows: what the language layers have. The loss is LossHead's, and
+# packed attention comes by its own name.
+FUSED_OPS = ("rms_norm", "swiglu")
+
+
+class PackedModel(nn.Module):
+    """A transformers model, `self.hf`; a family says what its parts are and how a row runs.
+
+    The weights are not filled in: see triptych_models.weights.
+    """
+
+    def __init__(
+        self,
+        hf_class: type[PreTrainedModel],
+        hf_config: PretrainedConfig,
+        *,
+        dtype: torch.dtype,
+        fused: bool,
+    ) -> None:
+        super().__init__()
+        register()
+        with no_init_weights():
+            self.hf = hf_class._from_config(hf_config, dtype=dtype, attn_implementation=PACKED)
+        self.hf.lm_head = LossHead(self.hf.lm_head)
+        self.hf.tie_weights()
+        if fused:
+            fuse(self.hf, ops=FUSED_OPS)
+        restore_rotary(self.hf)
+        self.checkpointing: Checkpointing = "none"
+
+    @classmethod
+    def from_directory(cls, path: Path, *, dtype: torch.dtype, fused: bool = True) -> Self:
+        """Build from the small files of a Hugging Face directory.
+
+        Raises ValueError if the directory is not one of a model this family computes.
+        """
+        raise NotImplementedError
+
+    def hidden_states(self, *args: Any, **batch: Any) -> Tensor:
+        """Hidden states (1, T, H) after the final norm, documents kept apart."""
+        raise NotImplementedError
+
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """Modules of each part; every parameter is in exactly one."""
+        raise NotImplementedError
+
+    def flops(self, batch: Mapping[str, Any]) -> float:
+        """Forward and backward FLOPs of one packed row; see triptych_models.flops."""
+        raise NotImplementedError
+
+    def check_processor(self, processor: Any) -> None:
+        """Raise ValueError unless the data's processor makes what this model expects."""
+        raise NotImplementedError
+
+    def forward(self, *, shift_labels: Tensor, num_targets: int, **batch: Any) -> LossOutput:
+        """Summed loss of one packed row.
+
+        shift_labels (1, T) int64; the rest of the batch as in `hidden_states`.
+        """
+        hidden_states = self.hidden_states(**batch)
+        loss_sum = self.hf.lm_head(hidden_states, shift_labels, num_targets)
+        return LossOutput(loss_sum, num_targets, {})
+
+    def logits(self, **batch: Any) -> Tensor:
+        """Logits (1, T, V) of one packed row; takes what `hidden_states` takes."""
+        return self.hf.lm_head(self.hidden_states(**batch))
+
+    def layers(self) -> list[nn.Module]:
+        """Every layer: what repeats, and runs as a whole."""
+        return list(decoder(self.hf).layers)
+
+    def compile_layers(self) -> None:
+        """Compile every layer in place."""
+        for layer in decoder(self.hf).layers:
+            layer.compile()
+
+    def set_checkpointing(self, checkpointing: Checkpointing) -> None:
+        """Say what every layer keeps for its backward; see triptych_models.checkpointing."""
+        self.checkpointing = checkpointing
+
+    def trainable_parts(self) -> set[str]:
+        """Names of the parts that have a parameter which trains."""
+        return {
+            name
+            for name, modules in self.parts().items()
+            if any(p.requires_grad for module in modules for p in module.parameters())
+        }
+
+    def run_decoder(
+        self,
+        hidden_states: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        after_layer: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Embedded tokens (1, T, H) through all layers and the final norm.
+
+        after_layer(index, hidden_states) is what goes on after each layer.
+        """
+        language = decoder(self.hf)
+        rotary = language.rotary_emb(hidden_states, position_ids)
+        for index, layer in enumerate(language.layers):
+            hidden_states = self._run_layer(
+                layer,
+                hidden_states,
+                position_embeddings=rotary,
+                attention_mask=None,
+                cu_seqlens=cu_seqlens,
+                max_seqlen=max_seqlen,
+            )
+            if after_layer is not None:
+                hidden_states = after_layer(index, hidden_states)
+        return language.norm(hidden_states)
+
+    def _run_layer(
+        self, layer: Callable[..., Tensor], hidden_states: Tensor, **kwargs: Any
+    ) -> Tensor:
+        checkpointing = self.checkpointing if self.training else "none"
+        return run_layer(checkpointing, layer, hidden_states, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # behind .to(), .bfloat16(), .cuda()
+        restore_rotary(self.hf)
+        return self

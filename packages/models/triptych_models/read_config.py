@@ -1,0 +1,41 @@
+"""config.json of a model directory, refused where we would not compute what it says."""
+
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig
+
+from .layout import text_config
+
+
+def read_config(path: Path, model_type: str) -> PretrainedConfig:
+    """Read config.json; ValueError unless it is of model_type and packed rows can be exact.
+
+    That takes plain rotary positions, no dropout in attention and no sliding window.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"model.path: must hold a config.json, got {path}; name a model directory")
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    if config.model_type != model_type:
+        raise ValueError(
+            f"{file}: model_type must be {model_type}, got {config.model_type}; "
+            "set model.family to what the directory holds"
+        )
+    text = text_config(config)
+    where = f"{file}: {'' if text is config else 'text_config.'}"
+    if text.rope_parameters["rope_type"] != "default":
+        raise ValueError(
+            f"{where}rope_parameters.rope_type must be default, got "
+            f"{text.rope_parameters['rope_type']}; scaled rotary positions are not supported"
+        )
+    if text.attention_dropout:
+        raise ValueError(
+            f"{where}attention_dropout must be 0, got {text.attention_dropout}; "
+            "packed attention has no dropout"
+        )
+    if getattr(text, "use_sliding_window", False):
+        raise ValueError(
+            f"{where}use_sliding_window must be false, got true; "
+            "packed attention looks at whole documents"
+        )
+    return config

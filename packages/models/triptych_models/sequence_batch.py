@@ -1,0 +1,87 @@
+"""The part of a packed row that one rank of a sequence group computes, cut on the host."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .sequence import SequenceGroup
+
+_TOKENS = ("input_ids", "shift_labels", "position_ids")
+
+
+def take_part(batch: Mapping[str, Any], group: SequenceGroup) -> Mapping[str, Any]:
+    """This rank's part of a row of T tokens, N ranks holding T/N each.
+
+    Labels were shifted before, so no target is lost where parts meet. `num_targets` is the part's;
+    cu_seqlens and max_seqlen stay the row's, since attention sees all of it. Of the images the
+    rank gets a share to run through the tower, see `image_part`.
+    """
+    if group.size == 1:
+        return batch
+    seq_len = batch["input_ids"].shape[-1]
+    assert seq_len % group.size == 0, "the stage's configuration is checked for that"
+    length = seq_len // group.size
+    tokens = slice(group.rank * length, (group.rank + 1) * length)
+    part = dict(batch) | {name: batch[name][..., tokens] for name in _TOKENS}
+    part["num_targets"] = int((part["shift_labels"] >= 0).sum())
+    if "pixel_values" in batch:
+        for name in ("pixel_values", "image_grid_thw", "vision_cu_seqlens"):
+            del part[name]
+        part |= image_part(batch, length, group)
+    return part
+
+
+def image_part(batch: Mapping[str, Any], length: int, group: SequenceGroup) -> dict[str, Any]:
+    """What of a row's images a rank computes, and how the features find their tokens.
+
+    Each rank runs the tower on images that stand together, with about 1/N of all patches:
+    `pixel_values`, `image_grid_thw` and `vision_cu_seqlens` of those, absent where it has none.
+    `image_positions` are those of the image tokens in its T/N = length tokens, whoever computes
+    their features: `image_sends` and `image_receives` (N,) count them by rank.
+    """
+    n, rank = group.size, group.rank
+    grids, positions = batch["image_grid_thw"], batch["image_positions"]
+    patches = grids.prod(1)
+    cuts = _cut_by_weight(patches, n)  # rank r runs images cuts[r] to cuts[r + 1]
+    patch_cuts = [_sum_before(patches, cut) for cut in cuts]
+    merged = patch_cuts[-1] // len(positions)  # patches that make one token
+    made = [cut // merged for cut in patch_cuts]  # and so it makes features made[r] to made[r + 1]
+    held = torch.searchsorted(positions, torch.arange(n + 1) * length).tolist()  # and holds these
+    mine = slice(held[rank], held[rank + 1])
+    part: dict[str, Any] = {
+        "image_positions": positions[mine] - rank * length,
+        "image_sends": [_overlap(made, rank, held, other) for other in range(n)],
+        "image_receives": [_overlap(made, other, held, rank) for other in range(n)],
+    }
+    first, last = cuts[rank], cuts[rank + 1]
+    if first < last:
+        frames = [_sum_before(grids[:, 0], cut) for cut in (first, last)]
+        ends = batch["vision_cu_seqlens"][frames[0] : frames[1] + 1]
+        part |= {
+            "pixel_values": batch["pixel_values"][patch_cuts[rank] : patch_cuts[rank + 1]],
+            "image_grid_thw": grids[first:last],
+            "vision_cu_seqlens": ends - ends[0],
+        }
+    return part
+
+
+def _cut_by_weight(weights: Tensor, parts: int) -> list[int]:
+    """Where to cut a list into runs of about equal weight: (parts + 1) indices from 0 on.
+
+    An element belongs to the run in which its middle lies.
+    """
+    ends = weights.cumsum(0)
+    owners = (2 * ends - weights) * parts // (2 * ends[-1])
+    return torch.searchsorted(owners, torch.arange(parts + 1)).tolist()
+
+
+def _sum_before(values: Tensor, index: int) -> int:
+    return int(values[:index].sum())
+
+
+def _overlap(made: list[int], maker: int, held: list[int], holder: int) -> int:
+    """How many features one rank makes and another holds the tokens of."""
+    begin = max(made[maker], held[holder])
+    return max(0, min(made[maker + 1], held[holder + 1]) - begin)
