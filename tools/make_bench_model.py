@@ -1,14 +1,15 @@
-"""A Qwen3-VL-2B-shaped model folder without weights, for speed and memory measurements.
+"""Model folders of published shapes without weights, for speed and memory measurements.
 
-The architecture is Qwen3-VL-2B-Instruct's published config.json; the tokenizer is the tiny demo
-one, whose ids all lie inside the real vocabulary, so that no download is needed.
+The architectures are those of the published config.json; the tokenizer is the tiny demo one, whose
+ids all lie inside the real vocabulary, so that no download is needed.
 
-    python tools/make_bench_model.py OUT_DIR
+    python tools/make_bench_model.py OUT_DIR [--shape qwen3-1.7b]
 """
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -43,22 +44,83 @@ VISION = {
 }
 
 
+QWEN3 = {
+    "qwen3-0.6b": {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+    },
+    "qwen3-1.7b": {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+    },
+    "qwen3-4b": {
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+    },
+}
+QWEN3_REST = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000},
+    "max_position_embeddings": 40960,
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "tie_word_embeddings": True,
+}
+TOKENIZER = ("tokenizer.json", "chat_template.jinja", "generation_config.json")
+
+
 @click.command()
 @click.argument("out_dir", type=click.Path(path_type=Path))
-def main(out_dir: Path) -> None:
+@click.option("--shape", type=click.Choice(["qwen3-vl-2b", *QWEN3]), default="qwen3-vl-2b")
+def main(out_dir: Path, shape: str) -> None:
     """Write the folder to OUT_DIR, which must not exist."""
     if out_dir.exists():
         raise click.ClickException(f"{out_dir}: must not exist; name another folder")
+    if shape in QWEN3:
+        write_qwen3(out_dir, shape)
+    else:
+        write_qwen3_vl(out_dir)
+
+
+def write_qwen3(out_dir: Path, shape: str) -> None:
+    """A folder of text alone: config.json and the tokenizer's files."""
+    out_dir.mkdir(parents=True)
+    for name in TOKENIZER:
+        shutil.copyfile(TINY / name, out_dir / name)
+    tokenizer = json.loads((TINY / "tokenizer_config.json").read_text())
+    del tokenizer["processor_class"]
+    write_json(out_dir / "tokenizer_config.json", tokenizer)
+    write_json(out_dir / "config.json", QWEN3_REST | QWEN3[shape])
+
+
+def write_qwen3_vl(out_dir: Path) -> None:
+    """A Qwen3-VL-2B folder: the demo's, widened."""
     shutil.copytree(TINY, out_dir)
     config = json.loads((out_dir / "config.json").read_text())
     config["text_config"] |= TEXT | {"rope_parameters": ROPE}
     config["vision_config"] |= VISION
-    (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(out_dir / "config.json", config)
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         processor = json.loads((out_dir / name).read_text())
         processor |= {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
         processor["size"] = {"shortest_edge": 65536, "longest_edge": 16777216}
-        (out_dir / name).write_text(json.dumps(processor, indent=2) + "\n")
+        write_json(out_dir / name, processor)
+
+
+def write_json(path: Path, tree: dict[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=2) + "\n")
 
 
 if __name__ == "__main__":
