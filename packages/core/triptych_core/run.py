@@ -57,10 +57,13 @@ def describe_run(
     data = ", ".join(f"{count:,} {name}" for name, count in facts["data"].items())
     chosen = f"\nchosen by the plan: {facts['chosen']}" if facts.get("chosen") else ""
     goes_on = f"; goes on after step {start_step}" if start_step else ""
+    n = config.parallel.sequence
+    packs = runtime.world_size // n * engine.gradient_accumulation_steps
+    shared = f", {n} ranks a pack" if n > 1 else ""
     return (
         f"{runtime.world_size} × {device_name()}, ZeRO-{engine.zero.stage}, {engine.precision}, "
-        f"{config.run.steps} steps of {runtime.world_size * engine.gradient_accumulation_steps} "
-        f"packs{goes_on}\nparameters: {parts}; data: {data}{chosen}"
+        f"{config.run.steps} steps of {packs} packs{shared}{goes_on}\n"
+        f"parameters: {parts}; data: {data}{chosen}"
     )
 
 

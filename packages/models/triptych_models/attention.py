@@ -17,7 +17,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 
 from triptych_kernels import attention
 
-from .sequence import SequenceGroup, heads_to_tokens, tokens_to_heads
+from .sequence import ALONE, SequenceGroup, heads_to_tokens, tokens_to_heads
 
 PACKED = "triptych_packed"
 
@@ -44,7 +44,7 @@ def packed_attention(
     scaling: float,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
-    sequence: SequenceGroup | None = None,
+    sequence: SequenceGroup = ALONE,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document of one packed row.
@@ -60,11 +60,10 @@ def packed_attention(
         )
     assert query.shape[0] == 1 and attention_mask is None, "packed rows are one row without a mask"
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D), no copy
-    shared = sequence is not None and sequence.size > 1
-    if shared:
+    if sequence.size > 1:
         q, k, v = tokens_to_heads(q, k, v, sequence)
     out = attention(q, k, v, cu_seqlens, max_seqlen, causal=True, scale=scaling)
-    if shared:
+    if sequence.size > 1:
         out = heads_to_tokens(out, sequence)
     return out[None], None
 

@@ -7,19 +7,28 @@ from .freeze import freeze
 from .packed import PackedModel
 from .qwen3 import Qwen3
 from .qwen3_vl import Qwen3VL
+from .sequence import ALONE, SequenceGroup
 from .weights import Gather, initialize, load_weights, whole
 
 FAMILIES: dict[str, type[PackedModel]] = {"qwen3": Qwen3, "qwen3_vl": Qwen3VL}
 
 
-def build_model(config: ModelConfig, *, dtype: torch.dtype, gather: Gather = whole) -> PackedModel:
+def build_model(
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    gather: Gather = whole,
+    sequence: SequenceGroup = ALONE,
+) -> PackedModel:
     """Build the model, fill its weights and freeze what the config says.
 
     Parameters are in dtype, rotary frequencies in fp32. May run inside `deepspeed.zero.Init`; then
     gather must be `lambda p: deepspeed.zero.GatheredParameters(p, modifier_rank=0)`, and all ranks
-    must call it. Raises ValueError for a directory that does not hold the family or its weights.
+    must call it. sequence: with whom this rank shares its rows. Raises ValueError for a directory
+    that does not hold the family or its weights, or heads that such a group cannot share.
     """
     model = build_shell(config, dtype=dtype)
+    model.set_sequence(sequence)
     found = {parameter.dtype for parameter in model.parameters()}
     assert found == {dtype}, f"zero.Init must be told to keep {dtype}, made {found}"
     if config.init == "random":

@@ -14,9 +14,10 @@ from triptych_kernels import fuse
 from .attention import PACKED, register
 from .checkpointing import Checkpointing, run_layer
 from .head import LossHead
-from .layout import decoder
+from .layout import decoder, text_config
 from .output import LossOutput
 from .rotary import restore_rotary
+from .sequence import ALONE, SequenceGroup, check_heads
 
 # Of what triptych_kernels.fuse knows: what the language layers have. The loss is LossHead's, and
 # packed attention comes by its own name.
@@ -47,6 +48,7 @@ class PackedModel(nn.Module):
             fuse(self.hf, ops=FUSED_OPS)
         restore_rotary(self.hf)
         self.checkpointing: Checkpointing = "none"
+        self.sequence = ALONE
 
     @classmethod
     def from_directory(cls, path: Path, *, dtype: torch.dtype, fused: bool = True) -> Self:
@@ -92,11 +94,19 @@ class PackedModel(nn.Module):
     def compile_layers(self) -> None:
         """Compile every layer in place."""
         for layer in decoder(self.hf).layers:
-            layer.compile()
+            compile_forward(layer)
 
     def set_checkpointing(self, checkpointing: Checkpointing) -> None:
         """Say what every layer keeps for its backward; see triptych_models.checkpointing."""
         self.checkpointing = checkpointing
+
+    def set_sequence(self, group: SequenceGroup) -> None:
+        """Say with whom this rank shares its rows; batches are then what `take_part` makes.
+
+        Raises ValueError where the heads cannot be dealt to the group's ranks.
+        """
+        check_heads(text_config(self.hf.config).num_attention_heads, group.size)
+        self.sequence = group
 
     def trainable_parts(self) -> set[str]:
         """Names of the parts that have a parameter which trains."""
@@ -128,6 +138,7 @@ class PackedModel(nn.Module):
                 attention_mask=None,
                 cu_seqlens=cu_seqlens,
                 max_seqlen=max_seqlen,
+                sequence=self.sequence,
             )
             if after_layer is not None:
                 hidden_states = after_layer(index, hidden_states)
@@ -143,3 +154,12 @@ class PackedModel(nn.Module):
         super()._apply(fn, recurse)  # behind .to(), .bfloat16(), .cuda()
         restore_rotary(self.hf)
         return self
+
+
+def compile_forward(layer: nn.Module, dynamic: bool | None = None) -> None:
+    """Compile what a layer computes as one graph, without the hooks around it.
+
+    `layer.compile()` would take those in, and with them ZeRO-3's gathering. Inside a layer there
+    are none: it is a leaf to ZeRO-3, whose weights are whole while its forward runs.
+    """
+    layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=dynamic)

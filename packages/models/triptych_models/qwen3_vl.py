@@ -1,7 +1,7 @@
 """Qwen3-VL (dense) as a packed-sequence module with its loss inside."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -11,8 +11,9 @@ from transformers import PretrainedConfig, Qwen3VLForConditionalGeneration
 
 from .attention import pack_vision_attention
 from .flops import qwen3_vl_flops
-from .packed import PackedModel
+from .packed import PackedModel, compile_forward
 from .read_config import read_config
+from .sequence import exchange_features
 from .vision import normalize_pixels, vision_features
 
 
@@ -73,23 +74,33 @@ class Qwen3VL(PackedModel):
         vision_cu_seqlens: Tensor | None = None,
         vision_max_seqlen: int | None = None,
         image_positions: Tensor | None = None,
+        image_sends: Sequence[int] | None = None,
+        image_receives: Sequence[int] | None = None,
     ) -> Tensor:
         """Hidden states (1, T, H) after the final norm, documents kept apart.
 
         input_ids (1, T) int64, position_ids (3, 1, T) int64, cu_seqlens (num_docs + 1,) int32,
         pixel_values (P, patch_dim) uint8, image_grid_thw (num_images, 3) int64 on the host,
         vision_cu_seqlens (num_frames + 1,) int32, image_positions (num_image_tokens,) int64.
+        In a sequence group (see sequence_batch.take_part) a rank runs the tower on its share of the
+        row's images, and image_positions are those of its own tokens.
         """
         language = self.hf.model.language_model
         hidden_states = language.embed_tokens(input_ids)  # (1, T, H)
+        positions = image_positions
+        if positions is None:
+            positions = torch.zeros(0, dtype=torch.int64, device=input_ids.device)
         if pixel_values is None:
-            positions, features, deepstack = self._no_image_features(input_ids.device)
+            features, deepstack = self._no_image_features(input_ids.device)
         else:
             assert image_grid_thw is not None and vision_cu_seqlens is not None
-            assert vision_max_seqlen is not None and image_positions is not None
-            positions = image_positions
+            assert vision_max_seqlen is not None
             features, deepstack = self._image_features(
                 pixel_values, image_grid_thw, vision_cu_seqlens, vision_max_seqlen
+            )
+        if image_sends is not None and image_receives is not None:
+            features, *deepstack = exchange_features(
+                [features, *deepstack], image_sends, image_receives, self.sequence
             )
         features = features.to(hidden_states.dtype)[None]  # (1, M, H)
         hidden_states = hidden_states.index_copy(1, positions, features)
@@ -138,7 +149,7 @@ class Qwen3VL(PackedModel):
         """Compile every layer in place; the tower's for any number of patches."""
         super().compile_layers()
         for block in self.hf.model.visual.blocks:
-            block.compile(dynamic=True)
+            compile_forward(block, dynamic=True)
 
     def flops(self, batch: Mapping[str, Any]) -> float:
         """Forward and backward FLOPs of one packed row; see triptych_models.flops."""
@@ -164,7 +175,7 @@ class Qwen3VL(PackedModel):
             self._run_layer,
         )
 
-    def _no_image_features(self, device: torch.device) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def _no_image_features(self, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         """Run the tower on a dummy image and keep none of its features.
 
         What goes on is empty but still hangs on the graph, so the tower's gradients are zeros
@@ -178,8 +189,7 @@ class Qwen3VL(PackedModel):
             torch.arange(0, 2 * patches, patches, dtype=torch.int32, device=device),  # [0, patches]
             patches,
         )
-        positions = torch.zeros(0, dtype=torch.int64, device=device)
-        return positions, features[:0], [x[:0] for x in deepstack]
+        return features[:0], [x[:0] for x in deepstack]
 
 
 def image_statistics(path: Path) -> tuple[list[float], list[float]]:

@@ -31,6 +31,9 @@ class SequenceGroup:
     rank: int = 0
 
 
+ALONE = SequenceGroup()
+
+
 def check_heads(num_heads: int, size: int) -> None:
     """ValueError unless the query heads can be dealt to `size` ranks."""
     if num_heads % size:
@@ -76,8 +79,8 @@ def tokens_to_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All heads of T/N tokens → 1/N of the heads of all T tokens.
 
-    q (T/N, Hq, D), k and v (T/N, Hkv, D) → q (T, Hq/N, D), k and v (T, H'/N, D). H' is Hkv, or where
-    N does not divide that the smallest multiple that it divides: a key head that queries of
+    q (T/N, Hq, D), k and v (T/N, Hkv, D) → q (T, Hq/N, D), k and v (T, H/N, D). H is Hkv or, where
+    N does not divide that, the smallest multiple that it divides: a key head that queries of
     several ranks look at goes to each of them, and its gradients come back as a sum. The three
     are views of one tensor.
     """

@@ -25,7 +25,7 @@ def take_part(batch: Mapping[str, Any], group: SequenceGroup) -> Mapping[str, An
     length = seq_len // group.size
     tokens = slice(group.rank * length, (group.rank + 1) * length)
     part = dict(batch) | {name: batch[name][..., tokens] for name in _TOKENS}
-    part["num_targets"] = int((part["shift_labels"] >= 0).sum())
+    part["num_targets"] = int((part["shift_labels"] != -100).sum())
     if "pixel_values" in batch:
         for name in ("pixel_values", "image_grid_thw", "vision_cu_seqlens"):
             del part[name]
