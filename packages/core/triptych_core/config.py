@@ -24,6 +24,7 @@ from triptych_core.sections import (
     EvaluationConfig,
     LogConfig,
     OptimConfig,
+    ParallelConfig,
     RunConfig,
     ScheduleConfig,
     Section,
@@ -35,6 +36,7 @@ class StageConfig(Section):
 
     run: RunConfig = RunConfig()
     engine: EngineConfig = EngineConfig()
+    parallel: ParallelConfig = ParallelConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from triptych_core.config import EvaluationConfig, StageConfig, is_due
 from triptych_core.lines import read_lines, write_lines
-from triptych_core.loop import Batch, to_device
+from triptych_core.loop import Batch, Part, to_device, whole_row
 from triptych_core.metrics import Metrics
 
 
@@ -76,10 +76,13 @@ def evaluate_if_due(
     answer: Callable[[list[int]], list[str]],
     metrics: Metrics,
     step: int,
+    *,
+    part: Part = whole_row,
 ) -> None:
     """Evaluate before the first step, every `evaluation.every` steps and after the last.
 
-    `answer` turns numbers of questions into the model's answers. Every rank takes part; the main
+    `answer` turns numbers of questions into the model's answers; a rank computes `part` of its
+    rows, as in training. Every rank takes part; the main
     one adds a line to `evaluation.jsonl`.
     """
     if heldout is None or not (
@@ -87,7 +90,7 @@ def evaluate_if_due(
     ):
         return
     metrics.note(f"step {step}  evaluating")
-    evaluation = evaluate(engine, config.evaluation, heldout, answer, step)
+    evaluation = evaluate(engine, config.evaluation, heldout, answer, step, part=part)
     if dist.get_rank() == 0:
         append_evaluation(config.run.dir, evaluation)
     scores = "  ".join(f"{kind} {share:.1%}" for kind, share in evaluation.exact_match.items())
@@ -101,9 +104,11 @@ def evaluate(
     heldout: HeldoutSet,
     answer: Callable[[list[int]], list[str]],
     step: int,
+    *,
+    part: Part = whole_row,
 ) -> Evaluation:
     """Held-out loss and exact match; every rank takes part and gets the result."""
-    loss = heldout_loss(engine, heldout.batches())
+    loss = heldout_loss(engine, map(part, heldout.batches()))
     answers = answer_questions(heldout.questions, answer, batch_size=config.batch_size)
     stride = max(1, len(answers) // max(1, config.num_examples))
     return Evaluation(

@@ -18,11 +18,17 @@ from triptych_core.readout import StepRecord
 from triptych_core.schedule import lr_scale
 
 Batch = dict[str, Any]
+Part = Callable[[Batch], Batch]  # of a row, what this rank computes
 
 # Grids describe shapes: on the device every look at one would stall the step.
 HOST_KEYS = frozenset({"image_grid_thw"})
 # For people and logs, not for the model.
 LABEL_KEYS = frozenset({"sample_keys", "sample_ids", "num_tokens", "holes", "place"})
+
+
+def whole_row(batch: Batch) -> Batch:
+    """What a rank computes that has its rows to itself."""
+    return batch
 
 
 def train(
@@ -32,6 +38,7 @@ def train(
     *,
     flops: Callable[[Batch], float],
     metrics: Metrics,
+    part: Part = whole_row,
     start_step: int = 0,
     on_step: Sequence[Callable[[int], None]] = (),
 ) -> None:
@@ -40,6 +47,9 @@ def train(
     The loss of a step is the sum over its target tokens divided by their number, over the whole
     accumulation window and all data ranks: never a mean of means. `on_step` functions are called
     with the step just taken, in order, on every rank.
+
+    Where `parallel.sequence` ranks hold a row between them, all of them are given that row, and
+    each computes `part(row)`.
     """
     world_size = dist.get_world_size()
     engine.train()
@@ -51,11 +61,12 @@ def train(
         # targets in sparse packs would weigh more than others.
         window = [next(batches) for _ in range(config.engine.gradient_accumulation_steps)]
         waited = time.perf_counter() - started
-        counts = count_window(window, flops, engine.device)
+        # Whole rows are counted, on each of the ranks that hold them: divided, nothing is lost.
+        counts = count_window(window, flops, engine.device) // config.parallel.sequence
         divisor = counts[0].clamp(min=1)
         loss = torch.zeros((), device=engine.device)
         norm: Any = None
-        for micro_step, batch in enumerate(window, start=1):
+        for micro_step, batch in enumerate(map(part, window), start=1):
             with name_batch(engine.module, batch):
                 output = engine(**to_device(batch, engine.device))
                 # DeepSpeed averages gradients over ranks: multiply the number of ranks back in.
@@ -72,7 +83,8 @@ def train(
                 counts=counts,
                 grad_norm=engine.get_global_grad_norm() if norm is None else norm,
                 lr=config.optim.lr * scale,
-                capacity=sum(batch["input_ids"].numel() for batch in window) * world_size,
+                capacity=sum(batch["input_ids"].numel() for batch in window)
+                * (world_size // config.parallel.sequence),
                 data_wait_seconds=waited,
             )
         )

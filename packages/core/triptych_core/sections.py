@@ -143,6 +143,25 @@ class EngineConfig(Section):
         return self
 
 
+class ParallelConfig(Section):
+    """What ranks share beside the states that ZeRO partitions."""
+
+    sequence: int = Field(
+        1,
+        ge=1,
+        description="consecutive ranks that hold one packed row between them, each its part of the "
+        "tokens (Ulysses); must divide the ranks, data.seq_len and the attention heads",
+    )
+
+    def check_row(self, seq_len: int) -> None:
+        """Raise ValueError unless a row of seq_len tokens can be cut into equal parts."""
+        if seq_len % self.sequence:
+            raise ValueError(
+                f"data.seq_len: must be a multiple of parallel.sequence ({self.sequence}), got "
+                f"{seq_len}; take {seq_len - seq_len % self.sequence or self.sequence}"
+            )
+
+
 class CheckpointConfig(Section):
     """When the state is saved and what is kept."""
 
