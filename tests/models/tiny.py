@@ -65,6 +65,31 @@ def write_model_dir(directory: Path, *, tied: bool = False) -> Path:
     return directory
 
 
+def write_text_model_dir(directory: Path, *, tied: bool = False) -> Path:
+    """config.json of a Qwen3 with two layers, as published folders write it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "initializer_range": 0.1,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000,
+        "rope_scaling": None,
+        "use_sliding_window": False,
+        "tie_word_embeddings": tied,
+        "torch_dtype": "bfloat16",
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
 @dataclass
 class Document:
     """One sample as the data package would encode it; labels shifted, -100 = no target."""
@@ -152,6 +177,12 @@ def pack(documents: list[Document], seq_len: int) -> dict[str, Any]:
             "image_positions": (input_ids == IMAGE).nonzero().flatten(),
         }
     return batch
+
+
+def pack_text(documents: list[Document], seq_len: int) -> dict[str, Any]:
+    """One packed row of documents of text alone, as a model of text alone takes it."""
+    batch = pack(documents, seq_len)
+    return batch | {"position_ids": batch["position_ids"][0]}
 
 
 def inputs_only(batch: dict[str, Any]) -> dict[str, Any]:
