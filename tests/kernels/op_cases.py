@@ -175,6 +175,29 @@ def zero_centred(op: str, ours: Any, plain: Any, *shapes: tuple[int, ...]) -> Ca
 
 
 HIDDEN = (TOKENS, 20)
+
+
+def stepped() -> Case:
+    """On copies, as it works in place; -> the parameters and states, and a bfloat16 copy of one."""
+
+    def call(op: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*tensors: Tensor, **backend: Any) -> Any:
+            held = [x.detach().clone(memory_format=torch.contiguous_format) for x in tensors]
+            params, states = held[:2], [x.square() for x in held]
+            copies = [params[0].to(torch.bfloat16), None]
+            options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+            op(
+                *(params, tensors[2:], states[:2], states[2:]),
+                **{"copies": copies, "step": 3, **options, **backend},
+            )
+            return *params, *states, copies[0].to(params[0].dtype)
+
+        return run
+
+    shapes = (HIDDEN, (20, 4), HIDDEN, (20, 4))
+    return Case("adamw", shapes, call(tk.adamw_), call(tk.adamw_ref), differentiable=False)
+
+
 CASES: dict[str, Case] = {
     "attention": attention(causal=True),
     "attention bidirectional with lse": attention(causal=False, return_lse=True),
@@ -253,5 +276,6 @@ CASES: dict[str, Case] = {
     ),
     "newton_schulz": orthogonal("standard"),
     "newton_schulz gram": orthogonal("gram"),
+    "adamw_": stepped(),
     "weighted_sum": Case("weighted_sum", (HIDDEN,) * 3, summed, averaged, float64=False),
 }

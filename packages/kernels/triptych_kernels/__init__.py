@@ -1,5 +1,6 @@
 """Fused training ops for PyTorch, each beside its plain reference."""
 
+from .adamw import adamw_, adamw_ref
 from .add_rms_norm import add_rms_norm, add_rms_norm_ref
 from .attention import attention, attention_ref
 from .causal_conv1d import causal_conv1d, causal_conv1d_ref
@@ -43,6 +44,8 @@ __all__ = [
     "RMSNorm",
     "RotaryEmbedding",
     "SwiGLU",
+    "adamw_",
+    "adamw_ref",
     "add_rms_norm",
     "add_rms_norm_ref",
     "apply_rope",

@@ -195,6 +195,19 @@ def _needs_grouped_mm_and_triton(device: torch.device, dtype: torch.dtype, width
     return _needs_grouped_mm(device, dtype, width) or _needs_triton(device, dtype, width)
 
 
+def _needs_float32_states(
+    device: torch.device, dtype: torch.dtype, width: int, needs: tuple[str, ...] = ()
+) -> str:
+    return f"torch's fused AdamW has no {' and no '.join(needs)}" if needs else ""
+
+
+def _needs_triton_for_masters(
+    device: torch.device, dtype: torch.dtype, width: int, needs: tuple[str, ...] = ()
+) -> str:
+    """AdamW's: the parameters are float32 whatever the rest is."""
+    return _needs_triton(device, dtype, width)
+
+
 # op -> its backends, the preferred first, the plain reference last.
 BACKENDS: dict[str, dict[str, _Reason]] = {
     # flash4 takes 0.5 to 0.6 of varlen's time on an H100. flash2 is varlen's kernel; not run here.
@@ -237,6 +250,11 @@ BACKENDS: dict[str, dict[str, _Reason]] = {
     },
     "newton_schulz": {"triton": _needs_triton_and_halves, "reference": _always},
     "weighted_sum": {"triton": _needs_triton, "chunked": _always, "reference": _always},
+    "adamw": {
+        "triton": _needs_triton_for_masters,
+        "torch": _needs_float32_states,
+        "reference": _always,
+    },
 }
 
 

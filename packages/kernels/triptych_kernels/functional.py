@@ -3,6 +3,7 @@
 They are the functions of the package itself, without its modules, its optimizer and `fuse`.
 """
 
+from .adamw import adamw_
 from .add_rms_norm import add_rms_norm
 from .attention import attention
 from .causal_conv1d import causal_conv1d
@@ -23,6 +24,7 @@ from .swiglu import swiglu
 from .weighted_sum import weighted_sum
 
 __all__ = [
+    "adamw_",
     "add_rms_norm",
     "apply_rope",
     "attention",
