@@ -53,6 +53,11 @@ class SftConfig(StageConfig):
         return self
 
     @model_validator(mode="after")
+    def _check_row(self) -> Self:
+        self.parallel.check_row(self.data.seq_len)
+        return self
+
+    @model_validator(mode="after")
     def _share_seed(self) -> Self:
         for section in (self.model, self.data):
             if "seed" not in section.model_fields_set:
@@ -108,6 +113,7 @@ def main(config: SftConfig) -> None:
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
     from triptych_core.optim import build_optimizer, parameter_groups
+    from triptych_core.parallel import make_mesh
     from triptych_core.postmortem import suggest_remedy
     from triptych_core.recompiles import RecompileWatch
     from triptych_core.run import close_run, describe_run, open_run
@@ -121,12 +127,18 @@ def main(config: SftConfig) -> None:
     from triptych_models.freeze import count_parameters, parameter_parts
     from triptych_models.generate import generate
     from triptych_models.matrices import matrix_shapes, newton_schulz
+    from triptych_models.sequence import SequenceGroup
+    from triptych_models.sequence_batch import take_part
 
     runtime = launch(config.run)
+    mesh = make_mesh(config.parallel, runtime)
     config, chosen = settle(config, plan)
-    ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
 
-    # Data: shards → packs of whole documents, the same global stream on any number of ranks.
+    # Data: shards → packs of whole documents, the same global stream on any number of ranks; those
+    # that hold a row between them all read it, and each computes its part.
+    ranks = {"rank": mesh.dp_rank, "world_size": mesh.dp_size}
+    sequence = SequenceGroup(mesh.sp_group, mesh.sp_size, mesh.sp_rank)
+    part = partial(take_part, group=sequence)
     processor = Processor.from_directory(
         config.model.path,
         min_pixels=config.data.min_pixels,
@@ -149,7 +161,8 @@ def main(config: SftConfig) -> None:
     # Model: born in pieces under ZeRO-3, filled part by part.
     dtype = compute_dtype(config.engine)
     with sharded_init(config.engine, runtime.world_size):
-        model = build_model(config.model, dtype=dtype, gather=gather_parameters(config.engine))
+        gather = gather_parameters(config.engine)
+        model = build_model(config.model, dtype=dtype, gather=gather, sequence=sequence)
     model.check_processor(processor)
     model.set_checkpointing(config.engine.checkpointing)
     part_of = parameter_parts(model).__getitem__
@@ -175,12 +188,14 @@ def main(config: SftConfig) -> None:
         )
         return [processor.decode(row) for row in tokens]
 
-    with Metrics(config, start_step=start_step, **ranks) as metrics:
+    with Metrics(
+        config, rank=runtime.rank, world_size=runtime.world_size, start_step=start_step
+    ) as metrics:
         metrics.note(describe_run(config, runtime, facts, start_step))
-        test = partial(evaluate_if_due, engine, config, heldout, answer, metrics)
+        test = partial(evaluate_if_due, engine, config, heldout, answer, metrics, part=part)
         save = partial(save_if_due, engine, config, batches, metrics)
         stream, on_step = iter(batches), [test, save]
-        if config.data.ledger:
+        if config.data.ledger and mesh.sp_rank == 0:
             ledger = Ledger(config.run.dir / "ledger", start_step=start_step, **ranks)
             stream, on_step = ledger.watch(stream), [ledger.write, *on_step]
         if config.model.compile == "layers":
@@ -194,6 +209,7 @@ def main(config: SftConfig) -> None:
                 config,
                 flops=model.flops,
                 metrics=metrics,
+                part=part,
                 start_step=start_step,
                 on_step=on_step,
             )

@@ -7,8 +7,10 @@ import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -76,3 +78,12 @@ def sft_stage() -> ModuleType:
     import sft
 
     return sft
+
+
+def whole_gradients(engine: Any) -> dict[str, torch.Tensor]:
+    """Every parameter's gradient over all ranks, whole, whatever the engine has cut up."""
+    from deepspeed.utils import safe_get_full_grad
+
+    light = engine.gradients() if engine.zero_optimization_stage() == 0 else None
+    whole = safe_get_full_grad if light is None else light.get
+    return {name: whole(p).clone() for name, p in engine.module.named_parameters()}

@@ -82,8 +82,7 @@ def evaluate_if_due(
     """Evaluate before the first step, every `evaluation.every` steps and after the last.
 
     `answer` turns numbers of questions into the model's answers; a rank computes `part` of its
-    rows, as in training. Every rank takes part; the main
-    one adds a line to `evaluation.jsonl`.
+    rows, as in training. Every rank takes part; the main one adds a line to `evaluation.jsonl`.
     """
     if heldout is None or not (
         step == 0 or is_due(step, config.evaluation.every, config.run.steps)

@@ -11,7 +11,7 @@ over its ranks.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -52,7 +52,11 @@ def exchange(x: Tensor, sends: Sequence[int], receives: Sequence[int], group: st
     """
     out = x.new_empty(sum(receives), *x.shape[1:])
     dist.all_to_all_single(
-        out, x.contiguous(), list(receives), list(sends), group=_resolve_process_group(group)
+        out,
+        x.contiguous(),
+        list(receives),
+        list(sends),
+        group=_resolve_process_group(cast(Any, group)),
     )
     return out
 
