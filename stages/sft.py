@@ -126,7 +126,7 @@ def main(config: SftConfig) -> None:
     from triptych_models.families import build_model
     from triptych_models.freeze import count_parameters, parameter_parts
     from triptych_models.generate import generate
-    from triptych_models.matrices import matrix_shapes, newton_schulz
+    from triptych_models.matrices import matrix_shapes
     from triptych_models.sequence import SequenceGroup
     from triptych_models.sequence_batch import take_part
 
@@ -168,7 +168,7 @@ def main(config: SftConfig) -> None:
     part_of = parameter_parts(model).__getitem__
     matrices = matrix_shapes(model)
     groups = parameter_groups(model.named_parameters(), config.optim, part_of, matrices)
-    optimizer = build_optimizer(groups, config.optim, newton_schulz)
+    optimizer = build_optimizer(groups, config.optim, seed=config.run.seed)
     engine = build_engine(
         model, optimizer, config.engine, config.optim, runtime.world_size, model.layers()
     )

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from triptych_core.config import OptimConfig, StageConfig, load_config
-from triptych_core.optim import build_adamw, parameter_groups, set_learning_rate
+from triptych_core.optim import build_optimizer, parameter_groups, set_learning_rate
 
 
 def model() -> nn.ModuleDict:
@@ -34,7 +34,7 @@ def test_norms_and_biases_never_decay():
 
 
 def test_each_part_has_its_own_peak_and_the_scale_multiplies_it():
-    optimizer = build_adamw(
+    optimizer = build_optimizer(
         parameter_groups(
             model().named_parameters(), OptimConfig(lr=1.0, lr_by_part={"vision": 0.1}), part
         ),

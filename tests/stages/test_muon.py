@@ -143,7 +143,8 @@ def build(config: Any) -> Any:
 
     from triptych_core.engine import build_engine, gather_parameters, sharded_init
     from triptych_core.optim import build_optimizer, parameter_groups
-    from triptych_models.matrices import matrix_shapes, newton_schulz
+    from triptych_kernels import newton_schulz
+    from triptych_models.matrices import matrix_shapes
 
     world_size = dist.get_world_size()
     with sharded_init(config.engine, world_size):
@@ -151,7 +152,7 @@ def build(config: Any) -> Any:
     model.fill(gather_parameters(config.engine))
     groups = parameter_groups(model.named_parameters(), config.optim, part, matrix_shapes(model))
     exact = partial(newton_schulz, compute_dtype=torch.float32)
-    optimizer = build_optimizer(groups, config.optim, exact)
+    optimizer = build_optimizer(groups, config.optim, orthogonalise=exact)
     return build_engine(model, optimizer, config.engine, config.optim, world_size)
 
 

@@ -91,7 +91,7 @@ def gradients_of_a_step(
     from triptych_core.engine import build_engine, gather_parameters, sharded_init
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
-    from triptych_core.optim import build_adamw, parameter_groups
+    from triptych_core.optim import build_optimizer, parameter_groups
     from triptych_data.batch import collate
     from triptych_models.config import ModelConfig
     from triptych_models.families import build_model
@@ -126,7 +126,7 @@ def gradients_of_a_step(
     groups = parameter_groups(
         model.named_parameters(), config.optim, parameter_parts(model).__getitem__
     )
-    optimizer = build_adamw(groups, config.optim)
+    optimizer = build_optimizer(groups, config.optim)
     engine = build_engine(model, optimizer, config.engine, config.optim, world_size, model.layers())
     if stage == 3:
         leaves = get_z3_leaf_modules(model)

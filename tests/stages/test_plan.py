@@ -28,7 +28,7 @@ def engine_bytes(folder: Path, stage: int, precision: str) -> tuple[dict[str, in
     from triptych_core.config import StageConfig, load_config
     from triptych_core.engine import build_engine, compute_dtype, gather_parameters, sharded_init
     from triptych_core.memory_plan import resident
-    from triptych_core.optim import build_adamw, parameter_groups
+    from triptych_core.optim import build_optimizer, parameter_groups
     from triptych_core.plan import weights_of
     from triptych_models.config import ModelConfig
     from triptych_models.families import build_model
@@ -54,7 +54,7 @@ def engine_bytes(folder: Path, stage: int, precision: str) -> tuple[dict[str, in
     weights = weights_of(shapes, groups(shapes), config.engine.zero.persistence_threshold)
     with sharded_init(config.engine, ranks):
         model = build_model(model_config, dtype=dtype, gather=gather_parameters(config.engine))
-    optimizer = build_adamw(groups(model), config.optim)
+    optimizer = build_optimizer(groups(model), config.optim)
     engine = build_engine(model, optimizer, config.engine, config.optim, ranks)
     batch = real_batch(model)
     engine.backward(engine(**batch).loss_sum, scale_wrt_gas=False)

@@ -48,7 +48,7 @@ def train_one(workspace: Path, name: str, words: list[str]) -> dict[str, Any]:
     from triptych_core.launch import launch
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
-    from triptych_core.optim import build_adamw, parameter_groups
+    from triptych_core.optim import build_optimizer, parameter_groups
     from triptych_data.config import DataConfig
     from triptych_data.loader import PackLoader
     from triptych_data.processor import Processor
@@ -77,7 +77,7 @@ def train_one(workspace: Path, name: str, words: list[str]) -> dict[str, Any]:
     )
     decays = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     decay_of = {n: decays[id(p)] for n, p in model.named_parameters()}
-    optimizer = build_adamw(groups, config.optim)
+    optimizer = build_optimizer(groups, config.optim)
     engine = build_engine(model, optimizer, config.engine, config.optim, runtime.world_size)
 
     wanted = {n: m.double().clone().requires_grad_() for n, m in masters(engine).items()}

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triptych_core.adamw import AdamW, Gradients
 from triptych_core.exchange import Exchange, plan_exchanges
 from triptych_core.shards import Shape, Shard
 
@@ -32,8 +33,8 @@ _SCALES: dict[str, Callable[[int, int], float]] = {
 }
 
 
-class Muon(torch.optim.AdamW):
-    """Muon for groups with `rule` muon and fused AdamW for the rest, on masters cut by ZeRO.
+class Muon(AdamW):
+    """Muon for groups with `rule` muon and AdamW for the rest, on masters cut by ZeRO.
 
     A Muon group has `momentum`, `nesterov`, `lr_scale`, and `matrices`: for each of its parameters
     the shapes of the matrices it holds, end to end. `place` must be called once DeepSpeed has cut
@@ -52,7 +53,7 @@ class Muon(torch.optim.AdamW):
         for group in groups:
             for parameter, shapes in zip(group["params"], group.pop("matrices", ()), strict=False):
                 self.shapes[id(parameter)] = shapes
-        super().__init__(groups, fused=True, **adamw)
+        super().__init__(groups, **adamw)
         self._orthogonalise = orthogonalise
         self._exchanges: dict[Tensor, list[Exchange]] = {}
 
@@ -60,28 +61,19 @@ class Muon(torch.optim.AdamW):
         """Learn where matrices lie; alike on every rank, as it decides who sends what to whom."""
         self._exchanges = {shard.master: plan_exchanges(shard) for shard in shards}
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all groups that are in `param_groups` now; every rank must come with the same."""
-        groups = self.param_groups
-        # DeepSpeed, too, shows an optimizer one group at a time by taking the others away.
-        self.param_groups = [group for group in groups if group.get("rule") != "muon"]
-        loss = super().step(closure)
-        self.param_groups = groups
-        for group in groups:
-            if group.get("rule") == "muon":
-                for master in group["params"]:
-                    if master in self._exchanges:
-                        self._step_matrices(master, group)
-        return loss
+    def _step_group(
+        self, group: dict[str, Any], gradients: Gradients, grad_scale: Tensor | None
+    ) -> None:
+        """Every rank must come with the same groups."""
+        if group.get("rule") != "muon":
+            super()._step_group(group, gradients, grad_scale)
+            return
+        for master in group["params"]:
+            if master in self._exchanges:
+                gradient = gradients.get(master, master.grad)
+                self._step_matrices(master, _wide(gradient, master, grad_scale), group)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # Past AdamW's, which fills in what older versions did not save and expects its own state in
-        # every group.
-        torch.optim.Optimizer.__setstate__(self, state)
-
-    def _step_matrices(self, master: Tensor, group: dict[str, Any]) -> None:
-        gradient = torch.zeros_like(master) if master.grad is None else master.grad
+    def _step_matrices(self, master: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         if "momentum_buffer" not in self.state[master]:
             self.state[master]["momentum_buffer"] = torch.zeros_like(master)
         buffer = self.state[master]["momentum_buffer"]
@@ -93,6 +85,16 @@ class Muon(torch.optim.AdamW):
             exchange.apply(flat, lambda stack: self._scaled(stack, group["lr_scale"]))
         master.mul_(1 - group["lr"] * group["weight_decay"])
         master.add_(update, alpha=-group["lr"])
+        if master in self._copies:
+            self._copies[master].copy_(master)
 
     def _scaled(self, stack: Tensor, rule: str) -> Tensor:
         return self._orthogonalise(stack) * _SCALES[rule](*stack.shape[-2:])
+
+
+def _wide(gradient: Tensor | None, master: Tensor, scale: Tensor | None) -> Tensor:
+    """A gradient like its master; the very tensor where nothing has to be done to it."""
+    if gradient is None:
+        return torch.zeros_like(master)
+    gradient = gradient.to(master.dtype).view_as(master)
+    return gradient if scale is None else gradient * scale

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from triptych_core.adamw import AdamW
 from triptych_core.config import OptimConfig, did_you_mean
 from triptych_core.muon import Muon
 from triptych_core.shards import Shape
+from triptych_kernels import newton_schulz
 
 
 def parameter_groups(
@@ -71,29 +72,30 @@ def _new_group(config: OptimConfig, part: str, kind: str) -> dict[str, Any]:
 def build_optimizer(
     groups: list[dict[str, Any]],
     config: OptimConfig,
-    newton_schulz: Callable[[Tensor, int], Tensor] | None = None,
-) -> torch.optim.AdamW:
-    """The optimizer of `optim.name` over parameter groups, fused AdamW in both cases.
+    *,
+    seed: int = 0,
+    orthogonalise: Callable[[Tensor, int], Tensor] = newton_schulz,
+) -> AdamW:
+    """The optimizer of `optim.name` over parameter groups.
 
     Args:
         groups: of `parameter_groups`.
         config: what the groups do not hold themselves.
-        newton_schulz: stack of matrices (B, M, N) and number of steps -> their orthogonal factors.
+        seed: of the rounding of bf16 states, alike on all ranks.
+        orthogonalise: for Muon, a stack of matrices (B, M, N) and the number of steps -> their
+            orthogonal factors.
     """
+    options: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "state_dtype": config.state_dtype,
+        "seed": seed,
+    }
     if config.name == "adamw":
-        return build_adamw(groups, config)
-    assert newton_schulz is not None, "optim.name=muon needs newton_schulz"
+        return AdamW(groups, **options)
     steps = config.muon.ns_steps
-    return Muon(groups, lambda stack: newton_schulz(stack, steps), **_adamw_options(config))
-
-
-def build_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW (decoupled weight decay, arXiv 1711.05101) over parameter groups."""
-    return torch.optim.AdamW(groups, fused=True, **_adamw_options(config))
-
-
-def _adamw_options(config: OptimConfig) -> dict[str, Any]:
-    return {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    return Muon(groups, lambda stack: orthogonalise(stack, steps), **options)
 
 
 def set_learning_rate(optimizer: Any, scale: float) -> None:

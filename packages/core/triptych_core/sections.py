@@ -76,6 +76,11 @@ class OptimConfig(Section):
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the global norm; 0 = never")
+    state_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="of AdamW's moments; bf16 halves them and rounds stochastically. Muon's "
+        "momentum stays fp32",
+    )
     muon: MuonConfig = MuonConfig()
 
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from triptych_kernels import newton_schulz
-
-__all__ = ["matrix_shapes", "newton_schulz"]
-
 # The last words of a parameter's name -> how many matrices lie in its rows. A matrix made
 # orthogonal as a whole is another one than its parts made orthogonal each.
 STACKED_ROWS = {"qkv.weight": 3, "gate_up_proj.weight": 2, "gate_up_proj": 2}
