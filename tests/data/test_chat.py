@@ -32,7 +32,7 @@ def stock_ids(stock, messages):
 
 
 def trained_text(chat, tokens):
-    return chat._tokenizer.decode(tokens.input_ids[tokens.trained].tolist())
+    return chat.text._tokenizer.decode(tokens.input_ids[tokens.trained].tolist())
 
 
 CHATS = [
@@ -91,7 +91,7 @@ def test_text_cannot_make_control_tokens(chat, quoted):
         tokens = chat.encode(messages)
         found = [i for i in tokens.input_ids.tolist() if i in chat._controls.ids.values()]
         assert set(found) == special and len(found) == 6
-        assert quoted in chat._tokenizer.decode(tokens.input_ids.tolist())
+        assert quoted in chat.text._tokenizer.decode(tokens.input_ids.tolist())
 
 
 def test_control_token_split_over_parts_stays_text(chat):
@@ -115,7 +115,7 @@ def test_image_placeholders_are_repeated_in_order(chat):
     messages = [{"role": "user", "content": [image, text, image]}, *turns("", "Two.")[1:]]
     media = [MediaTokens("image", (3,)), MediaTokens("image", (5,))]
     ids = chat.encode(messages, media).input_ids.tolist()
-    is_image = "".join("#" if i == chat.image_token_id else "." for i in ids).strip(".")
+    is_image = "".join("#" if i == chat.text.image_token_id else "." for i in ids).strip(".")
     assert [len(run) for run in is_image.split(".") if run] == [3, 5]
 
 
@@ -186,6 +186,6 @@ def test_generation_prompt_is_what_a_turn_begins_with(chat):
 
 
 def test_decode_drops_special_tokens(chat):
-    assert chat.decode(chat.encode(turns("Hi 猫", "Yö <|im_end|>")).input_ids.tolist()) == (
+    assert chat.text.decode(chat.encode(turns("Hi 猫", "Yö <|im_end|>")).input_ids.tolist()) == (
         "user\nHi 猫\nassistant\nYö <|im_end|>\n"
     )

@@ -166,10 +166,10 @@ def test_missing_file_is_named(model, name):
         Processor.from_directory(model)
 
 
-def test_missing_template_is_named(model):
+def test_missing_template_is_named_when_there_is_a_chat(model):
     (model / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match="chat template"):
-        Processor.from_directory(model)
+    with pytest.raises(ValueError, match="must hold a chat template"):
+        Processor.from_directory(model).encode(image_sample(("user", "A?"), ("assistant", "B.")))
 
 
 @pytest.mark.parametrize(

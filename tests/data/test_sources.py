@@ -375,7 +375,7 @@ def test_tars_with_a_key_that_comes_back_are_refused(tmp_path):
 def test_what_is_there_is_named_when_a_column_is_not(tmp_path):
     source = write_jsonl(tmp_path / "x.jsonl", [{"q": "?", "a": "!"}])
     cases = {
-        r"x.jsonl:1: a row must hold a chat, got the columns a, q; name them": Mapping(),
+        r"x.jsonl:1: a row must hold a chat or a document, got the columns a, q; name": Mapping(),
         r"x.jsonl:1: a row must have the column b, got a, q": Mapping(prompt="q", response="b"),
         r"x.jsonl:1: a row must have the column c": Mapping(prompt_template="{c}?", response="a"),
     }

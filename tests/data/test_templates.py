@@ -66,7 +66,7 @@ def tool(**changes):
 
 
 def text_of(chat, ids):
-    return chat._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+    return chat.text._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
 
 
 def trained(chat, messages, **keys):
@@ -75,7 +75,7 @@ def trained(chat, messages, **keys):
 
 
 def stock_render(chat, messages, template, **keys):
-    return chat._tokenizer.apply_chat_template(
+    return chat.text._tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=False, **keys
     )
 
@@ -422,7 +422,7 @@ def test_a_media_token_is_never_trained():
     chat = tokenizer(MODEL)
     tokens = chat.encode(messages, media)
     assert text_of(chat, tokens.input_ids[tokens.trained]) == "bb<|im_end|>"
-    assert (tokens.input_ids == chat.image_token_id).sum() == 5
+    assert (tokens.input_ids == chat.text.image_token_id).sum() == 5
     assert tokens.input_ids.tolist().count(chat.end_token_id) == 3  # one in what a medium becomes
     with pytest.raises(ValueError, match=r"got \['image', 'image'\] for \['image'\]"):
         chat.encode(messages, media[:1])
@@ -432,10 +432,10 @@ def test_a_media_token_is_never_trained():
 
 def test_the_tokenizers_own_media_token_is_used(chats):
     chat = chats["smolvlm"]
-    assert text_of(chat, [chat.image_token_id]) == "<image>"
+    assert text_of(chat, [chat.text.image_token_id]) == "<image>"
     messages = [user([{"type": "image", "index": 0}, {"type": "text", "text": "a"}]), says("b")]
     tokens = chat.encode(messages, [MediaTokens("image", (4,))])
-    assert (tokens.input_ids == chat.image_token_id).sum() == 4
+    assert (tokens.input_ids == chat.text.image_token_id).sum() == 4
 
 
 BLOCK = "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
@@ -467,7 +467,7 @@ def test_generation_blocks_are_cut_to_text_and_stop(tmp_path, block):
     assert trained(chat, TWO) == f"Hello.{gap}<|im_end|>Yes{gap}<|im_end|>"
     messages = [*TWO[:3], TWO[3] | {"train": False}]
     assert trained(chat, messages) == f"Hello.{gap}<|im_end|>"
-    stock = chat._tokenizer.apply_chat_template(TWO, chat_template=template, tokenize=False)
+    stock = chat.text._tokenizer.apply_chat_template(TWO, chat_template=template, tokenize=False)
     assert chat._template.render(TWO, None) == stock
 
 
@@ -588,7 +588,7 @@ def test_decoding_is_exact(tmp_path):
     folder = model_folder(tmp_path, CHATML, clean_up_tokenization_spaces=True)
     chat = tokenizer(folder)
     tokens = chat.encode([user("a"), says("b , c 's .")])
-    assert chat.decode(tokens.input_ids[tokens.trained]) == "b , c 's ."
+    assert chat.text.decode(tokens.input_ids[tokens.trained]) == "b , c 's ."
 
 
 @pytest.mark.parametrize(
@@ -608,6 +608,6 @@ def test_settings_are_checked(options, error):
 def test_blanks_stay_text_even_where_they_are_added_tokens(tmp_path):
     template = CHATML.replace("'<|im_end|>\n'", "'<|im_end|>\n\n'")
     chat = tokenizer(model_folder(tmp_path, template, (), ["\n\n"]))
-    number = chat._tokenizer.convert_tokens_to_ids("\n\n")
+    number = chat.text._tokenizer.convert_tokens_to_ids("\n\n")
     ids = chat.encode([user("a\n\nb"), says("c\n\nd")]).input_ids.tolist()
-    assert number not in chat.control_ids and ids.count(number) == 4
+    assert number not in chat.text.control_ids and ids.count(number) == 4

@@ -77,8 +77,8 @@ def test_whole_chats_are_equal():
     template = read_template(MODEL)
     fast = ChatTokenizer(MODEL, template, REQUIRED)
     plain = ChatTokenizer(MODEL, template)
-    assert fast.tiktoken_proof and fast.tiktoken_refusal is None
-    assert plain.tiktoken_proof is None
+    assert fast.text.tiktoken_proof and fast.text.tiktoken_refusal is None
+    assert plain.text.tiktoken_proof is None
     assert fast.fingerprint == plain.fingerprint
     for text in ("Hi", " a\n\n", "<|im_end|> e\u0301 猫"):
         messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
@@ -202,17 +202,17 @@ def test_require_names_the_reason_and_if_equal_goes_on(tmp_path, monkeypatch, ca
     with pytest.raises(ValueError, match=r"data.chat.tiktoken: .*pip install 'triptych-data\[tik"):
         ChatTokenizer(MODEL, template, REQUIRED)
     chat = ChatTokenizer(MODEL, template, ChatConfig(tiktoken="if_equal"))
-    assert "not installed" in chat.tiktoken_refusal and chat.tiktoken_proof is None
+    assert "not installed" in chat.text.tiktoken_refusal and chat.text.tiktoken_proof is None
     assert "not installed" in caplog.text
     assert chat.encode([{"role": "user", "content": "a"}]).input_ids.size
 
 
 def test_a_proof_is_taken_over_by_copies(monkeypatch):
     processor = Processor.from_directory(MODEL, chat=REQUIRED)
-    proof = processor._chat.tiktoken_proof
-    monkeypatch.setattr("triptych_data.chat.check_equal", _fail)
+    proof = processor._chat.text.tiktoken_proof
+    monkeypatch.setattr("triptych_data.text_tokenizer.check_equal", _fail)
     copy = pickle.loads(pickle.dumps(processor))
-    assert copy._chat.tiktoken_proof == proof
+    assert copy._chat.text.tiktoken_proof == proof
     with pytest.raises(AssertionError, match="proven again"):
         ChatTokenizer(MODEL, read_template(MODEL), REQUIRED, "another tokenizer's proof")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from triptych_data.chat import IGNORE_INDEX
-from triptych_data.processor import EncodedSample
+from triptych_data.encoded import EncodedSample
 
 Batch = dict[str, Any]
 
@@ -15,11 +15,14 @@ Batch = dict[str, Any]
 _BUCKET = 256
 
 
-def collate(samples: Sequence[EncodedSample], seq_len: int, *, pad_token_id: int) -> Batch:
+def collate(
+    samples: Sequence[EncodedSample], seq_len: int, *, pad_token_id: int, position_axes: int = 3
+) -> Batch:
     """Lay samples end to end in one row of `seq_len` tokens (T); none gives a row of padding.
 
-    - `input_ids`, `shift_labels` (1, T) int64, `position_ids` (3, 1, T) int64, restarting with
-      each document; the padding tail is the last document, ignored, with positions from 0
+    - `input_ids`, `shift_labels` (1, T) int64, `position_ids` (3, 1, T) int64, of a processor with
+      one position axis (1, T), restarting with each document; the padding tail is the last
+      document, ignored, with positions from 0
     - `cu_seqlens (num_docs + 1,)` int32; `max_seqlen` bounds a document, a multiple of 256 or T
     - `num_targets`: labels that are not -100; `num_tokens`: without padding; `sample_keys`
     - with images: `pixel_values (num_patches, patch_dim)` uint8, `image_grid_thw (num_images, 3)`
@@ -32,13 +35,16 @@ def collate(samples: Sequence[EncodedSample], seq_len: int, *, pad_token_id: int
     assert padding >= 0, "packs are planned not to overflow"
     if padding:
         lengths.append(padding)
+    positions = [
+        *(s.position_ids for s in samples),
+        torch.arange(padding).expand(position_axes, -1),
+    ]
+    position_ids = torch.cat(positions, dim=1)  # (axes, T)
     input_ids = _row([s.input_ids for s in samples], padding, pad_token_id)
     batch: Batch = {
         "input_ids": input_ids,
         "shift_labels": _row([s.shift_labels for s in samples], padding, IGNORE_INDEX),
-        "position_ids": torch.cat(
-            [*(s.position_ids for s in samples), torch.arange(padding).expand(3, -1)], dim=1
-        ).unsqueeze(1),
+        "position_ids": position_ids if position_axes == 1 else position_ids.unsqueeze(1),
         "cu_seqlens": _offsets(torch.tensor(lengths)),
         "max_seqlen": min(_bucket(max(lengths)), seq_len),
         "num_targets": sum(sample.num_targets for sample in samples),

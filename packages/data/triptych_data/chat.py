@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -12,12 +11,9 @@ import numpy as np
 
 from triptych_data.assemble import ChatTokens, MediaTokens, assemble, disassemble
 from triptych_data.chat_config import ChatConfig
-from triptych_data.controls import Controls
-from triptych_data.encoder import HuggingFaceEncoder, TextEncoder
 from triptych_data.messages import MessageForms, is_trained
 from triptych_data.template import ChatTemplate, Message
-from triptych_data.tiktoken_encoder import TiktokenEncoder, UnlikeTokenizerError
-from triptych_data.tiktoken_proof import check_equal, proof_key
+from triptych_data.text_tokenizer import TextTokenizer, load_tokenizer
 from triptych_data.turns import TurnFinder
 
 __all__ = ["ChatTokenizer", "ChatTokens", "MediaTokens", "message_text", "shift_targets"]
@@ -26,7 +22,6 @@ IGNORE_INDEX = -100
 CHAT_VERSION = 2
 """To be raised whenever the same chat, template and tokenizer would give other tokens."""
 
-_log = logging.getLogger(__name__)
 _PROBE = [{"role": "user", "content": "Hi, there:  12 é\n"}]
 
 
@@ -38,9 +33,7 @@ class ChatTokenizer:
     a quoted control token is ordinary text, and that no token joins an answer's first letters to
     the prompt before it.
 
-    `options.tiktoken` asks for a faster encoder that is proven to give the same ids; `proof` is
-    that of another process, `tiktoken_proof` ours, None if it is not used, and `tiktoken_refusal`
-    why not.
+    `text` is the tokenizer by itself, for documents; `options` and `proof` are its.
 
     Raises ValueError for a template that prints no special token after an assistant's text, and
     for a tokenizer that tiktoken cannot stand in for if it is required.
@@ -53,29 +46,27 @@ class ChatTokenizer:
         options: ChatConfig | None = None,
         proof: str | None = None,
     ) -> None:
-        from transformers import AutoTokenizer
-
         self._options = options or ChatConfig()
-        self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        variables = {**self._tokenizer.special_tokens_map, **self._options.variables}
+        tokenizer = load_tokenizer(directory)
+        variables = {**tokenizer.special_tokens_map, **self._options.variables}
         date = self._options.date
         at = None if date is None else datetime.fromisoformat(date)
         self._template = ChatTemplate(template, str(directory), variables, at)
-        self._controls = Controls(self._tokenizer, self._template.literals)
         self._forms = MessageForms(self._template)
+        stock = self._stock_probe(tokenizer)
+        self.text = TextTokenizer(
+            tokenizer,
+            str(directory),
+            literals=self._template.literals,
+            options=self._options,
+            proof=proof,
+        )
+        self._controls = self.text.controls
         self._finder = TurnFinder(self._template, self._controls.special, self._controls.is_risky)
         self.fingerprint = self._make_fingerprint(variables)
-        self.tiktoken_proof: str | None = None
-        self.tiktoken_refusal: str | None = None
-        self._encoder = self._make_encoder(proof)
-
-        self.image_token_id = self._controls.media_ids.get("image", -1)  # -1: takes none
-        self.video_token_id = self._controls.media_ids.get("video", -1)
-        self.audio_token_id = self._controls.media_ids.get("audio", -1)
+        self._check_probe(stock)
         self.end_token = self._find_end_token()
         self.end_token_id = self._controls.ids[self.end_token]
-        pad = self._tokenizer.pad_token_id
-        self.pad_token_id: int = self.end_token_id if pad is None else pad
 
     def encode(
         self,
@@ -102,20 +93,7 @@ class ChatTokenizer:
             prepared, tools or None, trained, add_generation_prompt=add_generation_prompt
         )
         assembly = assemble(chat, trained, media, self._controls)
-        return disassemble(self._encoder.encode(assembly.anchored), assembly)
-
-    @property
-    def control_ids(self) -> frozenset[int]:
-        """The ids that only the template can make."""
-        return frozenset(self._controls.ids.values())
-
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Return the text of `ids` to the letter, without special tokens unless asked for."""
-        return self._tokenizer.decode(
-            list(ids),
-            skip_special_tokens=skip_special_tokens,
-            clean_up_tokenization_spaces=False,  # some tokenizers ask for "a ." to become "a."
-        )
+        return disassemble(self.text.encoder.encode(assembly.anchored), assembly)
 
     def _make_fingerprint(self, variables: Mapping[str, Any]) -> str:
         """Hash all that ids and targets depend on."""
@@ -127,48 +105,27 @@ class ChatTokenizer:
             "placeholders": self._controls.placeholders,
             "options": self._options.model_dump(include={"train_turns", "date"}),
         }
-        digest = hashlib.sha256(self._tokenizer.backend_tokenizer.to_str().encode())
+        digest = hashlib.sha256(self.text.description.encode())
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         return digest.hexdigest()
 
-    def _make_encoder(self, proof: str | None) -> TextEncoder:
-        """Our encoder, after a look that it splits a text as the stock tokenizer does."""
-        description = self._tokenizer.backend_tokenizer.to_str()
-        encoder = self._make_plain_encoder()
-        if self._options.tiktoken == "off":
-            return encoder
-        try:
-            fast = TiktokenEncoder(description, self._controls.tokens, encoder)
-            self.tiktoken_proof = proof_key(description)
-            if proof != self.tiktoken_proof:
-                check_equal(fast, encoder)
-            return fast
-        except UnlikeTokenizerError as error:
-            self.tiktoken_proof, self.tiktoken_refusal = None, str(error)
-            if self._options.tiktoken == "require":
-                raise ValueError(
-                    f"data.chat.tiktoken: require needs a tokenizer tiktoken can stand in for, got "
-                    f"{self._template.where}: {error}; set it to off"
-                ) from error
-            _log.warning("%s: text is not encoded by tiktoken: %s", self._template.where, error)
-            return encoder
-
-    def _make_plain_encoder(self) -> HuggingFaceEncoder:
-        backend = self._tokenizer.backend_tokenizer
+    def _stock_probe(self, tokenizer: Any) -> list[int]:
+        """What the stock tokenizer makes of a prompt, before ours changes it."""
         messages = self._forms.prepare(_PROBE, None)
         probe = self._template.render(messages, None, add_generation_prompt=True)
-        stock = backend.encode(probe, add_special_tokens=False).ids
-        where = self._template.where
-        encoder = HuggingFaceEncoder(backend, self._controls.tokens, where)
+        return tokenizer.backend_tokenizer.encode(probe, add_special_tokens=False).ids
+
+    def _check_probe(self, stock: list[int]) -> None:
+        """Refuse a tokenizer that splits a prompt otherwise than at its control tokens."""
+        messages = self._forms.prepare(_PROBE, None)
         chat = self._finder.locate(messages, None, (), add_generation_prompt=True)
         assembly = assemble(chat, (), (), self._controls)
-        ours = disassemble(encoder.encode(assembly.anchored), assembly).input_ids.tolist()
+        ours = disassemble(self.text.encoder.encode(assembly.anchored), assembly).input_ids.tolist()
         if ours != stock:
             raise ValueError(
-                f"{where}: a tokenizer must split text at its control tokens only, got {ours} for "
-                f"a prompt that stock makes {stock}; it is not supported"
+                f"{self._template.where}: a tokenizer must split text at its control tokens only, "
+                f"got {ours} for a prompt that stock makes {stock}; it is not supported"
             )
-        return encoder
 
     def _find_end_token(self) -> str:
         probe = [*_PROBE, {"role": "assistant", "content": "b"}]

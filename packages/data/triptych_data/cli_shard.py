@@ -21,6 +21,7 @@ KINDS = ("jsonl", "json", "csv", "tsv", "parquet", "arrow", "tar", "folder")
 @click.option("--response", help="Column of the answer or caption.")
 @click.option("--system", help="Column of the system message.")
 @click.option("--prompt-template", help="The question as text; {column} stands for its value.")
+@click.option("--text", help="Column of documents to learn whole. Default: text, without media.")
 @click.option("--image", "images", multiple=True, help="Column of images; may be given again.")
 @click.option("--video", "videos", multiple=True, help="Column of videos; may be given again.")
 @click.option("--audio", "audios", multiple=True, help="Column of audio; may be given again.")
@@ -63,6 +64,7 @@ def shard(
     response: str | None,
     system: str | None,
     prompt_template: str | None,
+    text: str | None,
     images: tuple[str, ...],
     videos: tuple[str, ...],
     audios: tuple[str, ...],
@@ -95,11 +97,13 @@ def shard(
       triptych-data shard llava.json shards/ --media-root /data/images
       triptych-data shard photos/ shards/ --prompt-template "Describe the image."
       triptych-data shard cc12m-*.tar shards/ --dry-run
+      triptych-data shard web-*.jsonl.gz shards/ --text content
     A line of chats.jsonl:
       {"messages": [
         {"role": "user", "content": [
           {"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "What is it?"}]},
         {"role": "assistant", "content": "A cat."}]}
+    A line of documents: {"text": "The whole text, every token of which is learnt."}
     """
     from triptych_data.mapping import Mapping
     from triptych_data.shards import check_records, write_shards
@@ -112,6 +116,7 @@ def shard(
             response=response,
             system=system,
             prompt_template=prompt_template,
+            text=text,
             media={kind: columns for kind, columns in media.items() if columns},
             drop=drop,
         ),

@@ -7,11 +7,12 @@ from typing import Any
 
 from triptych_data.batch import Batch
 from triptych_data.chat import message_text
+from triptych_data.encoded import EncodedSample
 from triptych_data.loader import eval_batches
 from triptych_data.preview_media import data_uri
-from triptych_data.processor import EncodedSample, Processor
+from triptych_data.processor import Processor
 from triptych_data.reader import Shards
-from triptych_data.sample import media_parts
+from triptych_data.sample import is_document, media_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Heldout:
         self.questions = [
             Asked(i, str(record.get("question", "all")), message_text(record["messages"][-1]))
             for i, record in records
-            if record["messages"][-1]["role"] == "assistant"
+            if not is_document(record) and record["messages"][-1]["role"] == "assistant"
         ]
 
     def batches(self) -> Iterator[Batch]:

@@ -12,8 +12,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from triptych_data.encoded import Measures
 from triptych_data.pool import Job, run_workers
-from triptych_data.processor import Measures, Processor
+from triptych_data.processor import Processor
 from triptych_data.reader import Shards
 from triptych_data.server import Note
 

@@ -1,4 +1,4 @@
-"""From the columns of any row to a chat: which hold messages, prompt, answer, media."""
+"""From the columns of any row to a sample: which hold messages, prompt, answer, media, text."""
 
 import datetime
 import decimal
@@ -13,7 +13,8 @@ from triptych_data.sources.source import Row
 
 MESSAGES = ("messages", "conversations", "conversation")
 CAPTIONS = ("caption", "text")
-"""Usual names of the columns that a user need not name."""
+TEXT = "text"
+"""Usual names of the columns that a user need not name; text is a document where no media are."""
 USUAL = {kind: (kind, f"{kind}s") for kind in KINDS}
 SHAREGPT_ROLES = {
     "human": "user",
@@ -28,10 +29,11 @@ FIELD = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """Which columns make a chat. None and empty: found by their usual names.
+    """Which columns make a sample. None and empty: found by their usual names.
 
     Either `messages`, a column of OpenAI's or ShareGPT's turns, or `response` with `prompt` or
-    `prompt_template`, whose {fields} are columns. `media` names columns by kind (`sample.KINDS`).
+    `prompt_template`, whose {fields} are columns; or `text`, a column of documents. `media` names
+    columns by kind (`sample.KINDS`).
     """
 
     messages: str | None = None
@@ -39,6 +41,7 @@ class Mapping:
     response: str | None = None
     system: str | None = None
     prompt_template: str | None = None
+    text: str | None = None
     media: dict[str, tuple[str, ...]] = field(default_factory=dict)
     drop: tuple[str, ...] = ()
 
@@ -48,6 +51,10 @@ class Mapping:
             raise ValueError(
                 "--messages: must stand alone, got it beside --prompt, --response, --system or "
                 "--prompt-template; a row has one or the other"
+            )
+        if self.text and (self.messages or any(pieces) or self.media):
+            raise ValueError(
+                "--text: must stand alone, got it beside other columns; a document is text alone"
             )
         if self.prompt and self.prompt_template:
             raise ValueError(
@@ -79,13 +86,26 @@ class _Chat:
     def record(self) -> Row:
         column = self.mapping.messages or self._usual(MESSAGES)
         pieces = self.mapping.response or self.mapping.prompt_template
-        made = self._from_messages(column) if column and not pieces else self._from_pieces()
+        text = self.mapping.text or (None if column or pieces else self._document())
+        if text is not None:
+            made = {"text": self._text(text)}
+            for name in (text, "text", "messages"):  # a record has one of the two, and this one
+                self.row.pop(name, None)
+        elif column and not pieces:
+            made = self._from_messages(column)
+        else:
+            made = self._from_pieces()
         if "__key__" in self.row:
             self.row.setdefault("id", self.row.pop("__key__"))
         kept = {name: value for name, value in self.row.items() if name not in self.mapping.drop}
         return made | {
             name: _plain(value) for name, value in kept.items() if not _holds_bytes(value)
         }
+
+    def _document(self) -> str | None:
+        """The column of a document's text, unless it may be a caption."""
+        media = {name for names in USUAL.values() for name in names}
+        return None if self.mapping.media or media & self.row.keys() else self._usual((TEXT,))
 
     def _from_messages(self, column: str) -> Row:
         messages = self._take(column)
@@ -119,9 +139,9 @@ class _Chat:
         answer = mapping.response or (self._usual(CAPTIONS) if any(media.values()) else None)
         if answer is None:
             raise ValueError(
-                f"{self.where}: a row must hold a chat, got the columns "
+                f"{self.where}: a row must hold a chat or a document, got the columns "
                 f"{', '.join(sorted(self.row)) or 'none'}; name them with --messages, or with "
-                "--prompt and --response, or --image and --response for captions"
+                "--prompt and --response, or --image and --response for captions, or --text"
             )
         if mapping.prompt_template is not None:
             prompt = FIELD.sub(lambda found: self._text(found[1]), mapping.prompt_template)

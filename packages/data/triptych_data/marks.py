@@ -13,6 +13,9 @@ _FIRST_NUMBER = 0x100000  # the last plane's private-use characters up to U+10EF
 _MOST_TEXTS = 0xF000
 RESERVED = re.compile("[\U0010f000-\U0010ffff]")
 """What no text of a chat may hold: marks, and the characters that stand for control tokens."""
+RESERVED_TEXT = (
+    "text must not contain the private-use characters U+10F000 to U+10FFFF, got one; remove it"
+)
 
 _MARK = re.compile(f"{START}(.)|[{END}{GENERATION}{END_GENERATION}]", re.DOTALL)
 

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from triptych_data.batch import Batch, collate
+from triptych_data.encoded import EncodedSample
 from triptych_data.faults import BadSample, Hole, reason_of
 from triptych_data.plan import Plan, PlanSource
-from triptych_data.processor import EncodedSample, Processor
+from triptych_data.processor import Processor
 from triptych_data.reader import Shards
 from triptych_data.server import Note
 

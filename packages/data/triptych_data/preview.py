@@ -12,10 +12,11 @@ from string import Template
 from typing import NamedTuple
 
 from triptych_data.chat import IGNORE_INDEX
+from triptych_data.encoded import EncodedSample
 from triptych_data.preview_media import figures
-from triptych_data.processor import EncodedSample, Processor
+from triptych_data.processor import Processor
 from triptych_data.reader import Shards
-from triptych_data.sample import KINDS, RawSample, media_parts
+from triptych_data.sample import KINDS, RawSample, is_document, media_parts
 
 LONGEST_CHARACTER = 8
 """Tokens that one character may be cut into before its bytes are shown as they are."""
@@ -158,7 +159,8 @@ def _spans(shown: Iterable[Piece]) -> str:
 
 
 def _other_keys(raw: RawSample) -> str:
-    others = {key: value for key, value in raw.json.items() if key != "messages"}
+    shown = "text" if is_document(raw.json) else "messages"
+    others = {key: value for key, value in raw.json.items() if key != shown}
     if not others:
         return ""
     text = escape(json.dumps(others, ensure_ascii=False, indent=2))

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,15 +21,23 @@ from triptych_data.chat import (
     shift_targets,
 )
 from triptych_data.chat_config import ChatConfig
+from triptych_data.encoded import EncodedSample, Measures
 from triptych_data.faults import BadSample
 from triptych_data.images import ImageRules, encode_image, image_grid
 from triptych_data.index import MediaColumns
 from triptych_data.media_config import JpegConfig, VideoConfig
-from triptych_data.media_rules import read_bytes, read_image_rules, read_video_rules
+from triptych_data.media_rules import (
+    IMAGE_FILE,
+    VIDEO_FILE,
+    read_bytes,
+    read_image_rules,
+    read_video_rules,
+)
 from triptych_data.positions import mrope_positions
 from triptych_data.probe import MediaInfo
-from triptych_data.sample import KINDS, RawSample, media_parts
-from triptych_data.template import read_template
+from triptych_data.sample import KINDS, RawSample, is_document, media_parts
+from triptych_data.template import find_template, read_template
+from triptych_data.text_tokenizer import TextTokenizer, load_tokenizer
 from triptych_data.video import (
     VideoLayout,
     VideoRules,
@@ -46,40 +53,6 @@ ENCODING_VERSION = 2
 Grid = tuple[int, int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedSample:
-    """One document, ready to pack.
-
-    `input_ids (L,)`, `shift_labels (L,)`, `position_ids (3, L)`, `image_grid_thw (num_images, 3)`,
-    `image_positions (num_image_tokens,)` into L: int64; `pixel_values (num_patches, patch_dim)`
-    uint8, None without images; `num_targets` counts the labels that are not -100. Each temporal
-    patch of a video counts as an image here.
-    """
-
-    key: str
-    input_ids: Tensor
-    shift_labels: Tensor
-    position_ids: Tensor
-    pixel_values: Tensor | None
-    image_grid_thw: Tensor
-    image_positions: Tensor
-    num_targets: int
-
-
-class Measures(NamedTuple):
-    """What a sample will take.
-
-    Tokens, targets among them, patches, images or pairs of video frames that they belong to, and
-    the sum of the squares of their patches: attention is over the pairs of patches of each.
-    """
-
-    num_tokens: int
-    num_targets: int
-    num_patches: int
-    num_images: int
-    patch_pairs: int
-
-
 class _Medium(NamedTuple):
     """What a medium becomes in the text, and as images."""
 
@@ -90,6 +63,9 @@ class _Medium(NamedTuple):
 class Processor:
     """Samples to model inputs by the rules of a Hugging Face model folder (Qwen3-VL's layout).
 
+    A folder without preprocessor files is one of text alone (`position_axes` is 1 then, not
+    3), and one without a chat template takes documents alone.
+
     Pickling stores the folder's path, not the tokenizer; unpickling reads it again and raises
     ValueError if the folder has changed meanwhile.
     """
@@ -97,7 +73,7 @@ class Processor:
     def __init__(
         self,
         directory: Path,
-        rules: ImageRules,
+        rules: ImageRules | None,
         settings: dict[str, Any],
         video_rules: VideoRules | None,
         options: dict[str, Any],
@@ -108,23 +84,33 @@ class Processor:
         self._video_rules = video_rules
         self._options = options
         self._jpeg: JpegConfig | None = options["jpeg"]
-        template = read_template(directory)
-        self._chat = ChatTokenizer(directory, template, options["chat"], tiktoken_proof)
-        self.patch_size = rules.patch_size
-        self.merge_size = rules.merge_size
-        self.temporal_patch_size = rules.temporal_patch_size
+        template, where = find_template(directory), str(directory)
+        chat = {"options": options["chat"], "proof": tiktoken_proof}
+        self._chat = None if template is None else ChatTokenizer(directory, template, **chat)
+        self._text = (
+            TextTokenizer(load_tokenizer(directory), where, **chat)
+            if self._chat is None
+            else self._chat.text
+        )
+        # 0: takes no images
+        self.patch_size, self.merge_size, self.temporal_patch_size = (
+            rules[:3] if rules else (0,) * 3
+        )
+        self.position_axes = 3 if rules else 1
         self.image_mean: tuple[float, ...] = tuple(settings.get("image_mean", (0.5, 0.5, 0.5)))
         self.image_std: tuple[float, ...] = tuple(settings.get("image_std", (0.5, 0.5, 0.5)))
-        self.pad_token_id = self._chat.pad_token_id
-        self.eos_token_id = self._chat.end_token_id
-        self.image_token_id = self._chat.image_token_id
-        self.video_token_id = self._chat.video_token_id
-        self.control_ids = self._chat.control_ids
+        self.eos_token_id = self._find_end()
+        pad = self._text.pad_token_id
+        self.pad_token_id: int = self.eos_token_id if pad is None else pad
+        self.vocab_size = self._text.vocab_size
+        self.image_token_id = self._text.image_token_id
+        self.video_token_id = self._text.video_token_id
+        self.control_ids = self._text.control_ids
         self.fingerprint = _fingerprint(
             {
                 "version": ENCODING_VERSION,
-                "chat": self._chat.fingerprint,
-                "image": rules._asdict(),
+                "chat": (self._chat or self._text).fingerprint,
+                "image": rules._asdict() if rules else None,
                 "video": video_rules._asdict() if video_rules else None,
                 "jpeg": self._jpeg.model_dump() if self._jpeg else None,
             },
@@ -150,9 +136,12 @@ class Processor:
         """
         directory = Path(path)
         read_bytes(directory / "tokenizer.json")  # without it transformers makes an empty one
-        rules, settings = read_image_rules(directory, min_pixels=min_pixels, max_pixels=max_pixels)
-        video_rules = read_video_rules(directory, video or VideoConfig())
-        _check_alike(directory, rules, video_rules)
+        rules, settings, video_rules = None, dict[str, Any](), None
+        if any((directory / file).exists() for file in (IMAGE_FILE, VIDEO_FILE)):
+            bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+            rules, settings = read_image_rules(directory, **bounds)
+            video_rules = read_video_rules(directory, video or VideoConfig())
+            _check_alike(directory, rules, video_rules)
         options = {
             "min_pixels": min_pixels,
             "max_pixels": max_pixels,
@@ -163,7 +152,7 @@ class Processor:
         return cls(directory, rules, settings, video_rules, options, tiktoken_proof)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        options = {**self._options, "tiktoken_proof": self._chat.tiktoken_proof}
+        options = {**self._options, "tiktoken_proof": self._text.tiktoken_proof}
         return _reopen, (str(self._directory.resolve()), options, self.fingerprint)
 
     @property
@@ -177,7 +166,7 @@ class Processor:
         Raises ValueError that names the sample.
         """
         try:
-            return self._encode(raw, raw.json["messages"], epoch=epoch)
+            return self._encode(raw, raw.json.get("messages", ()), epoch=epoch)
         except ValueError as error:
             raise ValueError(f"{raw.where}: {error}") from error
 
@@ -187,8 +176,8 @@ class Processor:
 
         Raises ValueError, naming the sample, if its last message is not the assistant's.
         """
-        *prompt, answer = raw.json["messages"]
         try:
+            *prompt, answer = raw.json.get("messages", ({"role": "document"},))
             if answer["role"] != "assistant" or not prompt:
                 raise ValueError(
                     f"the last message must be an assistant's answer, got {answer['role']!r}; "
@@ -211,7 +200,7 @@ class Processor:
                 *(column.tolist() for column in media), strict=True
             )
         ]
-        tokens = self._tokenize(record, record["messages"], media_)
+        tokens = self._tokenize(record, record.get("messages", ()), media_)
         num_targets = int(tokens.trained[1:].sum())
         images = [h * w for medium in media_ for t, h, w in medium.grids for _ in range(t)]
         pairs = sum(patches * patches for patches in images)
@@ -232,12 +221,12 @@ class Processor:
     def decode(self, ids: Sequence[int] | Tensor, *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids, without special tokens unless asked for."""
         ids = ids.tolist() if isinstance(ids, Tensor) else ids
-        return self._chat.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self._text.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def _encode(
         self,
         raw: RawSample,
-        messages: list[dict[str, Any]],
+        messages: Sequence[dict[str, Any]],
         *,
         epoch: int | None = None,
         add_generation_prompt: bool = False,
@@ -266,16 +255,27 @@ class Processor:
         grids = grids.reshape(-1, 3)
         pads = [self.image_token_id, self.video_token_id]
         is_image = np.isin(tokens.input_ids, pads)
+        positions = mrope_positions(is_image, grids, self.merge_size)[: self.position_axes]
         return EncodedSample(
             key=raw.key,
             input_ids=torch.from_numpy(tokens.input_ids),
             shift_labels=torch.from_numpy(labels),
-            position_ids=torch.from_numpy(mrope_positions(is_image, grids, self.merge_size)),
+            position_ids=torch.from_numpy(positions),
             pixel_values=torch.cat(patches) if patches else None,
             image_grid_thw=torch.from_numpy(grids),
             image_positions=torch.from_numpy(np.flatnonzero(is_image)),
             num_targets=int((labels != IGNORE_INDEX).sum()),
         )
+
+    def _find_end(self) -> int:
+        """The token that ends an answer, and generation; of a folder without chats, a document."""
+        end = self._text.eos_token_id if self._chat is None else self._chat.end_token_id
+        if end is None:
+            raise ValueError(
+                f"{self._directory}: must name an eos_token in tokenizer_config.json, got none; "
+                "add it"
+            )
+        return end
 
     def _vary(self, key: str, number: int, epoch: int | None) -> Callable[[Tensor], Tensor] | None:
         """What changes the pixels of an image; without epoch they are as stored."""
@@ -287,7 +287,7 @@ class Processor:
         self, kind: str, data: bytes, vary: Callable[[Tensor], Tensor] | None
     ) -> tuple[Tensor, _Medium]:
         if kind == "image":
-            patches, grid = encode_image(data, self._rules, vary)
+            patches, grid = encode_image(data, self._image_rules(), vary)
             return patches, self._image(grid)
         patches, layout = encode_video(data, self._rules_for(kind))
         return patches, self._video(layout)
@@ -296,7 +296,7 @@ class Processor:
         self, kind: str, width: int, height: int, frames: int, seconds: float
     ) -> _Medium:
         if kind == "image":
-            return self._image(image_grid(width, height, self._rules))
+            return self._image(image_grid(width, height, self._image_rules()))
         rules = self._rules_for(kind)
         return self._video(video_layout(width, height, frames, seconds, rules))
 
@@ -310,21 +310,34 @@ class Processor:
         tokens = MediaTokens("video", video_pieces(layout, self.merge_size))
         return _Medium(tokens, [(1, height, width)] * frames)
 
+    def _image_rules(self) -> ImageRules:
+        if self._rules is None:
+            raise self._no_rules("image")
+        return self._rules
+
     def _rules_for(self, kind: str) -> VideoRules:
         if kind == "audio" or self._video_rules is None:
-            raise ValueError(
-                f"{self._directory}: the model must take what its samples hold, got {kind}, for "
-                f"which the folder has no preprocessor file; leave the sample out"
-            )
+            raise self._no_rules(kind)
         return self._video_rules
+
+    def _no_rules(self, kind: str) -> ValueError:
+        return ValueError(
+            f"{self._directory}: the model must take what its samples hold, got {kind}, for "
+            f"which the folder has no preprocessor file; leave the sample out"
+        )
 
     def _tokenize(
         self,
         record: dict[str, Any],
-        messages: list[dict[str, Any]],
+        messages: Sequence[dict[str, Any]],
         media: list[_Medium],
         add_generation_prompt: bool = False,
     ) -> ChatTokens:
+        if is_document(record):
+            return self._text.document(record["text"])
+        if self._chat is None:
+            read_template(self._directory)  # which says what is missing
+        assert self._chat is not None
         tokens = self._chat.encode(
             messages,
             [medium.tokens for medium in media],

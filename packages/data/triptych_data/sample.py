@@ -1,5 +1,7 @@
 """What a sample is: an OpenAI-style chat whose media parts point at media, and its rules.
 
+Or a document, `{"text": …}` without messages: plain text, every token of which is learnt.
+
 Two forms of one thing. *Input* (a line of JSONL) names media by path, `file://` or `data:` URI,
 in one of several spellings; *shard* form, which everything after `triptych-data shard` sees, names
 them by number: `{"type": "video", "index": i}` is the member `<key>.<i>.<ext>` beside the JSON.
@@ -55,13 +57,18 @@ class InputSample:
     media: list[tuple[str, str]]
 
 
+def is_document(record: dict[str, Any]) -> bool:
+    """Whether a record is plain text instead of a chat."""
+    return "text" in record and "messages" not in record
+
+
 def parse_input(line: str | bytes, where: str) -> InputSample:
     """One line of input JSONL, validated and brought into shard form. Raises as `parse_record`."""
     record = load_json(line, where)
     if not isinstance(record, dict):
         raise ValueError(
             f"{where}: a record must be a JSON object, got {_short(record)}; "
-            'write {"messages": […]}'
+            'write {"messages": […]} or {"text": "…"}'
         )
     return parse_record(record, where)
 
@@ -73,8 +80,12 @@ def parse_record(record: dict[str, Any], where: str) -> InputSample:
     "path"}}`, the same with video or audio, OpenAI's `{"type": "input_audio", "input_audio":
     {"data": base64, "format": "wav"}}`, or `<image>`, `<video>`, `<audio>` inside string contents
     with lists of paths "images", "videos", "audios" beside `messages` (as many placeholders as
-    paths). Keys we do not know are kept. Raises ValueError.
+    paths); or `{"text": "…"}`, a document, which has no media. Keys we do not know are kept. Raises
+    ValueError.
     """
+    if is_document(record):
+        check_sample(record, 0, where)
+        return InputSample(record, [])
     lists = {name: record.pop(name) for name in PLACEHOLDERS.values() if name in record}
     listed = {name: paths for name, paths in lists.items() if paths is not None}
     media: list[tuple[str, str]] = []
@@ -88,12 +99,16 @@ def parse_record(record: dict[str, Any], where: str) -> InputSample:
 
 
 def check_sample(record: Any, num_media: int, where: str) -> None:
-    """Raise ValueError unless `record` is a chat in shard form that uses each of its media."""
+    """Raise ValueError unless `record` is a chat in shard form that uses each of its media, or a
+    document."""
     if not isinstance(record, dict):
         raise ValueError(
             f"{where}: a sample must be a JSON object, got {_short(record)}; "
-            'write {"messages": […]}'
+            'write {"messages": […]} or {"text": "…"}'
         )
+    if is_document(record):
+        _check_document(record["text"], num_media, where)
+        return
     messages = record.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ValueError(
@@ -119,10 +134,10 @@ def check_sample(record: Any, num_media: int, where: str) -> None:
 
 
 def media_parts(record: dict[str, Any]) -> list[tuple[str, int]]:
-    """Kind and media index of each media part of a chat in shard form, in the text's order."""
+    """Kind and media index of each media part of a sample in shard form, in the text's order."""
     return [
         (part["type"], part["index"])
-        for message in record["messages"]
+        for message in record.get("messages", ())
         for part in content_parts(message)
         if part["type"] in KINDS
     ]
@@ -142,7 +157,9 @@ def content_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def text_bytes(record: dict[str, Any]) -> int:
-    """UTF-8 bytes of all text in a chat in shard form, tools and their calls as JSON."""
+    """UTF-8 bytes of all text in a sample in shard form, tools and their calls as JSON."""
+    if is_document(record):
+        return len(record["text"].encode())
     quoted = [record.get("tools"), *(m.get("tool_calls") for m in record["messages"])]
     total = sum(len(dump_json(value)) for value in quoted if value)
     return total + sum(
@@ -156,6 +173,19 @@ def text_bytes(record: dict[str, Any]) -> int:
 def dump_json(record: dict[str, Any]) -> bytes:
     """The bytes a shard stores for `record`: compact UTF-8, keys in the record's own order."""
     return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _check_document(text: Any, num_media: int, where: str) -> None:
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(
+            f"{where}: text must be a document's text, got {_short(text)}; "
+            "leave out records that say nothing"
+        )
+    if num_media:
+        raise ValueError(
+            f"{where}: a document must be text alone, got {num_media} media; write "
+            '{"messages": […]} for texts with media'
+        )
 
 
 def _check_media_use(record: dict[str, Any], num_media: int, where: str) -> None:

@@ -88,9 +88,20 @@ class ChatTemplate:
 
 
 def read_template(directory: Path) -> str:
+    """Return the chat template of a model folder as `find_template`. Raises ValueError without."""
+    template = find_template(directory)
+    if template is None:
+        raise ValueError(
+            f"{directory}: must hold a chat template, got neither chat_template.jinja nor a "
+            "chat_template in tokenizer_config.json; copy it from the model's instruct version"
+        )
+    return template
+
+
+def find_template(directory: Path) -> str | None:
     """Return the chat template of a model folder from where transformers looks, newest place first.
 
-    Of several named templates it is the one named default. Raises ValueError if there is none.
+    Of several named templates it is the one named default. None if there is none.
     """
     path = directory / "chat_template.jinja"
     if path.exists():
@@ -101,10 +112,7 @@ def read_template(directory: Path) -> str:
             template = _default(_load_object(path).get("chat_template"))
             if template is not None:
                 return template
-    raise ValueError(
-        f"{directory}: must hold a chat template, got neither chat_template.jinja nor a "
-        "chat_template in tokenizer_config.json; copy it from the model's instruct version"
-    )
+    return None
 
 
 def _load_object(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from triptych_data.marks import (
     RESERVED,
+    RESERVED_TEXT,
     MarkedChat,
     Rendering,
     Span,
@@ -82,10 +83,7 @@ class TurnFinder:
         """
         plain = self._template.render(messages, tools, add_generation_prompt=add_generation_prompt)
         if RESERVED.search(plain):
-            raise ValueError(
-                "message text must not contain the private-use characters U+10F000 to U+10FFFF, "
-                "got one; remove it"
-            )
+            raise ValueError(f"message {RESERVED_TEXT}")
         chat = mark_chat(messages, tools, self._is_risky)
         marked = self._render(chat, len(messages), add_generation_prompt)
         rendering = read_marks(marked)

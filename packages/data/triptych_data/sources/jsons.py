@@ -41,7 +41,7 @@ class JsonRows(Reopened):
         if not isinstance(value, dict):
             raise ValueError(
                 f"{where}: a record must be a JSON object, got {repr(value)[:80]}; "
-                'write {"messages": […]}'
+                'write {"messages": […]} or {"text": "…"}'
             )
         return value
 

@@ -1,0 +1,125 @@
+"""Documents: plain text, every token of which is learnt, as samples beside chats."""
+
+import shutil
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoTokenizer
+
+from tests.data.chats import chat, write_jsonl
+from tests.data.packs import MODEL, tiny_processor
+from triptych_data.batch import collate
+from triptych_data.chat_config import ChatConfig
+from triptych_data.cli import main
+from triptych_data.index import MediaColumns
+from triptych_data.mapping import Mapping
+from triptych_data.processor import Processor
+from triptych_data.reader import Shards
+from triptych_data.sample import RawSample, check_sample, parse_record
+from triptych_data.shards import write_shards
+
+TEXT = "A small boat at sea.\n\nIt saw <|im_start|> and <|image_pad|>: é 漢字 👍"
+
+
+def document(text=TEXT):
+    return RawSample("7", "a.tar: sample 7", {"text": text}, [])
+
+
+@pytest.fixture
+def text_model(tmp_path):
+    """A folder of text alone: the tokenizer, without template and preprocessor files."""
+    folder = tmp_path / "text-model"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("tiktoken", ["off", "require"])
+def test_every_token_but_the_first_is_a_target_and_the_last_is_eos(tiktoken):
+    if tiktoken == "require":
+        pytest.importorskip("tiktoken")
+    processor = Processor.from_directory(MODEL, chat=ChatConfig(tiktoken=tiktoken))
+    encoded = processor.encode(document())
+    ids = encoded.input_ids
+    stock = AutoTokenizer.from_pretrained(MODEL)
+    assert ids[-1] == stock.eos_token_id
+    assert not processor.control_ids & set(ids[:-1].tolist())  # quoted ones are ordinary text
+    assert processor.decode(ids[:-1], skip_special_tokens=False) == TEXT
+    assert torch.equal(encoded.shift_labels, torch.cat([ids[1:], torch.tensor([-100])]))
+    assert encoded.num_targets == len(ids) - 1
+    assert torch.equal(encoded.position_ids, torch.arange(len(ids)).expand(3, -1))
+    plain = TEXT.replace("<|", "<").replace("|>", ">")
+    assert processor.encode(document(plain)).input_ids[:-1].tolist() == (
+        stock.encode(plain, add_special_tokens=False)
+    )
+    measured = processor.measure({"text": TEXT}, MediaColumns.of([]))
+    assert measured[:2] == (len(ids), len(ids) - 1)
+
+
+def test_a_folder_with_only_a_tokenizer_takes_documents_and_no_more(text_model):
+    processor = Processor.from_directory(text_model)
+    encoded = processor.encode(document())
+    whole = tiny_processor().encode(document())
+    assert torch.equal(encoded.input_ids, whole.input_ids)
+    assert torch.equal(encoded.position_ids, whole.position_ids[:1])
+    batch = collate([encoded], 64, pad_token_id=0, position_axes=processor.position_axes)
+    assert batch["position_ids"].shape == (1, 64)
+    assert processor.eos_token_id == AutoTokenizer.from_pretrained(text_model).eos_token_id
+    with pytest.raises(ValueError, match="must hold a chat template"):
+        processor.encode(RawSample("1", "x", chat(), []))
+    shutil.copy(MODEL / "chat_template.jinja", text_model)
+    with_chats = Processor.from_directory(text_model)
+    assert with_chats.fingerprint != processor.fingerprint
+    ids = with_chats.encode(RawSample("1", "x", chat(), [])).input_ids
+    assert torch.equal(ids, tiny_processor().encode(RawSample("1", "x", chat(), [])).input_ids)
+    image = parse_record(chat(image="a.jpg"), "x").json
+    with pytest.raises(ValueError, match="must take what its samples hold, got image"):
+        with_chats.encode(RawSample("1", "x", image, [b""]))
+
+
+@pytest.mark.parametrize(
+    ("record", "num_media", "message"),
+    [
+        ({"text": " \n"}, 0, "text must be a document's text, got"),
+        ({"text": ["a"]}, 0, "text must be a document's text, got"),
+        ({"text": "a"}, 1, "a document must be text alone, got 1 media"),
+    ],
+)
+def test_what_is_no_document_is_refused(record, num_media, message):
+    with pytest.raises(ValueError, match=message):
+        check_sample(record, num_media, "x")
+
+
+def test_text_that_stands_for_control_tokens_is_refused():
+    with pytest.raises(ValueError, match="a.tar: sample 7: text must not contain the private-use"):
+        tiny_processor().encode(document("a\U0010f002b"))
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(text_model):
+    path = text_model / "tokenizer_config.json"
+    path.write_text(path.read_text().replace('"eos_token": "<|im_end|>"', '"eos_token": null'))
+    with pytest.raises(ValueError, match="must name an eos_token"):
+        Processor.from_directory(text_model)
+
+
+def test_documents_and_chats_become_shards_by_the_command(tmp_path):
+    records = [{"text": "One.", "url": "a"}, chat(), {"text": "Two."}]
+    source = write_jsonl(tmp_path / "x.jsonl", records)
+    result = CliRunner().invoke(main, ["shard", str(source), str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    shards = Shards.open(tmp_path / "out")
+    assert [shards.read(i).json for i in range(3)] == records
+    assert shards.text_bytes[0] == 4
+    named = write_jsonl(tmp_path / "y.jsonl", [{"content": "Three.", "text": 5, "messages": 1}])
+    write_shards(named, tmp_path / "named", mapping=Mapping(text="content"))
+    assert Shards.open(tmp_path / "named").read(0).json == {"text": "Three."}
+
+
+def test_a_caption_whose_image_is_missing_is_no_document(tmp_path):
+    source = write_jsonl(tmp_path / "x.jsonl", [{"image": None, "text": "A cat."}])
+    with pytest.raises(ValueError, match="a row must hold a chat or a document"):
+        write_shards(source, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"--text: must stand alone"):
+        Mapping(text="a", response="b")
