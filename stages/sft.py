@@ -72,12 +72,22 @@ def plan(config: SftConfig) -> "Plan":
     from triptych_core.plan import plan_run, tracer, weights_of
     from triptych_models.freeze import parameter_parts
     from triptych_models.matrices import matrix_shapes
-    from triptych_models.pretend import WORKSPACES, build_pretend_model, pretend, pretend_batch
+    from triptych_models.pretend import (
+        CROSSINGS,
+        WORKSPACES,
+        build_pretend_model,
+        pretend,
+        pretend_batch,
+        pretend_part,
+    )
+    from triptych_models.sequence import SequenceGroup
 
-    model = build_pretend_model(config.model, dtype=compute_dtype(config.engine))
+    sequence = SequenceGroup(size=config.parallel.sequence)  # its first rank
+    model = build_pretend_model(config.model, dtype=compute_dtype(config.engine), sequence=sequence)
     part_of, matrices = parameter_parts(model).__getitem__, matrix_shapes(model)
     groups = parameter_groups(model.named_parameters(), config.optim, part_of, matrices)
-    weights = weights_of(model, groups, config.engine.zero.persistence_threshold)
+    threshold, states = config.engine.zero.persistence_threshold, config.optim.state_dtype
+    weights = weights_of(model, groups, threshold, states)
     make_batch = partial(
         pretend_batch,
         model,
@@ -87,7 +97,14 @@ def plan(config: SftConfig) -> "Plan":
         image_tokens=config.plan.image_tokens,
     )
     with pretend(model):
-        trace = tracer(model, make_batch, WORKSPACES)
+        trace = tracer(
+            model,
+            make_batch,
+            WORKSPACES,
+            crossings=CROSSINGS,
+            part=partial(pretend_part, sequence=sequence),
+            sequence=sequence.size,
+        )
         return plan_run(config, weights, trace, seq_len=config.data.seq_len)
 
 

@@ -23,6 +23,8 @@ _BLOCK = 512  # bytes: the CUDA allocator's granularity
 # Of an op, from its arguments: bytes it takes that its outputs do not show, while it runs and for
 # as long as its outputs live.
 Workspaces = Mapping[str, Callable[..., tuple[int, int]]]
+# Of an op, from its arguments: bytes that it sends to other ranks.
+Crossings = Mapping[str, Callable[..., float]]
 
 
 class MicroStep(NamedTuple):
@@ -30,7 +32,8 @@ class MicroStep(NamedTuple):
 
     moments are the (bytes live, gradient elements handed over) that no other moment exceeds in
     both. kept is live after the forward. products is FLOPs of torch's matrix products; traffic is
-    bytes read and written by other ops; launches counts ops that compute something.
+    bytes read and written by other ops; launches counts ops that compute something; crossing is
+    bytes sent to other ranks.
     """
 
     moments: list[tuple[int, int]]
@@ -38,6 +41,7 @@ class MicroStep(NamedTuple):
     products: int
     traffic: int
     launches: int
+    crossing: float = 0.0
 
 
 def trace_micro_step(
@@ -45,6 +49,7 @@ def trace_micro_step(
     parameters: Iterable[nn.Parameter],
     others: Iterable[Tensor] = (),
     workspaces: Workspaces | None = None,
+    crossings: Crossings | None = None,
 ) -> MicroStep:
     """Run `forward` and its backward under the active FakeTensorMode.
 
@@ -56,9 +61,10 @@ def trace_micro_step(
         others: tensors that exist before and are not counted, e.g. buffers.
         workspaces: by the name of an op, e.g. "triptych::linear_cross_entropy", what it takes
             beside its outputs, from its arguments.
+        crossings: by the name of an op, how many bytes it sends to other ranks.
     """
     parameters = list(parameters)
-    live = _Live([*parameters, *others], workspaces or {})
+    live = _Live([*parameters, *others], workspaces or {}, crossings or {})
     handles = [
         parameter.register_post_accumulate_grad_hook(live.take_gradient)
         for parameter in parameters
@@ -72,14 +78,19 @@ def trace_micro_step(
     finally:
         for handle in handles:
             handle.remove()
-    return MicroStep(live.moments(), kept, live.products, live.traffic, live.launches)
+    return MicroStep(
+        live.moments(), kept, live.products, live.traffic, live.launches, live.crossing
+    )
 
 
 class _Live(TorchDispatchMode):
-    def __init__(self, known: Iterable[Tensor], workspaces: Workspaces) -> None:
+    def __init__(
+        self, known: Iterable[Tensor], workspaces: Workspaces, crossings: Crossings
+    ) -> None:
         super().__init__()
         self.bytes = self.products = self.traffic = self.launches = self._arrived = 0
-        self._workspaces = workspaces
+        self.crossing = 0.0
+        self._workspaces, self._crossings = workspaces, crossings
         self._most: dict[int, int] = {}  # gradient elements handed over -> most bytes live then
         # Kept, so that no new storage can take the place of a known one.
         self._known = [tensor.untyped_storage() for tensor in known]
@@ -106,6 +117,7 @@ class _Live(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func._schema.name
         transient, held = self._workspaces[name](*args) if name in self._workspaces else (0, 0)
+        self.crossing += self._crossings[name](*args) if name in self._crossings else 0
         new = [tensor for tensor in tree_leaves(out) if self._is_new(tensor)]
         for index, tensor in enumerate(new):
             self._count(tensor.untyped_storage(), held if index == 0 else 0)

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from triptych_core.config import StageConfig
 from triptych_core.memory_plan import Group, MemoryPlan, Weights, plan_memory
-from triptych_core.memory_trace import MicroStep, Workspaces, trace_micro_step
+from triptych_core.memory_trace import Crossings, MicroStep, Workspaces, trace_micro_step
 from triptych_core.plan_config import PlanConfig
 from triptych_core.speed_plan import SpeedPlan, plan_speed
 
@@ -62,6 +62,7 @@ class Plan:
     seq_len: int
     limit: float  # bytes a rank may use
     parameters: int
+    sequence: int = 1  # ranks that hold one row
 
     def why(self) -> str:
         """One line: what was chosen, and why not what is less."""
@@ -91,8 +92,14 @@ class Plan:
         return "; the lowest stage"
 
 
-def weights_of(model: nn.Module, groups: Iterable[Mapping[str, Any]], threshold: int) -> Weights:
-    """Elements of a model and of its optimizer's groups; a group with a "rule" has one state."""
+def weights_of(
+    model: nn.Module, groups: Iterable[Mapping[str, Any]], threshold: int, state_dtype: str = "fp32"
+) -> Weights:
+    """Elements of a model and of its optimizer's groups, and bytes of their states.
+
+    AdamW has two of `state_dtype`, fp32 or bf16; a group with a "rule", Muon's, has one of fp32.
+    """
+    adamw = {"fp32": 8, "bf16": 4}[state_dtype]
     parameters = list(model.parameters())
     small = sum(p.numel() for p in parameters if p.numel() <= threshold)
     return Weights(
@@ -101,7 +108,7 @@ def weights_of(model: nn.Module, groups: Iterable[Mapping[str, Any]], threshold:
             Group(
                 sum(p.numel() for p in group["params"]),
                 max(p.numel() for p in group["params"]),
-                states=1 if group.get("rule") == "muon" else 2,
+                state_bytes=4 if group.get("rule") == "muon" else adamw,
             )
             for group in groups
         ],
@@ -110,29 +117,38 @@ def weights_of(model: nn.Module, groups: Iterable[Mapping[str, Any]], threshold:
 
 
 def tracer(
-    model: Any, make_batch: Callable[[int], dict[str, Any]], workspaces: Workspaces
+    model: Any,
+    make_batch: Callable[[int], dict[str, Any]],
+    workspaces: Workspaces,
+    *,
+    crossings: Crossings | None = None,
+    part: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    sequence: int = 1,
 ) -> Trace:
     """How to trace a micro-step of a model with fake tensors; call the result where they are made.
 
     Args:
         model: an nn.Module that returns a `loss_sum`, has `set_checkpointing(way)` and
             `flops(batch)`.
-        make_batch: seq_len -> a batch.
-        workspaces: see trace_micro_step.
+        make_batch: seq_len -> a row.
+        workspaces, crossings: see trace_micro_step.
+        part: what a rank computes of a row that `sequence` ranks hold between them.
     """
 
     def trace(seq_len: int, checkpointing: str) -> Traced:
         model.set_checkpointing(checkpointing)
-        batch = make_batch(seq_len)
+        row = make_batch(seq_len)
+        batch = part(row)
         given = [value for value in batch.values() if isinstance(value, Tensor)]
         step = trace_micro_step(
             lambda: model(**batch).loss_sum,
             model.parameters(),
             [*model.buffers(), *given],
             workspaces,
+            crossings,
         )
         with unset_fake_temporarily():  # lengths of documents are real, and are read
-            return Traced(step, model.flops(batch))
+            return Traced(step, model.flops(row) / sequence)
 
     return trace
 
@@ -145,12 +161,19 @@ def plan_run(config: StageConfig, weights: Weights, trace: Trace, *, seq_len: in
     lowest = 1 if config.engine.precision == "bf16" else 0
     stages = range(lowest, 4) if shows or stage == "auto" else [stage]
     ways = WAYS if shows or way == "auto" else [way]
+    sequence = config.parallel.sequence
+    ranks = config.plan.ranks or int(os.environ.get("WORLD_SIZE", sequence))
+    if ranks % sequence:
+        raise ValueError(
+            f"plan.ranks: must be a multiple of parallel.sequence ({sequence}), got {ranks}; "
+            f"plan for {sequence} ranks or more"
+        )
     return make_plan(
         config,
         weights,
         trace,
         seq_len=seq_len,
-        ranks=config.plan.ranks or int(os.environ.get("WORLD_SIZE", "1")),
+        ranks=ranks,
         memory=device_memory(config),
         candidates=[(s, w) for w in ways for s in stages if _allows(config, s, w)],
     )
@@ -217,9 +240,11 @@ def make_plan(
     """
     limit = memory * (1 - config.plan.headroom)
     choices = []
+    n = config.parallel.sequence
+    half_len = max(seq_len // 2 // n, 1) * n
     least = trace(seq_len, "none").step.products
     for way in dict.fromkeys(way for _, way in candidates):
-        here, half = trace(seq_len, way), trace(seq_len // 2, way)
+        here, half = trace(seq_len, way), trace(half_len, way)
         for stage in (stage for stage, its_way in candidates if its_way == way):
             at = {"stage": stage, "ranks": ranks}
             plan = plan_memory(weights, config.engine, here.step, **at)
@@ -233,9 +258,9 @@ def make_plan(
                 device=config.plan.device,
                 **at,
             )
-            longest = _longest(plan, below, seq_len, limit)
+            longest = _longest(plan, below, (seq_len, half_len), limit)
             choices.append(Choice(stage, way, plan, speed, plan.peak <= limit, longest))
-    return Plan(choices, _choose(choices), ranks, seq_len, limit, weights.numel)
+    return Plan(choices, _choose(choices), ranks, seq_len, limit, weights.numel, n)
 
 
 def _choose(choices: Sequence[Choice]) -> Choice | None:
@@ -250,12 +275,13 @@ def _choose(choices: Sequence[Choice]) -> Choice | None:
     )
 
 
-def _longest(plan: MemoryPlan, half: MemoryPlan, seq_len: int, limit: float) -> int:
-    """Each phase is a line through its values at seq_len / 2 and seq_len; the first to end."""
+def _longest(plan: MemoryPlan, half: MemoryPlan, lengths: tuple[int, int], limit: float) -> int:
+    """Each phase is a line through its values at two lengths of rows; the first to end."""
+    seq_len, half_len = lengths
     longest = 2**20
     for name, parts in plan.phases.items():
         here, below = sum(parts.values()), sum(half.phases[name].values())
-        slope = max(0.0, (here - below) / (seq_len - seq_len // 2))
+        slope = max(0.0, (here - below) / (seq_len - half_len))
         fixed = here - slope * seq_len
         if fixed > limit:
             return 0
@@ -296,8 +322,9 @@ def _changes(choice: Choice, current: tuple[int, str] | None) -> list[str]:
 
 def render_plan(plan: Plan) -> str:
     """A table for people: a line per stage and way of checkpointing, and the chosen one in full."""
+    shared = f" on {plan.sequence} ranks each" if plan.sequence > 1 else ""
     lines = [
-        f"{plan.parameters / 1e9:.2f} B parameters, rows of {plan.seq_len:,} tokens, "
+        f"{plan.parameters / 1e9:.2f} B parameters, rows of {plan.seq_len:,} tokens{shared}, "
         f"{plan.ranks} rank{'s' * (plan.ranks > 1)}, {plan.limit / GIB:.1f} GiB to use",
         "",
         f"{'ZeRO':>4}  {'checkpointing':13}{'peak GiB':>10}{'fits':>6}{'longest row':>13}"

@@ -93,7 +93,7 @@ def plan_speed(
         recompute=recomputed * gas / ceilings.product_flops,
         memory=step.traffic * gas / ceilings.bandwidth,
         optimizer=touched / ceilings.bandwidth,
-        communication=share * (reduced + gathered) / ceilings.link,
+        communication=(share * (reduced + gathered) + step.crossing * gas) / ceilings.link,
         host=step.launches * gas * ceilings.launch,
         flops=flops * gas,
         peak_flops=ceilings.peak_flops,

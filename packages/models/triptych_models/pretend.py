@@ -19,6 +19,8 @@ from .families import build_shell
 from .freeze import freeze
 from .layout import tower
 from .packed import PackedModel
+from .sequence import ALONE, SequenceGroup
+from .sequence_batch import take_part
 
 
 def _loss_bytes(
@@ -39,17 +41,33 @@ def _attention_backward_bytes(d_out: Tensor, q: Tensor, k: Tensor, *rest: Any) -
     return 4 * q.numel() + expanded, 0
 
 
+def _exchange_bytes(x: Tensor, *rest: Any) -> tuple[int, int]:
+    """A copy of what is not contiguous."""
+    return 0 if x.is_contiguous() else x.numel() * x.element_size(), 0
+
+
+def _exchange_crosses(x: Tensor, sends: list[int], *rest: Any) -> float:
+    """All but a rank's own share."""
+    return x.numel() * x.element_size() * (1 - 1 / len(sends))
+
+
 # What ops hold that their outputs do not show: op -> (bytes while it runs, bytes with its outputs).
 WORKSPACES = {
     "triptych::linear_cross_entropy": _loss_bytes,
     "torch_attn::_varlen_attn_backward": _attention_backward_bytes,
+    "triptych::exchange": _exchange_bytes,
 }
+# What ops send to other ranks.
+CROSSINGS = {"triptych::exchange": _exchange_crosses}
 
 
-def build_pretend_model(config: ModelConfig, *, dtype: torch.dtype) -> PackedModel:
+def build_pretend_model(
+    config: ModelConfig, *, dtype: torch.dtype, sequence: SequenceGroup = ALONE
+) -> PackedModel:
     """The model of `build_model` on the meta device: config.json is read, weights are not."""
     with torch.device("meta"):
         model = build_shell(config, dtype=dtype)
+    model.set_sequence(sequence)
     freeze(model, config.freeze)
     return model.train()
 
@@ -78,24 +96,28 @@ def pretend_batch(
 
     image_share of its tokens are those of square images of about image_tokens each; there is
     always one image, of one token where there should be none, unless the model is of text alone.
-    target_share of the other tokens are targets.
+    target_share of the other tokens are targets. Images and targets are spread evenly.
     """
     images: dict[str, Any] = {}
-    taken = 0  # tokens that stand for images
+    taken: list[int] = []  # by images
     if tower(model.hf) is not None:
         side = max(1, round(math.sqrt(image_tokens))) if image_share else 1  # in tokens
-        count = max(1, round(seq_len * image_share / side**2))
-        images, taken = _pretend_images(model, count, side), count * side**2
-    num_targets = max(1, round((seq_len - taken) * target_share))
-    shift_labels = torch.full((1, seq_len), -100)
-    shift_labels[:, -num_targets:] = 0
+        count = max(1, min(round(seq_len * image_share / side**2), seq_len // side**2))
+        starts = [seq_len * image // count for image in range(count)]
+        taken = [start + token for start in starts for token in range(side**2)]
+        images = _pretend_images(model, count, side) | {"image_positions": _known(taken)}
+    free = sorted(set(range(seq_len)) - set(taken)) or [0]
+    num_targets = max(1, round(len(free) * target_share))
+    labels = [-100] * seq_len
+    for target in range(num_targets):
+        labels[free[len(free) * target // num_targets]] = 0
     axes = (3,) if images else ()  # of M-RoPE
     return {
         "input_ids": torch.zeros(1, seq_len, dtype=torch.int64),
-        "shift_labels": shift_labels,
+        "shift_labels": _known([labels]),
         "num_targets": num_targets,
         "position_ids": torch.zeros(*axes, 1, seq_len, dtype=torch.int64),
-        "cu_seqlens": _known([*range(0, seq_len, document_len), seq_len]),
+        "cu_seqlens": _known([*range(0, seq_len, document_len), seq_len], torch.int32),
         "max_seqlen": min(document_len, seq_len),
         **images,
     }
@@ -109,18 +131,24 @@ def _pretend_images(model: PackedModel, count: int, side: int) -> dict[str, Any]
     return {
         "pixel_values": torch.zeros(count * height**2, patch_dim, dtype=torch.uint8),
         "image_grid_thw": _known([[1, height, height]] * count),
-        "image_positions": torch.arange(count * side**2),
-        "vision_cu_seqlens": _known([*range(0, count * height**2 + 1, height**2)]),
+        "vision_cu_seqlens": _known([*range(0, count * height**2 + 1, height**2)], torch.int32),
         "vision_max_seqlen": height**2,
     }
 
 
-def _known(values: list[Any]) -> Tensor:
+def pretend_part(batch: dict[str, Any], sequence: SequenceGroup) -> dict[str, Any]:
+    """`take_part` of a row of `pretend_batch`."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():  # or what is known would become fake, and have no value
+        return dict(take_part(batch, sequence))
+
+
+def _known(values: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
     """A real tensor, though fake ones are made around: its values are read on the host."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     with unset_fake_temporarily():
-        dtype = torch.int64 if isinstance(values[0], list) else torch.int32
         return torch.tensor(values, dtype=dtype)
 
 
