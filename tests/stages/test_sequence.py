@@ -274,3 +274,53 @@ def test_what_cannot_be_shared_is_refused_with_the_reason(tmp_path, words, world
     make_shards(tmp_path / "heldout", 2)
     with pytest.raises(RuntimeError, match=message):
         run_ranks(run_stage, world_size, overrides(tmp_path, tmp_path / "run", *words))
+
+
+def planned_and_real(folder: Path) -> list[tuple[Any, Any]]:
+    """A micro-step of this rank as it is, and as the plan sees the first rank's."""
+    from triptych_core.config import RunConfig
+    from triptych_core.launch import launch
+    from triptych_core.memory_trace import trace_micro_step
+    from triptych_core.parallel import make_mesh
+    from triptych_core.sections import ParallelConfig
+    from triptych_models.config import ModelConfig
+    from triptych_models.pretend import (
+        CROSSINGS,
+        build_pretend_model,
+        pretend,
+        pretend_batch,
+        pretend_part,
+    )
+    from triptych_models.sequence import SequenceGroup
+
+    mesh = make_mesh(ParallelConfig(sequence=2), launch(RunConfig(device="cpu")))
+    shape = {"document_len": 512, "image_share": 0.5, "target_share": 1.0, "image_tokens": 16}
+
+    def traced(model: Any, group: SequenceGroup, way: str) -> Any:
+        model.set_checkpointing(way)
+        part = pretend_part(pretend_batch(model, 1024, **shape), group)
+        given = [x for x in part.values() if isinstance(x, torch.Tensor)]
+        return trace_micro_step(
+            lambda: model(**part).loss_sum,
+            model.parameters(),
+            [*model.buffers(), *given],
+            crossings=CROSSINGS,
+        )
+
+    group = SequenceGroup(mesh.sp_group, 2, mesh.sp_rank)
+    real = build(folder, sequence=group).train()
+    ways = ("none", "full")
+    measured = [traced(real, group, way) for way in ways]
+    first = SequenceGroup(size=2)
+    config = ModelConfig(path=folder, init="random")
+    shapes = build_pretend_model(config, dtype=torch.float32, sequence=first)
+    with pretend(shapes, "cpu"):
+        return list(zip(measured, [traced(shapes, first, way) for way in ways], strict=True))
+
+
+def test_the_plan_knows_what_a_part_of_a_row_takes(folders):
+    for by_way in run_ranks(planned_and_real, 2, folders[2]):
+        for measured, planned in by_way:
+            assert planned.kept == pytest.approx(measured.kept, rel=0.07)
+            assert planned.products == pytest.approx(measured.products, rel=0.2)
+            assert planned.crossing == measured.crossing > 0
