@@ -138,8 +138,9 @@ def gradients_of_a_step(
 
     def look_then_step() -> None:
         if engine.is_gradient_accumulation_boundary():
+            whole = engine.gradients().get if stage == 0 else safe_get_full_grad
             for name, parameter in model.hf.named_parameters():
-                gradients[name] = safe_get_full_grad(parameter).clone()
+                gradients[name] = whole(parameter).clone()
         take_step()
 
     engine.step = look_then_step

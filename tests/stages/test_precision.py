@@ -22,6 +22,8 @@ CASES = {
         "engine.zero.offload_params=true",
     ],
     "bf16-0": ["engine.zero.stage=0"],
+    "bf16-0-window": ["engine.zero.stage=0", "engine.gradient_accumulation_steps=2"],
+    "bf16-0-bf16-sums": ["engine.zero.stage=0", "engine.reduce_dtype=bf16"],
     "bf16-1": ["engine.zero.stage=1"],
     "bf16-2": ["engine.zero.stage=2"],
     "bf16-3": ["engine.zero.stage=3"],
@@ -91,9 +93,10 @@ def train_one(workspace: Path, name: str, words: list[str]) -> dict[str, Any]:
     take_step = engine.step
 
     def step_both() -> None:
-        for parameter_name, gradient in gradients(engine).items():
-            wanted[parameter_name].grad = gradient.double()
-        plain_adamw.step()
+        if engine.is_gradient_accumulation_boundary():
+            for parameter_name, gradient in gradients(engine).items():
+                wanted[parameter_name].grad = gradient.double()
+            plain_adamw.step()
         take_step()
 
     engine.step = step_both
@@ -117,16 +120,8 @@ def masters(engine: Any) -> dict[str, torch.Tensor]:
     """The fp32 weights the optimizer really updates, whole."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    optimizer = engine.optimizer
-    if hasattr(optimizer, "fp32_groups") and hasattr(optimizer, "fp16_groups"):  # ZeRO-0 in bf16
-        by_id = {
-            id(half): master
-            for halves, singles in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-            for half, master in zip(halves, singles, strict=True)
-        }
-        found = {n: by_id[id(p)] for n, p in engine.module.named_parameters()}
-    elif engine.zero_optimization_stage() == 0:
-        found = dict(engine.module.named_parameters())
+    if engine.zero_optimization_stage() == 0:
+        found = {n: engine.masters[p] for n, p in engine.module.named_parameters()}
     else:
         found = {n: safe_get_full_fp32_param(p) for n, p in engine.module.named_parameters()}
     return {n: m.detach().clone() for n, m in found.items()}
@@ -137,11 +132,11 @@ def gradients(engine: Any) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_grad
 
     if engine.zero_optimization_stage() == 0:
-        return {n: p.grad for n, p in engine.module.named_parameters()}
+        return {n: engine.gradients()[p] for n, p in engine.module.named_parameters()}
     return {n: safe_get_full_grad(p) for n, p in engine.module.named_parameters()}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if "window" not in name])  # other rows
 def test_losses_follow_the_fp32_run(results, name):
     wanted = results["fp32-0"]["losses"]
     assert wanted[-1] < wanted[0] - 0.5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,6 +13,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
 from triptych_core.config import EngineConfig, OptimConfig
+from triptych_core.light import LightEngine
 from triptych_core.muon import Muon
 from triptych_core.shards import find_shards
 
@@ -47,9 +48,8 @@ def deepspeed_config(
         "communication_data_type": config.reduce_dtype if config.precision == "bf16" else "fp32",
         "steps_per_print": 10**9,
         "zero_optimization": _zero_section(config, layer_numel),
+        "data_types": {"grad_accum_dtype": "fp32"},
     }
-    if config.stage > 0:
-        result["data_types"] = {"grad_accum_dtype": "fp32"}
     return result
 
 
@@ -86,7 +86,7 @@ def build_engine(
     world_size: int,
     layers: Sequence[nn.Module] = (),
 ) -> Any:
-    """Hand model and optimizer to DeepSpeed.
+    """Hand model and optimizer to DeepSpeed; at stage 0, to the light engine.
 
     ZeRO-3 gathers each of `layers` as a whole, one ahead: module by module the host cannot keep up
     with the device (Qwen3-1.7B at 16k tokens on an H100: 38.1 against 29.6 % MFU). The optimizer's
@@ -94,49 +94,20 @@ def build_engine(
     frequencies in bf16 would move every position).
     """
     buffers = {name: buffer.dtype for name, buffer in model.named_buffers(remove_duplicate=False)}
+    if config.stage == 0:
+        device = torch.device(get_accelerator().current_device_name())
+        return LightEngine(model, optimizer, config, optim.max_grad_norm, device)
     layer_numel = _make_leaves(model, layers) if config.stage == 3 else 0
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
         config=deepspeed_config(config, optim.max_grad_norm, world_size, layer_numel),
     )
-    _undo_warm_up_step(engine.optimizer)
     if isinstance(optimizer, Muon):
         optimizer.place(find_shards(engine.optimizer, optimizer.shapes))
     for name, buffer in engine.module.named_buffers(remove_duplicate=False):
         assert buffer.dtype == buffers[name], f"{name}: became {buffer.dtype}, was {buffers[name]}"
     return engine
-
-
-def gradient_norm(engine: Any) -> torch.Tensor | float | None:
-    """The global gradient norm before clipping; None where DeepSpeed knows it only after step().
-
-    Call it on the window's last micro-step, before `engine.step()`.
-    """
-    if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
-        return None
-    # Stage 0 in fp32: gradients are whole and already averaged, and DeepSpeed keeps no norm.
-    return total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
-
-
-def total_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The 2-norm over all gradients together."""
-    return torch.nn.utils.get_total_norm(list(gradients))
-
-
-@torch.no_grad()
-def _undo_warm_up_step(optimizer: Any) -> None:
-    """Take back the step that DeepSpeed's optimizer for ZeRO-0 in bf16 makes on zero gradients.
-
-    FP16_UnfusedOptimizer (0.19.8) steps once in its constructor to create the states: that decays
-    the weights at full rate and counts as Adam's first step, so bias correction is off.
-    """
-    if not hasattr(optimizer, "fp16_groups") or not hasattr(optimizer, "fp32_groups"):
-        return
-    optimizer.optimizer.state.clear()
-    for halves, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-        for half, master in zip(halves, masters, strict=True):
-            master.copy_(half)
 
 
 def _make_leaves(model: nn.Module, layers: Sequence[nn.Module]) -> int:

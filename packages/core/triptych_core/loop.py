@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from triptych_core.config import StageConfig
-from triptych_core.engine import gradient_norm
 from triptych_core.metrics import Metrics
 from triptych_core.optim import set_learning_rate
 from triptych_core.postmortem import name_batch
@@ -65,15 +64,12 @@ def train(
         counts = count_window(window, flops, engine.device) // config.parallel.sequence
         divisor = counts[0].clamp(min=1)
         loss = torch.zeros((), device=engine.device)
-        norm: Any = None
-        for micro_step, batch in enumerate(map(part, window), start=1):
+        for batch in map(part, window):
             with name_batch(engine.module, batch):
                 output = engine(**to_device(batch, engine.device))
                 # DeepSpeed averages gradients over ranks: multiply the number of ranks back in.
                 engine.backward(output.loss_sum * world_size / divisor, scale_wrt_gas=False)
                 loss += output.loss_sum.detach() / divisor
-                if micro_step == len(window):
-                    norm = gradient_norm(engine)
                 engine.step()  # updates only after the window's last pack
         dist.all_reduce(loss)
         metrics.record(
@@ -81,7 +77,7 @@ def train(
                 step=step,
                 loss=loss,
                 counts=counts,
-                grad_norm=engine.get_global_grad_norm() if norm is None else norm,
+                grad_norm=engine.get_global_grad_norm(),
                 lr=config.optim.lr * scale,
                 capacity=sum(batch["input_ids"].numel() for batch in window)
                 * (world_size // config.parallel.sequence),

@@ -13,16 +13,16 @@ from triptych_core.config import EngineConfig
 from triptych_core.memory_trace import MicroStep
 
 SUB_GROUP = 10**9  # elements ZeRO-3 updates at once: its default sub_group_size
-_WIDE = 4  # bytes of a master weight, of a state, of an accumulated gradient
+_WIDE = 4  # bytes of a master weight, of an accumulated gradient
 
 
 @dataclass(frozen=True)
 class Group:
-    """An optimizer group: elements, the largest parameter's, and states (of 4 bytes) an element."""
+    """An optimizer group: elements, the largest parameter's, and bytes of states an element."""
 
     numel: int
     largest: int
-    states: int = 2
+    state_bytes: int = 8
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,15 @@ def plan_memory(
     biggest = max((group.numel for group in weights.groups), default=0)
     phases: dict[str, dict[str, int]] = {}
     if stage == 0:
-        activations, gradients = _worst(step, width, gas, trained)
-        phases["backward"] = always | {"gradients": gradients, "activations": activations}
-        copies = 0 if width == 4 else _WIDE * trained
-        phases["step"] = always | {"gradients": width * trained, "wide gradients": copies}
+        phases = {"backward": always, "step": always}
+        sums = _sums(weights, engine, ranks)
+        if sums:
+            phases["backward"] = always | sums | {"activations": _most(step)}
+            phases["step"] = always | sums
+        else:
+            activations, gradients = _worst(step, width, gas, trained)
+            phases["backward"] = always | {"gradients": gradients, "activations": activations}
+            phases["step"] = always | {"gradients": width * trained}
     elif stage == 1:
         # Every rank keeps all gradients until the window's end, then moves them through a bucket
         # (and its flattened copy) into its own partition.
@@ -110,13 +115,24 @@ def resident(weights: Weights, engine: EngineConfig, *, stage: int, ranks: int) 
     if not engine.zero.offload_optimizer:
         has_masters = width == 2 or stage > 0
         masters = sum(-(-group.numel // parts) for group in weights.groups) * _WIDE
-        states = sum(-(-group.numel // parts) * group.states for group in weights.groups) * _WIDE
+        states = sum(-(-group.numel // parts) * group.state_bytes for group in weights.groups)
         held |= {"masters": masters if has_masters else 0, "optimizer states": states}
     if stage == 3:
         held["buckets"] = _WIDE * engine.zero.bucket_size
         if engine.zero.offload_params:
             held["weights"] = 0
     return held
+
+
+def _sums(weights: Weights, engine: EngineConfig, ranks: int) -> dict[str, int]:
+    """ZeRO-0: where gradients are summed over micro-steps or ranks; nothing on one rank alone."""
+    low, several = engine.precision == "bf16", engine.gradient_accumulation_steps > 1
+    if ranks == 1 and not (low and several):
+        return {}
+    rounds = low and engine.reduce_dtype == "bf16" and ranks > 1
+    width = 2 if rounds and not several else _WIDE
+    sent = 2 * weights.trained if rounds and several else 0
+    return {"gradient sums": width * weights.trained, "sent": sent}
 
 
 def _step(weights: Weights, ranks: int) -> dict[str, int]:

@@ -157,9 +157,7 @@ def plan_run(config: StageConfig, weights: Weights, trace: Trace, *, seq_len: in
     """Weigh what the configuration leaves open; to show, all that it could say instead."""
     stage, way = config.engine.zero.stage, config.engine.checkpointing
     shows = config.plan.show != "no"
-    # Not ZeRO-0 in bf16: there DeepSpeed keeps and clips gradients in bf16.
-    lowest = 1 if config.engine.precision == "bf16" else 0
-    stages = range(lowest, 4) if shows or stage == "auto" else [stage]
+    stages = range(4) if shows or stage == "auto" else [stage]
     ways = WAYS if shows or way == "auto" else [way]
     sequence = config.parallel.sequence
     ranks = config.plan.ranks or int(os.environ.get("WORLD_SIZE", sequence))

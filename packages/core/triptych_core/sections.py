@@ -129,7 +129,7 @@ class EngineConfig(Section):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> EngineConfig:
-        zero, gas = self.zero, self.gradient_accumulation_steps
+        zero = self.zero
         if zero.offload_params and zero.stage not in (3, "auto"):
             raise ValueError(
                 f"engine.zero.offload_params: must go with stage 3, got stage {zero.stage}; "
@@ -139,11 +139,6 @@ class EngineConfig(Section):
             raise ValueError(
                 "engine.zero.offload_optimizer: must go with stage 1, 2 or 3, got stage 0; "
                 "set engine.zero.stage=1"
-            )
-        if zero.stage == 0 and self.precision == "bf16" and gas > 1:
-            raise ValueError(
-                "engine.gradient_accumulation_steps: must be 1 with engine.zero.stage=0 in bf16, "
-                f"got {gas}; DeepSpeed adds up gradients in bf16 there, set engine.zero.stage=1"
             )
         return self
 

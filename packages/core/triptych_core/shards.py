@@ -1,19 +1,19 @@
-"""Where matrices lie in the flat fp32 masters that DeepSpeed cuts over ranks.
+"""Where parameters, and matrices in them, lie in the flat fp32 masters that DeepSpeed cuts.
 
 ZeRO-1/2 flatten a whole parameter group and give every rank one equal stretch of it; ZeRO-3 cuts
-every parameter by itself and flattens a rank's parts of a sub-group. Both are: a matrix is a run
+every parameter by itself and flattens a rank's parts of a sub-group. Both are: a parameter is a run
 of elements, and a few ranks hold a stretch of that run each, somewhere in their own flat tensor.
-Read in DeepSpeed 0.19.8: stage_1_and_2.py, bf16_optimizer.py, stage3.py, unfused_optimizer.py.
+Read in DeepSpeed 0.19.8: stage_1_and_2.py, bf16_optimizer.py, stage3.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 Shape = tuple[int, int]
 Shapes = Mapping[int, Sequence[Shape]]  # id of a parameter -> the matrices it holds, end to end
@@ -56,81 +56,118 @@ class _Cut:
     offset: int
 
 
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """A parameter, from element `begin` on in a run that `cuts` divide."""
+
+    parameter: Tensor
+    begin: int
+    cuts: tuple[_Cut, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Flat:
+    """A flat master of this rank, and all parameters that any rank has a piece of in its own."""
+
+    master: Tensor
+    runs: tuple[_Run, ...]
+    group: Any  # the process group the runs are cut over; None where nothing is cut
+
+    def shard(self, shapes: Shapes) -> Shard:
+        """The matrices in it; parameters without any are left out."""
+        found = (_cut(shapes.get(id(run.parameter), ()), run.begin, run.cuts) for run in self.runs)
+        return Shard(self.master, tuple(matrix for part in found for matrix in part), self.group)
+
+    def pieces(self) -> Iterator[tuple[Tensor, Piece]]:
+        """The parameters of which this rank holds a piece, and which."""
+        rank = 0 if self.group is None else dist.get_rank(self.group)
+        for run in self.runs:
+            numel = getattr(run.parameter, "ds_numel", run.parameter.numel())
+            (whole,) = _cut([(1, numel)], run.begin, run.cuts)
+            for piece in whole.pieces:
+                if piece.rank == rank:
+                    yield run.parameter, piece
+
+
 def find_shards(optimizer: Any, shapes: Shapes) -> list[Shard]:
     """The masters of DeepSpeed's ZeRO `optimizer` that hold matrices, in the order of its groups.
 
     Args:
-        optimizer: `engine.optimizer`: of ZeRO-1/2/3, or a plain one (ZeRO-0 in fp32).
+        optimizer: `engine.optimizer` of ZeRO-1, 2 or 3.
         shapes: the matrices of each of the model's parameters; others are left out.
     """
+    return _with_matrices(flat_masters(optimizer), shapes)
+
+
+def whole_shards(masters: Mapping[nn.Parameter, Tensor], shapes: Shapes) -> list[Shard]:
+    """The masters that hold matrices where nothing is cut: one for each parameter (ZeRO-0)."""
+    return _with_matrices(whole_masters(masters), shapes)
+
+
+def flat_masters(optimizer: Any) -> Iterator[Flat]:
+    """The masters of DeepSpeed's ZeRO `optimizer` (ZeRO-1, 2 or 3), in the order of its groups."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        found = _stage_3(optimizer, shapes)
-    elif hasattr(optimizer, "single_partition_of_fp32_groups"):
-        found = _stage_1_or_2(
+        return _stage_3(optimizer)
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return _stage_1_or_2(
             optimizer.single_partition_of_fp32_groups,
             optimizer.round_robin_bit16_groups,
             optimizer.real_dp_process_group,
-            shapes,
             optimizer.round_robin_bit16_offsets,
         )
-    elif hasattr(optimizer, "fp32_groups_flat_partition"):
-        found = _stage_1_or_2(
+    if hasattr(optimizer, "fp32_groups_flat_partition"):
+        return _stage_1_or_2(
             optimizer.fp32_groups_flat_partition,
             optimizer.bf16_groups,
             optimizer.real_dp_process_group,
-            shapes,
         )
-    else:
-        found = _stage_0(optimizer, shapes)
-    return [shard for shard in found if shard.matrices]
+    raise AssertionError(f"{type(optimizer).__name__} is no optimizer of ZeRO-1, 2 or 3")
 
 
-def _stage_0(optimizer: Any, shapes: Shapes) -> Iterator[Shard]:
-    """Whole parameters; in bf16 each has an fp32 copy."""
-    halves = getattr(optimizer, "fp16_groups", None)
-    if halves is None:
-        halves = [group["params"] for group in optimizer.param_groups]
-    masters = getattr(optimizer, "fp32_groups", halves)
-    for half_group, master_group in zip(halves, masters, strict=True):
-        for half, master in zip(half_group, master_group, strict=True):
-            whole = [_Cut(rank=0, begin=0, end=half.numel(), offset=0)]
-            yield Shard(master, tuple(_cut(shapes.get(id(half), ()), 0, whole)), None)
+def whole_masters(masters: Mapping[nn.Parameter, Tensor]) -> Iterator[Flat]:
+    """A master for each parameter, whole."""
+    for parameter, master in masters.items():
+        whole = _Cut(rank=0, begin=0, end=master.numel(), offset=0)
+        yield Flat(master, (_Run(parameter, 0, (whole,)),), None)
+
+
+def _with_matrices(flats: Iterable[Flat], shapes: Shapes) -> list[Shard]:
+    return [shard for flat in flats if (shard := flat.shard(shapes)).matrices]
 
 
 def _stage_1_or_2(
     masters: Sequence[Tensor],
     groups: Sequence[Sequence[Tensor]],
     process_groups: Sequence[Any],
-    shapes: Shapes,
     offsets: Sequence[Sequence[int]] | None = None,
-) -> Iterator[Shard]:
+) -> Iterator[Flat]:
     """Parameters end to end, rank r holding elements r * size to (r + 1) * size of the group."""
     for index, (master, group) in enumerate(zip(masters, groups, strict=True)):
         size = master.numel()
         num_ranks = dist.get_world_size(process_groups[index])
-        cuts = [_Cut(rank, rank * size, (rank + 1) * size, 0) for rank in range(num_ranks)]
-        matrices: list[Matrix] = []
+        cuts = tuple(_Cut(rank, rank * size, (rank + 1) * size, 0) for rank in range(num_ranks))
+        runs: list[_Run] = []
         at = 0
         for number, parameter in enumerate(group):
             begin = at if offsets is None else offsets[index][number]
-            matrices += _cut(shapes.get(id(parameter), ()), begin, cuts)
+            runs.append(_Run(parameter, begin, cuts))
             at = begin + parameter.numel()
-        yield Shard(master, tuple(matrices), process_groups[index])
+        yield Flat(master, tuple(runs), process_groups[index])
 
 
-def _stage_3(optimizer: Any, shapes: Shapes) -> Iterator[Shard]:
+def _stage_3(optimizer: Any) -> Iterator[Flat]:
     """Rank r holds elements r * part to (r + 1) * part of every parameter of a sub-group."""
     for index, master in enumerate(optimizer.fp32_partitioned_groups_flat):
         process_group = optimizer.sub_group_process_groups[index]
         num_ranks = dist.get_world_size(process_group)
-        matrices: list[Matrix] = []
+        runs: list[_Run] = []
         offset = 0
         for parameter in optimizer.fp16_groups[index]:
             part = parameter.partition_numel()  # the last rank's may end in padding
-            cuts = [_Cut(rank, rank * part, (rank + 1) * part, offset) for rank in range(num_ranks)]
-            matrices += _cut(shapes.get(id(parameter), ()), 0, cuts)
+            cuts = (_Cut(rank, rank * part, (rank + 1) * part, offset) for rank in range(num_ranks))
+            runs.append(_Run(parameter, 0, tuple(cuts)))
             offset += part
-        yield Shard(master, tuple(matrices), process_group)
+        yield Flat(master, tuple(runs), process_group)
 
 
 def _cut(shapes: Sequence[Shape], begin: int, cuts: Sequence[_Cut]) -> Iterator[Matrix]:

@@ -81,10 +81,13 @@ def plan_speed(
     width = 2 if engine.precision == "bf16" else 4
     per_rank = weights.trained / (ranks if stage > 0 else 1)
     # AdamW reads gradient, master and two states, writes three of them and the weight; the norm
-    # reads the gradients once more, clipping reads and writes them.
-    touched = per_rank * (4 * 4 + 3 * 4 + width + 3 * 4)
+    # reads the gradients once more.
+    touched = per_rank * (2 * 4 + 3 * 4 + width + 3 * 4)
+    if stage > 0:  # clipping reads and writes gradients
+        touched += per_rank * 2 * 4
     # Gradients: bf16 read, fp32 written; ZeRO-1 adds up, moves through a bucket and a flat copy.
-    touched += weights.trained * (width + 4) * gas + (weights.trained * 24 if stage == 1 else 0)
+    if stage > 0 or ranks * gas > 1:
+        touched += weights.trained * (width + 4) * gas + (weights.trained * 24 if stage == 1 else 0)
     share = (ranks - 1) / ranks
     reduced = 4.0 * weights.trained * (1 if stage == 1 else gas)
     gathered = width * weights.numel * (2 * gas if stage == 3 else 1)

@@ -23,6 +23,9 @@ from .sequence import ALONE, SequenceGroup, check_heads
 # packed attention comes by its own name.
 FUSED_OPS = ("rms_norm", "swiglu")
 
+# Keys of config.json that two runs of one model may differ in.
+IMMATERIAL = frozenset({"architectures", "dtype", "transformers_version", "use_cache"})
+
 
 class PackedModel(nn.Module):
     """A transformers model, `self.hf`; a family says what its parts are and how a row runs.
@@ -69,6 +72,10 @@ class PackedModel(nn.Module):
     def flops(self, batch: Mapping[str, Any]) -> float:
         """Forward and backward FLOPs of one packed row; see triptych_models.flops."""
         raise NotImplementedError
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the weights mean: config.json, less what does not change a number."""
+        return _without(self.hf.config.to_diff_dict(), IMMATERIAL)
 
     def check_processor(self, processor: Any) -> None:
         """Raise ValueError unless the data's processor makes what this model expects."""
@@ -163,3 +170,11 @@ def compile_forward(layer: nn.Module, dynamic: bool | None = None) -> None:
     are none: it is a leaf to ZeRO-3, whose weights are whole while its forward runs.
     """
     layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=dynamic)
+
+
+def _without(tree: dict[str, Any], keys: frozenset[str]) -> dict[str, Any]:
+    return {
+        key: _without(value, keys) if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if key not in keys
+    }

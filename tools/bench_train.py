@@ -1,0 +1,324 @@
+"""Speed and memory of a training step on random packed rows: one process a variant, one table.
+
+    python tools/make_bench_model.py bench/qwen3-1.7b --shape qwen3-1.7b
+    python tools/bench_train.py bench/qwen3-1.7b bench/runs --variant plain --variant zero0
+
+The model is of random weights, the loop is the stages' own (`triptych_core.loop.train`), but for
+variants named plain, which are what a bare PyTorch loop does: the floor that an engine's cost is
+counted from. Figures are medians over the steps after warm-up; every run keeps metrics.jsonl.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+WARM_UP = 6
+COMPILED = ["model.compile=layers"]
+VARIANTS = {
+    "plain": [*COMPILED, "loop=plain"],
+    "plain_bf16_adam": [*COMPILED, "loop=plain_bf16_adam"],
+    "plain_stock": [*COMPILED, "loop=plain", "model.fuse=false"],
+    "plain_eager": ["loop=plain"],
+    "zero0": [*COMPILED, "engine.zero.stage=0"],
+    "zero0_stock": [*COMPILED, "engine.zero.stage=0", "model.fuse=false"],
+    "zero0_eager": ["engine.zero.stage=0"],
+    "zero0_muon": [*COMPILED, "engine.zero.stage=0", "optim.name=muon"],
+    "zero0_selective": ["engine.zero.stage=0", "engine.checkpointing=selective"],
+    "zero0_full": [*COMPILED, "engine.zero.stage=0", "engine.checkpointing=full"],
+    "zero1": [*COMPILED, "engine.zero.stage=1"],
+    "zero1_eager": ["engine.zero.stage=1"],
+    "zero2": [*COMPILED, "engine.zero.stage=2"],
+    "zero3": [*COMPILED, "engine.zero.stage=3"],
+    "zero3_eager": ["engine.zero.stage=3"],
+    "zero3_selective": ["engine.zero.stage=3", "engine.checkpointing=selective"],
+    "zero3_full": [*COMPILED, "engine.zero.stage=3", "engine.checkpointing=full"],
+}
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--variant", "names", multiple=True, type=click.Choice(list(VARIANTS)))
+@click.option("--ranks", default=1, help="processes, one a device")
+@click.option("--steps", default=20, type=click.IntRange(WARM_UP + 2))
+@click.option("--seq-len", default=16384, help="tokens a row")
+@click.option("--document-len", default=1024, help="tokens a document")
+@click.option("--image-share", default=0.0, help="of the tokens (vision-language models)")
+@click.option("--image-tokens", default=1024, help="of an image")
+@click.option("--profile/--no-profile", default=False, help="profile two steps more")
+@click.option("--timeout", default=240, help="seconds a variant may take")
+@click.option("--one", hidden=True, help="run this variant in this process")
+@click.argument("overrides", nargs=-1)
+def main(
+    model: Path,
+    out: Path,
+    names: tuple[str, ...],
+    ranks: int,
+    timeout: int,
+    one: str | None,
+    **settings: Any,
+) -> None:
+    """Train MODEL (a folder with config.json) a few steps per variant, into OUT."""
+    if one is not None:
+        run_variant(model, out / one, VARIANTS[one], **settings)
+        return
+    print(f"{'variant':20}{'tokens/s':>10}{'MFU':>8}{'peak GiB':>10}{'step ms':>9}{'loss':>9}")
+    for name in names or VARIANTS:
+        words = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+        words += [__file__, str(model), str(out), "--one", name]
+        for key, value in settings.items():
+            if key == "profile":
+                words += ["--profile"] * value
+            elif key != "overrides":
+                words += [f"--{key.replace('_', '-')}", str(value)]
+        (out / name).mkdir(parents=True, exist_ok=True)
+        with (out / name / "log.txt").open("w") as log:
+            try:
+                code = subprocess.run(
+                    [*words, *settings["overrides"]], stdout=log, stderr=log, timeout=timeout
+                ).returncode
+            except subprocess.TimeoutExpired:
+                code = -1
+        row = figures(out / name / "metrics.jsonl") if code == 0 else failure(out / name, code)
+        print(f"{name:20}{row}", flush=True)
+
+
+def run_variant(
+    model_dir: Path,
+    run_dir: Path,
+    words: list[str],
+    *,
+    steps: int,
+    seq_len: int,
+    profile: bool,
+    overrides: tuple[str, ...],
+    **batch: Any,
+) -> None:
+    """Take the steps in this process."""
+    from triptych_core.config import StageConfig, load_config
+    from triptych_core.launch import launch, shutdown
+    from triptych_models.config import ModelConfig
+
+    words = [*words, *overrides]
+    loop = next((w.partition("=")[2] for w in words if w.startswith("loop=")), "ours")
+    of_model = dict(w.removeprefix("model.").split("=") for w in words if w.startswith("model."))
+    rest = [w for w in words if not w.startswith(("model.", "loop="))]
+    config = load_config(
+        StageConfig,
+        None,
+        [
+            f"run.dir={run_dir}",
+            f"run.steps={steps + 2 * profile}",
+            "optim.lr=1e-5",
+            "log.every=1000",
+            "log.progress=false",
+            "schedule.kind=constant",
+            *(["engine.zero.stage=0"] if loop != "ours" else []),
+            *rest,
+        ],
+    )
+    runtime = launch(config.run)
+    settings = ModelConfig.model_validate({"path": model_dir, "init": "random", **of_model})
+    model = build(settings, config.engine, runtime.world_size)
+    batches = make_batches(model, seq_len, seed=runtime.rank, **batch)
+    take = partial(train_ours, config=config, runtime=runtime)
+    if loop != "ours":
+        take = partial(train_plain, config=config, low_precision_states=loop != "plain")
+    take(model, batches, watch=Profile(run_dir, steps) if profile else lambda step: None)
+    shutdown()
+
+
+def build(settings: Any, engine: Any, world_size: int) -> Any:
+    """The model, filled where it is: the stages draw on the host, the same on any device."""
+    from triptych_core.engine import compute_dtype, gather_parameters, sharded_init
+    from triptych_models.families import build_shell
+    from triptych_models.weights import own_parameters
+
+    with sharded_init(engine, world_size):
+        model = build_shell(settings, dtype=compute_dtype(engine))
+    if engine.stage < 3 and torch.cuda.is_available():
+        model.to("cuda")
+    gather = gather_parameters(engine)
+    for module, own in own_parameters(model.hf):
+        with gather(list(own.values())), torch.no_grad():
+            for name, parameter in own.items():
+                if "Norm" in type(module).__name__ and name.endswith("weight"):
+                    parameter.fill_(1.0)
+                else:
+                    parameter.normal_(0.0, 0.0 if name.endswith("bias") else 0.02)
+    if settings.compile == "layers":
+        model.compile_layers()
+    model.set_checkpointing(engine.checkpointing)
+    return model
+
+
+def make_batches(model: Any, seq_len: int, *, seed: int, **shape: Any) -> Iterator[dict[str, Any]]:
+    """Rows of random tokens, each of them a target; a new one every step, of the same shapes."""
+    from triptych_models.pretend import pretend_batch
+
+    generator = torch.Generator().manual_seed(seed)
+    like = pretend_batch(model, seq_len, target_share=1.0, **shape)
+    vocabulary = model.hf.config.get_text_config().vocab_size
+    bounds = like["cu_seqlens"]
+    starts = torch.repeat_interleave(bounds[:-1], bounds.diff(), output_size=seq_len)
+    positions = (torch.arange(seq_len) - starts).expand_as(like["position_ids"]).contiguous()
+
+    def tokens() -> Tensor:
+        return torch.randint(vocabulary, (1, seq_len), generator=generator)
+
+    while True:
+        labels = torch.where(like["shift_labels"] == -100, -100, tokens())
+        yield like | {
+            "input_ids": tokens(),
+            "shift_labels": labels,
+            "position_ids": positions,
+            "num_tokens": seq_len,
+        }
+
+
+def train_ours(model: Any, batches: Any, *, config: Any, runtime: Any, watch: Any) -> None:
+    """The loop and the engine of the stages."""
+    from triptych_core.engine import build_engine
+    from triptych_core.loop import train
+    from triptych_core.metrics import Metrics
+    from triptych_core.optim import build_optimizer, parameter_groups
+    from triptych_models.freeze import parameter_parts
+    from triptych_models.matrices import matrix_shapes
+
+    groups = parameter_groups(
+        model.named_parameters(),
+        config.optim,
+        parameter_parts(model).__getitem__,
+        matrix_shapes(model),
+    )
+    engine = build_engine(
+        model,
+        build_optimizer(groups, config.optim),
+        config.engine,
+        config.optim,
+        runtime.world_size,
+        model.layers(),
+    )
+    with Metrics(config, rank=runtime.rank, world_size=runtime.world_size) as metrics:
+        train(engine, batches, config, flops=model.flops, metrics=metrics, on_step=[watch])
+
+
+def train_plain(
+    model: Any, batches: Any, *, config: Any, low_precision_states: bool, watch: Any
+) -> None:
+    """A bare loop on one device: torch's fused AdamW, on fp32 masters or on the bf16 weights."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).train()
+    weights = list(model.parameters())
+    masters = weights if low_precision_states else [p.detach().float() for p in weights]
+    optim = config.optim
+    optimizer = torch.optim.AdamW(
+        masters,
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        fused=True,
+    )
+    with (config.run.dir / "metrics.jsonl").open("w") as file:
+        for step in range(1, config.run.steps + 1):
+            started = time.perf_counter()
+            batch = next(batches)
+            flops = model.flops(batch)
+            on_device = {
+                key: value.to(device)
+                if isinstance(value, Tensor) and key != "image_grid_thw"
+                else value
+                for key, value in batch.items()
+                if key != "num_tokens"
+            }
+            loss = model(**on_device).loss_sum / batch["num_targets"]
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, optim.max_grad_norm, foreach=True)
+            if not low_precision_states:
+                for master, weight in zip(masters, weights, strict=True):
+                    master.grad = weight.grad.float()  # one at a time: the bf16 gradient goes
+                    weight.grad = None
+            optimizer.step()
+            if not low_precision_states:
+                with torch.no_grad():
+                    torch._foreach_copy_(weights, masters)
+            optimizer.zero_grad(set_to_none=True)
+            shown = loss.item()
+            seconds = time.perf_counter() - started
+            line = {
+                "step": step,
+                "loss": shown,
+                "step_seconds": seconds,
+                "tokens_per_second": batch["num_tokens"] / seconds,
+                "mfu": flops / seconds / 989e12,
+                "peak_memory_bytes": torch.cuda.max_memory_allocated()
+                if device.type == "cuda"
+                else 0,
+            }
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            watch(step)
+
+
+class Profile:
+    """Profiles the two steps after `begin` and writes where the device's time went."""
+
+    def __init__(self, directory: Path, begin: int) -> None:
+        self.directory = directory
+        self.begin = begin
+        self.profiler = torch.profiler.profile(
+            activities=[
+                torch.profiler.ProfilerActivity.CPU,
+                *([torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []),
+            ]
+        )
+
+    def __call__(self, step: int) -> None:
+        if step == self.begin:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.profiler.start()
+        elif step == self.begin + 2:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.profiler.stop()
+            averages = self.profiler.key_averages()
+            key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+            table = averages.table(sort_by=key, row_limit=45, max_name_column_width=90)
+            (self.directory / "profile.txt").write_text(table)
+            self.profiler.export_chrome_trace(str(self.directory / "trace.json"))
+
+
+def figures(path: Path) -> str:
+    """Medians over the steps after warm-up."""
+    lines = [json.loads(line) for line in path.open()][WARM_UP:]
+
+    def median(key: str) -> float:
+        return statistics.median(line[key] or 0.0 for line in lines)
+
+    peak = max(line["peak_memory_bytes"] for line in lines) / 2**30
+    return (
+        f"{median('tokens_per_second'):10,.0f}{median('mfu'):8.1%}{peak:10.1f}"
+        f"{median('step_seconds') * 1000:9.1f}{lines[-1]['loss']:9.4f}"
+    )
+
+
+def failure(run_dir: Path, code: int) -> str:
+    """What a run that ended badly said last."""
+    lines = [line for line in (run_dir / "log.txt").read_text().splitlines() if "Error" in line]
+    return f"  failed ({code}): {lines[0][:110] if lines else 'no word'}"
+
+
+if __name__ == "__main__":
+    main()
