@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -12,8 +13,13 @@ from tests.data.packs import MODEL, tiny_processor
 from triptych_data.batch import collate
 from triptych_data.chat_config import ChatConfig
 from triptych_data.cli import main
+from triptych_data.config import DataConfig
+from triptych_data.heldout import Heldout
 from triptych_data.index import MediaColumns
+from triptych_data.lengths import Lengths
+from triptych_data.loader import PackLoader
 from triptych_data.mapping import Mapping
+from triptych_data.pieces import cut_documents
 from triptych_data.processor import Processor
 from triptych_data.reader import Shards
 from triptych_data.sample import RawSample, check_sample, parse_record
@@ -93,7 +99,9 @@ def test_what_is_no_document_is_refused(record, num_media, message):
 
 
 def test_text_that_stands_for_control_tokens_is_refused():
-    with pytest.raises(ValueError, match="a.tar: sample 7: text must not contain the private-use"):
+    with pytest.raises(
+        ValueError, match=r"a\.tar: sample 7: text must not contain the private-use"
+    ):
         tiny_processor().encode(document("a\U0010f002b"))
 
 
@@ -123,3 +131,107 @@ def test_a_caption_whose_image_is_missing_is_no_document(tmp_path):
         write_shards(source, tmp_path / "out")
     with pytest.raises(ValueError, match=r"--text: must stand alone"):
         Mapping(text="a", response="b")
+
+
+def lengths_of(tokens, targets):
+    columns = [np.array(column, dtype=np.int32) for column in (tokens, targets)]
+    rest = np.zeros((3, len(tokens)), dtype=np.int64)
+    return Lengths(*columns, *rest)
+
+
+def test_documents_are_cut_without_losing_a_target_and_chats_are_not():
+    seq_len = 8
+    tokens = [5, 8, 9, 10, 16, 17, 18, 30, 0, 12]
+    targets = [4, 7, 8, 9, 15, 16, 17, 29, 0, 3]  # the last two: a refused sample, a chat
+    pieces, cut = cut_documents(lengths_of(tokens, targets), seq_len)
+    assert np.diff(pieces.starts).tolist() == [1, 1, 1, 2, 2, 2, 3, 4, 1, 1]
+    assert cut.num_tokens.tolist() == [5, 8, 8, 8, 2, 8, 8, 8, 8, 8, 8, 2, 8, 8, 8, 6, 0, 12]
+    of_samples = np.add.reduceat(cut.num_targets, pieces.starts[:-1])
+    assert of_samples.tolist() == targets
+    places = [pieces.locate(piece) for piece in range(len(pieces))]
+    assert places == [(s, k) for s, n in enumerate(np.diff(pieces.starts)) for k in range(n)]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Documents of 3 to 150 tokens, and a chat or two between them."""
+    words = [
+        "a",
+        "small",
+        "boat",
+        "at",
+        "sea",
+        "saw",
+        "one",
+        "more",
+        "boat",
+        "and",
+        "then",
+        "it",
+        "saw",
+        "none",
+    ]
+    records = [
+        {"text": " ".join(words[(i + k) % len(words)] for k in range(3 + 23 * (i % 7)))}
+        for i in range(40)
+    ]
+    records[5:5] = [chat()]
+    records[20:20] = [chat(answer="Two.")]
+    write_shards(
+        write_jsonl(tmp_path / "x.jsonl", records), tmp_path / "shards", samples_per_shard=9
+    )
+    return tmp_path / "shards"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_holds_each_target_of_each_document_once(corpus, num_workers):
+    config = DataConfig(shards=[str(corpus)], seq_len=64, window=64, num_workers=num_workers)
+    processor, shards = tiny_processor(), Shards.open(corpus)
+    loader = PackLoader(config, processor, rank=0, world_size=1)
+    assert loader.describe()["documents cut"] > 10
+    assert loader.describe()["samples"] == 42
+    seen = {}
+    for batch in loader:
+        if batch["place"].epoch:
+            break
+        bounds = batch["cu_seqlens"].tolist()
+        for key, piece, first, last in zip(
+            batch["sample_keys"], batch["sample_ids"], bounds, bounds[1:], strict=False
+        ):
+            assert piece not in seen
+            sample, number = loader.plan.pieces.locate(piece)
+            seen[piece] = sample, number, batch["input_ids"][0, first:last].tolist()
+            labels = batch["shift_labels"][0, first:last]
+            assert torch.equal(batch["position_ids"][0, 0, first:last], torch.arange(last - first))
+            whole = processor.encode(shards.read(sample))
+            assert key == (f"{whole.key}#{number}" if len(whole.input_ids) > 64 else whole.key)
+            assert torch.equal(labels, whole.shift_labels[64 * number :][: last - first])
+    assert sorted(seen) == list(range(len(loader.plan.pieces)))
+    for sample in range(42):
+        parts = sorted((number, ids) for s, number, ids in seen.values() if s == sample)
+        ids = [token for _, part in parts for token in part]
+        whole = processor.encode(shards.read(sample)).input_ids.tolist()
+        assert ids == whole or (ids == whole[:-1] and len(ids) % 64 == 0)
+
+
+def test_position_resumes_among_pieces_and_ranks_share_them(corpus):
+    config = DataConfig(shards=[str(corpus)], seq_len=64, window=64, num_workers=0)
+    one = PackLoader(config, tiny_processor(), rank=0, world_size=1)
+    stream = iter(one)
+    ids = [next(stream)["sample_ids"] for _ in range(12)]
+    resumed = PackLoader(config, tiny_processor(), rank=0, world_size=1)
+    first = iter(one_again := PackLoader(config, tiny_processor(), rank=0, world_size=1))
+    for _ in range(4):
+        next(first)
+    resumed.load_state_dict(one_again.state_dict())
+    assert [next(iter(resumed))["sample_ids"] for _ in range(3)] == ids[4:7]
+    halves = [iter(PackLoader(config, tiny_processor(), rank=r, world_size=2)) for r in (0, 1)]
+    assert [next(halves[i % 2])["sample_ids"] for i in range(12)] == ids
+
+
+def test_heldout_documents_count_whole_and_ask_nothing(corpus):
+    heldout = Heldout([corpus], tiny_processor(), seq_len=64, rank=0, world_size=1, limit=100)
+    assert len(heldout.questions) == 2
+    shards = Shards.open(corpus)
+    expected = sum(tiny_processor().encode(raw).num_targets for raw in shards)
+    assert sum(batch["num_targets"] for batch in heldout.batches()) == expected

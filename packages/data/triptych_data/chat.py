@@ -11,6 +11,7 @@ import numpy as np
 
 from triptych_data.assemble import ChatTokens, MediaTokens, assemble, disassemble
 from triptych_data.chat_config import ChatConfig
+from triptych_data.encoded import IGNORE_INDEX
 from triptych_data.messages import MessageForms, is_trained
 from triptych_data.template import ChatTemplate, Message
 from triptych_data.text_tokenizer import TextTokenizer, load_tokenizer
@@ -18,7 +19,6 @@ from triptych_data.turns import TurnFinder
 
 __all__ = ["ChatTokenizer", "ChatTokens", "MediaTokens", "message_text", "shift_targets"]
 
-IGNORE_INDEX = -100
 CHAT_VERSION = 2
 """To be raised whenever the same chat, template and tokenizer would give other tokens."""
 

@@ -1,9 +1,11 @@
 """What becomes of a sample under a model folder: encoded, or only measured."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
+
+IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,25 @@ class EncodedSample:
     image_grid_thw: Tensor
     image_positions: Tensor
     num_targets: int
+
+
+def cut_piece(sample: EncodedSample, number: int, seq_len: int) -> EncodedSample:
+    """Return piece `number` of a document that is longer than a pack, as `pieces` counts them.
+
+    Of any other sample it is the sample.
+    """
+    if len(sample.input_ids) <= seq_len:
+        return sample
+    span = slice(number * seq_len, (number + 1) * seq_len)
+    labels = sample.shift_labels[span]
+    return replace(
+        sample,
+        key=f"{sample.key}#{number}",
+        input_ids=sample.input_ids[span],
+        shift_labels=labels,
+        position_ids=sample.position_ids[:, : len(labels)],
+        num_targets=int((labels != IGNORE_INDEX).sum()),
+    )
 
 
 class Measures(NamedTuple):

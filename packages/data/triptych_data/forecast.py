@@ -44,7 +44,8 @@ def forecast(
     """
     lengths = sample_lengths(shards, processor, progress=progress)
     plan = Plan(config, sources, lengths)
-    packs = [pack.samples for pack in _one_epoch(plan, shards.num_samples)]
+    lengths = plan.lengths  # of the pieces of documents, where they are cut
+    packs = [pack.samples for pack in _one_epoch(plan, len(plan.pieces))]
     if not packs:
         raise ValueError(
             f"data.shards: must hold samples of at most data.seq_len={config.seq_len} tokens, got "

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from triptych_data.encoded import Measures
+from triptych_data.pieces import is_document
 from triptych_data.pool import Job, run_workers
 from triptych_data.processor import Processor
 from triptych_data.reader import Shards
@@ -75,10 +76,10 @@ def fitting_samples(
 ) -> np.ndarray:
     """Return the ids (M,) int64 of the samples that one pack can hold, without refused ones.
 
-    Raises ValueError, naming the first sample that does not fit, unless `skip_long`; and if none
-    fits.
+    Documents always fit, since they are cut. Raises ValueError, naming the first sample that does
+    not fit, unless `skip_long`; and if none fits.
     """
-    fits = lengths.num_tokens <= seq_len
+    fits = (lengths.num_tokens <= seq_len) | is_document(lengths)
     if max_patches is not None:
         fits &= lengths.num_patches <= max_patches
     if max_images is not None:

@@ -17,6 +17,7 @@ from triptych_data.lengths import (
     sample_lengths,
 )
 from triptych_data.packing import pack_lengths
+from triptych_data.pieces import cut_documents, is_document
 from triptych_data.plan import Plan, PlanSource
 from triptych_data.pool import Job, run_workers, start_server
 from triptych_data.prepare import PackBuilder, RankStream
@@ -57,7 +58,12 @@ class PackLoader:
         self.plan = Plan(config, sources, lengths, processor.fingerprint)
         self.faults = Faults(config.max_bad_rate)
         self.builder = PackBuilder(
-            self.shards, processor, lengths.num_tokens, config.seq_len, sources
+            self.shards,
+            processor,
+            lengths.num_tokens,
+            self.plan.pieces,
+            config.seq_len,
+            sources,
         )
         self._overridden: list[dict[str, Any]] = []
         self._config = config
@@ -153,7 +159,13 @@ def _check(
     bounds = config.seq_len, config.max_patches, config.max_images
     fitting = fitting_samples(shards, lengths, *bounds, skip_long=skips)
     long = shards.num_samples - len(fitting) - refused
-    return {"samples": len(fitting), "samples too long": long, "samples refused": refused}
+    cut = int((is_document(lengths) & (lengths.num_tokens > config.seq_len)).sum())
+    return {
+        "samples": len(fitting),
+        "documents cut": cut,
+        "samples too long": long,
+        "samples refused": refused,
+    }
 
 
 def _differences(was: dict[str, Any], now: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -184,8 +196,9 @@ def eval_batches(
     lengths = sample_lengths(opened, processor)
     check_refused(opened, lengths, processor, max_bad_rate=0.0)
     fitting_samples(opened, lengths, seq_len, None, skip_long=False)
-    builder = PackBuilder(opened, processor, lengths.num_tokens, seq_len)
-    packs = pack_lengths(lengths.num_tokens, seq_len)
+    pieces, cut = cut_documents(lengths, seq_len)
+    builder = PackBuilder(opened, processor, lengths.num_tokens, pieces, seq_len)
+    packs = pack_lengths(cut.num_tokens, seq_len)
     for first in range(0, len(packs), world_size):
         mine = packs[first + rank].tolist() if first + rank < len(packs) else []
         batch = builder.build(mine, lambda sample: None)

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from triptych_data.config import DataConfig
-from triptych_data.lengths import Lengths, Progress, sample_lengths
+from triptych_data.lengths import Progress, sample_lengths
 from triptych_data.mixture import MixSource, Mixture
+from triptych_data.pieces import cut_documents
 from triptych_data.processor import Processor
 from triptych_data.reader import Shards
 from triptych_data.stage_config import open_processor
@@ -47,7 +48,7 @@ def mix_report(
     if model is not None:
         processor = open_processor(model, config)
     sources = [
-        _measured(name, Shards.open(source.shards), processor, progress)
+        _measured(name, Shards.open(source.shards), processor, config.seq_len, progress)
         for name, source in config.named_sources.items()
     ]
     mixture = Mixture(
@@ -67,12 +68,17 @@ def mix_report(
 
 
 def _measured(
-    name: str, shards: Shards, processor: Processor | None, progress: Progress | None
+    name: str,
+    shards: Shards,
+    processor: Processor | None,
+    seq_len: int,
+    progress: Progress | None,
 ) -> Source:
     if processor is None:
         return Source(name, shards.num_samples, None)
-    lengths: Lengths = sample_lengths(shards, processor, progress=progress)
-    return Source(name, shards.num_samples, int(lengths.num_tokens.sum()))
+    lengths = sample_lengths(shards, processor, progress=progress)
+    pieces, cut = cut_documents(lengths, seq_len)
+    return Source(name, len(pieces), int(cut.num_tokens.sum()))
 
 
 def _mix_source(config: DataConfig, source: Source) -> MixSource:

@@ -10,6 +10,7 @@ from triptych_data.config import DataConfig
 from triptych_data.mixture import MixSource, Mixture
 from triptych_data.packing import Budget, pack_lengths, split_packs
 from triptych_data.permutation import permute, stream_key
+from triptych_data.pieces import cut_documents
 
 if TYPE_CHECKING:
     from triptych_data.lengths import Lengths  # which imports torch
@@ -38,7 +39,7 @@ class PlannedPack(NamedTuple):
     next_position: int
     """the position of the pack after it"""
     samples: np.ndarray
-    """(num_docs,) int64, global sample ids in the order of the documents"""
+    """(num_docs,) int64, global ids in the order of the documents: of pieces, see `Plan.pieces`"""
 
 
 class Plan:
@@ -48,10 +49,12 @@ class Plan:
     their sources, packed (`pack_lengths`), and its packs put in an order in which neighbours cost
     alike (`balanced_order`), so that rank r of N takes pack r of each next N. Nothing is kept from
     one window to the next. A position is the number of samples of the stream before a pack.
-    Samples that no pack can hold, and refused ones (0 tokens), are left out, but count.
+    Samples that no pack can hold, and refused ones (0 tokens), are left out, but count. A document
+    longer than a pack counts as so many samples as it has `pieces`; where there is none, a piece is
+    a sample, and their ids are the same.
 
-    `lengths` are those of all samples of all sources, by global id; `processor` is the fingerprint
-    of what they were measured with.
+    `lengths` are those of all samples of all sources, by global id, and become those of the pieces;
+    `processor` is the fingerprint of what they were measured with.
     """
 
     def __init__(
@@ -64,14 +67,19 @@ class Plan:
         assert [source.name for source in sources] == list(config.named_sources)
         assert sum(source.num_samples for source in sources) == len(lengths.num_tokens)
         self.config = config
-        self.sources = tuple(sources)
-        self.lengths = lengths
-        self.window = config.window or _default_window(config, lengths.num_tokens)
-        self._first_ids = np.cumsum([0, *(source.num_samples for source in sources)])
+        self.pieces, self.lengths = cut_documents(lengths, config.seq_len)
+        ends = np.cumsum([0, *(source.num_samples for source in sources)])
+        self._first_ids = self.pieces.starts[ends]
+        counts = np.diff(self._first_ids).tolist()
+        self.sources = tuple(
+            source._replace(num_samples=count)
+            for source, count in zip(sources, counts, strict=True)
+        )
+        self.window = config.window or _default_window(config, self.lengths.num_tokens)
         self._processor = processor
         self._cost = Cost(config.cost.linear, config.cost.vision, config.cost.vision_linear)
         self.mixture = Mixture(
-            [self._mix_source(i, source) for i, source in enumerate(sources)],
+            [self._mix_source(i, source) for i, source in enumerate(self.sources)],
             window=self.window,
             temperature=config.temperature,
             in_tokens=config.weights_in == "tokens",

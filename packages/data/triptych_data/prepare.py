@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from triptych_data.batch import Batch, collate
-from triptych_data.encoded import EncodedSample
+from triptych_data.encoded import EncodedSample, cut_piece
 from triptych_data.faults import BadSample, Hole, reason_of
+from triptych_data.pieces import Pieces
 from triptych_data.plan import Plan, PlanSource
 from triptych_data.processor import Processor
 from triptych_data.reader import Shards
@@ -70,12 +71,14 @@ class PackBuilder:
     processor: Processor
     num_tokens: np.ndarray
     """(N,) int32, of each sample, as planned"""
+    pieces: Pieces
+    """of the samples, by which the plan counts"""
     seq_len: int
     sources: Sequence[PlanSource] = ()
     """whose samples are those of `shards`, one source after the other"""
 
-    def build(self, samples: Sequence[int], note: Note, epoch: int | None = None) -> Batch:
-        """Return the batch of `samples`, in this order, with those left out listed in `holes`.
+    def build(self, ids: Sequence[int], note: Note, epoch: int | None = None) -> Batch:
+        """Return the batch of the pieces `ids`, in this order, those left out listed in `holes`.
 
         `sample_ids` are the numbers of those that are in it. Images are varied by `epoch`, and
         without it as they are stored. Raises ValueError, naming the shard, if a whole shard cannot
@@ -83,18 +86,24 @@ class PackBuilder:
         """
         encoded: list[EncodedSample] = []
         holes: list[Hole] = []
-        self._warm(samples)
-        for sample in samples:
+        places = [self.pieces.locate(piece) for piece in ids]
+        self._warm([sample for sample, _ in places])
+        for piece, (sample, number) in zip(ids, places, strict=True):
             note(sample)
             found = self._encode(sample, epoch)
             if isinstance(found, Hole):
-                holes.append(found)
+                holes.append(found._replace(sample=piece))
             else:
-                encoded.append(found)
-        batch = collate(encoded, self.seq_len, pad_token_id=self.processor.pad_token_id)
+                encoded.append(cut_piece(found, number, self.seq_len))
+        batch = collate(
+            encoded,
+            self.seq_len,
+            pad_token_id=self.processor.pad_token_id,
+            position_axes=self.processor.position_axes,
+        )
         lost = {hole.sample for hole in holes}
-        ids = [sample for sample in samples if sample not in lost]
-        return batch | {"sample_ids": ids, "holes": holes}
+        kept = [piece for piece in ids if piece not in lost]
+        return batch | {"sample_ids": kept, "holes": holes}
 
     def _warm(self, samples: Sequence[int]) -> None:
         """Fetch what lies on servers, many samples at once; what fails will fail again alone."""
