@@ -11,7 +11,6 @@ from transformers import AutoTokenizer
 from tests.data.chats import chat, write_jsonl
 from tests.data.packs import MODEL, tiny_processor
 from triptych_data.batch import collate
-from triptych_data.chat_config import ChatConfig
 from triptych_data.cli import main
 from triptych_data.config import DataConfig
 from triptych_data.heldout import Heldout
@@ -42,11 +41,8 @@ def text_model(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("tiktoken", ["off", "require"])
-def test_every_token_but_the_first_is_a_target_and_the_last_is_eos(tiktoken):
-    if tiktoken == "require":
-        pytest.importorskip("tiktoken")
-    processor = Processor.from_directory(MODEL, chat=ChatConfig(tiktoken=tiktoken))
+def test_every_token_but_the_first_is_a_target_and_the_last_is_eos():
+    processor = tiny_processor()
     encoded = processor.encode(document())
     ids = encoded.input_ids
     stock = AutoTokenizer.from_pretrained(MODEL)
@@ -99,9 +95,7 @@ def test_what_is_no_document_is_refused(record, num_media, message):
 
 
 def test_text_that_stands_for_control_tokens_is_refused():
-    with pytest.raises(
-        ValueError, match=r"a\.tar: sample 7: text must not contain the private-use"
-    ):
+    with pytest.raises(ValueError, match=r"a\.tar: sample 7: text must not contain"):
         tiny_processor().encode(document("a\U0010f002b"))
 
 
@@ -155,22 +149,7 @@ def test_documents_are_cut_without_losing_a_target_and_chats_are_not():
 @pytest.fixture
 def corpus(tmp_path):
     """Documents of 3 to 150 tokens, and a chat or two between them."""
-    words = [
-        "a",
-        "small",
-        "boat",
-        "at",
-        "sea",
-        "saw",
-        "one",
-        "more",
-        "boat",
-        "and",
-        "then",
-        "it",
-        "saw",
-        "none",
-    ]
+    words = ("a", "small", "boat", "at", "sea", "saw", "one", "more", "and", "then", "it", "none")
     records = [
         {"text": " ".join(words[(i + k) % len(words)] for k in range(3 + 23 * (i % 7)))}
         for i in range(40)
@@ -183,9 +162,8 @@ def corpus(tmp_path):
     return tmp_path / "shards"
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_epoch_holds_each_target_of_each_document_once(corpus, num_workers):
-    config = DataConfig(shards=[str(corpus)], seq_len=64, window=64, num_workers=num_workers)
+def test_an_epoch_holds_each_target_of_each_document_once(corpus):
+    config = DataConfig(shards=[str(corpus)], seq_len=64, window=64, num_workers=0)
     processor, shards = tiny_processor(), Shards.open(corpus)
     loader = PackLoader(config, processor, rank=0, world_size=1)
     assert loader.describe()["documents cut"] > 10
