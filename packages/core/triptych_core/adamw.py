@@ -81,19 +81,6 @@ class AdamW(torch.optim.Optimizer):
             self._step_group(group, gradients or {}, grad_scale)
         return loss
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """After loading, which casts states to their master's dtype; torch's AdamW saves tensors.
-
-        Raises nothing; reads `step` from the device where a checkpoint holds it as a tensor.
-        """
-        super().__setstate__(state)
-        for held in self.state.values():
-            if "step" in held:
-                held["step"] = int(held["step"])
-            for name in _MOMENTS:
-                if name in held:
-                    held[name] = held[name].to(self._state_dtype)
-
     def _step_group(
         self, group: dict[str, Any], gradients: Gradients, grad_scale: Tensor | None
     ) -> None:
@@ -101,7 +88,7 @@ class AdamW(torch.optim.Optimizer):
         for master in group["params"]:
             gradient = gradients.get(master, master.grad)
             if gradient is not None:
-                by_step.setdefault(self._count(master), []).append((master, gradient))
+                by_step.setdefault(self._begin(master), []).append((master, gradient))
         beta1, beta2 = group["betas"]
         for step, pairs in by_step.items():
             masters = [master for master, _ in pairs]
@@ -121,8 +108,8 @@ class AdamW(torch.optim.Optimizer):
                 seed=zlib.crc32(f"{self._seed} {group.get('name')} {step}".encode()),
             )
 
-    def _count(self, master: Tensor) -> int:
-        """The number of this step of a master, whose states are made before the first."""
+    def _begin(self, master: Tensor) -> int:
+        """The number of this step of a master, whose states are there from now on."""
         state = self.state[master]
         if not state:
             state["step"] = 0
@@ -130,5 +117,8 @@ class AdamW(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(
                     master, dtype=self._state_dtype, memory_format=torch.contiguous_format
                 )
-        state["step"] = int(state["step"]) + 1  # a tensor at most once, from a checkpoint
+        # Loading makes states of their master's dtype, and torch's AdamW counts in a tensor.
+        for name in _MOMENTS:
+            state[name] = state[name].to(self._state_dtype)
+        state["step"] = int(state["step"]) + 1
         return int(state["step"])
