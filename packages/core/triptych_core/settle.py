@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch.distributed as dist
 
-from triptych_core.checkpoint import checkpoints
 from triptych_core.config import StageConfig
 from triptych_core.plan import Plan, with_choice
 
@@ -18,9 +16,8 @@ Stage = TypeVar("Stage", bound=StageConfig)
 def settle(config: Stage, plan: Callable[[Stage], Plan]) -> tuple[Stage, str | None]:
     """The configuration with nothing left open, and one line that says why it is as it is.
 
-    The main rank plans and all follow. A run that has a checkpoint goes on under its stage, since
-    a checkpoint can only be read by the stage that wrote it. None for a configuration that left
-    nothing open.
+    The main rank plans and all follow. A run that has a checkpoint is planned like any other: its
+    files are read under every stage. None for a configuration that left nothing open.
     """
     if "auto" not in (config.engine.zero.stage, config.engine.checkpointing):
         return config, None
@@ -34,14 +31,6 @@ def settle(config: Stage, plan: Callable[[Stage], Plan]) -> tuple[Stage, str | N
 
 
 def _choose(config: Stage, plan: Callable[[Stage], Plan]) -> tuple[int, str, str]:
-    before = ""
-    saved = checkpoints(config.run.dir)
-    if saved and config.engine.zero.stage == "auto":
-        stage = json.loads((saved[-1] / "state.json").read_text())["zero_stage"]
-        config = with_choice(config, stage, config.engine.checkpointing)
-        before = f"ZeRO-{stage} as {saved[-1].name} was saved; "
-        if config.engine.checkpointing != "auto":
-            return stage, config.engine.checkpointing, before.removesuffix("; ")
     made = plan(config)
     chosen = made.chosen or min(made.choices, key=lambda choice: choice.memory.peak)
-    return chosen.stage, chosen.checkpointing, before + made.why()
+    return chosen.stage, chosen.checkpointing, made.why()
