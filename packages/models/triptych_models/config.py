@@ -1,6 +1,7 @@
 """What a stage's YAML says about its model. Imports no torch: it is validated before torch is."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -37,15 +38,17 @@ class ModelConfig(BaseModel):
     )
     compile: Literal["none", "layers"] = Field(
         default="none",
-        description="layers: torch.compile each layer on its own (not with ZeRO-3, whose hooks "
-        "inside a layer break its graph)",
+        description="layers: torch.compile each layer on its own",
     )
     fuse: bool = Field(
-        default=True, description="RMSNorm and SwiGLU through triptych_kernels instead of stock"
+        default=True,
+        description="RMSNorm and SwiGLU through triptych_kernels instead of stock; not in compiled "
+        "layers, where the compiler does it",
     )
 
-    def check_path(self) -> None:
-        """Raise ValueError unless `path` holds a family that has the parts to freeze.
+    def check_path(self, lr_by_part: Iterable[str] = ()) -> None:
+        """Raise ValueError unless `path` holds a family with the parts to freeze, a part to train,
+        and the parts that have a learning rate of their own.
 
         Called before anything heavy is imported.
         """
@@ -55,12 +58,16 @@ class ModelConfig(BaseModel):
                 "download the model there or correct the path"
             )
         parts = PARTS[self.find_family()]
-        for part in self.freeze:
-            if part not in parts:
-                raise ValueError(
-                    f"model.freeze: must name parts of the model ({', '.join(parts)}), got "
-                    f"{part}; leave it out"
-                )
+        named = {"model.freeze": self.freeze, "optim.lr_by_part": list(lr_by_part)}
+        for key, names in named.items():
+            for part in names:
+                if part not in parts:
+                    raise ValueError(
+                        f"{key}: must name parts of the model ({', '.join(parts)}), got {part}; "
+                        "leave it out"
+                    )
+        if set(parts) <= set(self.freeze):
+            raise ValueError("model.freeze: must leave a part to train, got all; name fewer")
 
     def find_family(self) -> Family:
         """The architecture, read from config.json where `family` leaves it to that.

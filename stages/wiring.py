@@ -1,0 +1,240 @@
+"""What stages on packed rows share: configuration, plan, and the run from shards to export.
+
+No stage itself: a stage says what of this it sets otherwise, and begins it.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING, Self, get_args
+
+from pydantic import Field, model_validator
+
+from triptych_core.config import StageConfig, did_you_mean
+from triptych_data.config import DataConfig
+from triptych_models.config import ModelConfig, Part
+
+if TYPE_CHECKING:
+    from triptych_core.plan import Plan
+
+
+class PackedConfig(StageConfig):
+    """Sections of every stage that trains a model on packed rows; a stage says its own defaults."""
+
+    model: ModelConfig
+    data: DataConfig
+    export: bool = Field(True, description="write run.dir/export, a Hugging Face directory")
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        trained = [part for part in get_args(Part) if part not in self.model.freeze]
+        if not trained:
+            raise ValueError("model.freeze: must leave a part to train, got all; name fewer")
+        for part in self.optim.lr_by_part:
+            if part not in trained:
+                raise ValueError(
+                    f"optim.lr_by_part.{part}: must be a part that trains, got '{part}'"
+                    f"{did_you_mean(part, trained)}"
+                )
+        if self.model.compile == "layers" and self.engine.zero.stage == 3:
+            raise ValueError(
+                "model.compile: must be none with engine.zero.stage=3, got layers; DeepSpeed's "
+                "hooks inside a layer break its graph, take a lower stage"
+            )
+        if self.model.compile == "layers" and self.engine.checkpointing == "selective":
+            raise ValueError(
+                "engine.checkpointing: must be none or full with model.compile=layers, got "
+                "selective; the compiler itself chooses what is cheap to compute again"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_row(self) -> Self:
+        self.parallel.check_row(self.data.seq_len)
+        return self
+
+    @model_validator(mode="after")
+    def _share_seed(self) -> Self:
+        for section in (self.model, self.data):
+            if "seed" not in section.model_fields_set:
+                section.seed = self.run.seed
+        return self
+
+
+def plan(config: PackedConfig) -> "Plan":
+    """What a step needs and how long it takes, from config.json alone."""
+    from triptych_core.engine import compute_dtype
+    from triptych_core.optim import parameter_groups
+    from triptych_core.plan import plan_run, tracer, weights_of
+    from triptych_models.freeze import parameter_parts
+    from triptych_models.matrices import matrix_shapes
+    from triptych_models.pretend import (
+        CROSSINGS,
+        WORKSPACES,
+        build_pretend_model,
+        pretend,
+        pretend_batch,
+        pretend_part,
+    )
+    from triptych_models.sequence import SequenceGroup
+
+    sequence = SequenceGroup(size=config.parallel.sequence)  # its first rank
+    model = build_pretend_model(config.model, dtype=compute_dtype(config.engine), sequence=sequence)
+    model.set_mlp_chunks(config.engine.mlp_chunks)
+    part_of, matrices = parameter_parts(model).__getitem__, matrix_shapes(model)
+    groups = parameter_groups(model.named_parameters(), config.optim, part_of, matrices)
+    threshold, states = config.engine.zero.persistence_threshold, config.optim.state_dtype
+    weights = weights_of(model, groups, threshold, states)
+    make_batch = partial(
+        pretend_batch,
+        model,
+        document_len=config.plan.document_len,
+        image_share=config.plan.image_share,
+        target_share=config.plan.target_share,
+        image_tokens=config.plan.image_tokens,
+    )
+    with pretend(model):
+        trace = tracer(
+            model,
+            make_batch,
+            WORKSPACES,
+            crossings=CROSSINGS,
+            part=partial(pretend_part, sequence=sequence),
+            sequence=sequence.size,
+        )
+        return plan_run(config, weights, trace, seq_len=config.data.seq_len)
+
+
+def run(config: PackedConfig) -> None:
+    """Wire data, model and engine together, train, evaluate, export; or show the plan."""
+    config.model.check_path(config.optim.lr_by_part)
+    if config.plan.show != "no":
+        from triptych_core.plan import show_plan
+
+        show_plan(plan(config), config.plan)
+        return
+    # Not at the top: the configuration is checked before torch is imported.
+    from triptych_core.checkpoint import resume, save_if_due
+    from triptych_core.engine import (
+        build_engine,
+        compute_dtype,
+        gather_parameters,
+        read_parameters,
+        sharded_init,
+    )
+    from triptych_core.evaluate import evaluate_if_due
+    from triptych_core.launch import launch, shutdown
+    from triptych_core.loop import train
+    from triptych_core.metrics import Metrics
+    from triptych_core.optim import build_optimizer, parameter_groups
+    from triptych_core.parallel import make_mesh
+    from triptych_core.postmortem import suggest_remedy
+    from triptych_core.recompiles import RecompileWatch
+    from triptych_core.run import close_run, describe_run, open_run
+    from triptych_core.settle import settle
+    from triptych_data.heldout import Heldout
+    from triptych_data.ledger import Ledger
+    from triptych_data.loader import PackLoader
+    from triptych_data.processor import Processor
+    from triptych_models.export import export
+    from triptych_models.families import build_model
+    from triptych_models.freeze import count_parameters, parameter_parts
+    from triptych_models.generate import generate
+    from triptych_models.matrices import matrix_shapes
+    from triptych_models.sequence import SequenceGroup
+    from triptych_models.sequence_batch import take_part
+
+    runtime = launch(config.run)
+    mesh = make_mesh(config.parallel, runtime)
+    config, chosen = settle(config, plan)
+
+    # Data: shards → packs of whole documents, the same global stream on any number of ranks; those
+    # that hold a row between them all read it, and each computes its part.
+    ranks = {"rank": mesh.dp_rank, "world_size": mesh.dp_size}
+    sequence = SequenceGroup(mesh.sp_group, mesh.sp_size, mesh.sp_rank)
+    part = partial(take_part, group=sequence)
+    processor = Processor.from_directory(
+        config.model.path,
+        min_pixels=config.data.min_pixels,
+        max_pixels=config.data.max_pixels,
+        video=config.data.video,
+        jpeg=config.data.jpeg,
+        chat=config.data.chat,
+    )
+    batches = PackLoader(config.data, processor, **ranks)
+    heldout = None
+    if config.evaluation.shards:
+        heldout = Heldout(
+            config.evaluation.shards,
+            processor,
+            seq_len=config.data.seq_len,
+            limit=config.evaluation.max_questions,
+            **ranks,
+        )
+
+    # Model: born in pieces under ZeRO-3, filled part by part.
+    dtype = compute_dtype(config.engine)
+    with sharded_init(config.engine, runtime.world_size):
+        gather = gather_parameters(config.engine)
+        model = build_model(config.model, dtype=dtype, gather=gather, sequence=sequence)
+    model.check_processor(processor)
+    model.set_checkpointing(config.engine.checkpointing)
+    model.set_mlp_chunks(config.engine.mlp_chunks)
+    part_of = parameter_parts(model).__getitem__
+    matrices = matrix_shapes(model)
+    groups = parameter_groups(model.named_parameters(), config.optim, part_of, matrices)
+    optimizer = build_optimizer(groups, config.optim, seed=config.run.seed)
+    engine = build_engine(
+        model, optimizer, config.engine, config.optim, runtime.world_size, model.layers()
+    )
+    start_step = resume(engine, config, batches)
+    facts = {"parameters": count_parameters(model), "data": batches.describe(), "chosen": chosen}
+    open_run(config, runtime, facts, start_step)
+
+    def answer(questions: list[int]) -> list[str]:
+        assert heldout is not None
+        tokens = generate(
+            model,
+            [heldout.prompt(question) for question in questions],
+            max_new_tokens=config.evaluation.max_new_tokens,
+            eos_token_id=processor.eos_token_id,
+            pad_token_id=processor.pad_token_id,
+            synced=config.engine.stage == 3,
+        )
+        return [processor.decode(row) for row in tokens]
+
+    with Metrics(
+        config, rank=runtime.rank, world_size=runtime.world_size, start_step=start_step
+    ) as metrics:
+        metrics.note(describe_run(config, runtime, facts, start_step))
+        test = partial(evaluate_if_due, engine, config, heldout, answer, metrics, part=part)
+        save = partial(save_if_due, engine, config, batches, metrics)
+        stream, on_step = iter(batches), [test, save]
+        if config.data.ledger and mesh.sp_rank == 0:
+            ledger = Ledger(config.run.dir / "ledger", start_step=start_step, **ranks)
+            stream, on_step = ledger.watch(stream), [ledger.write, *on_step]
+        if config.model.compile == "layers":
+            on_step = [RecompileWatch(start_step), *on_step]
+        if start_step == 0:
+            test(0)
+        with suggest_remedy(config, plan):
+            train(
+                engine,
+                stream,
+                config,
+                flops=model.flops,
+                metrics=metrics,
+                part=part,
+                start_step=start_step,
+                on_step=on_step,
+            )
+    if config.export:
+        export(
+            model.hf,
+            config.run.dir / "export",
+            config.model.path,
+            dtype=dtype,
+            gather=read_parameters(config.engine),
+            is_main=runtime.is_main,
+            overwrite=True,  # this run's own, from before it was continued
+        )
+    close_run(config, runtime)
+    shutdown()
