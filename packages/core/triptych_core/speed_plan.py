@@ -79,10 +79,11 @@ def plan_speed(
     """
     ceilings, gas = CEILINGS[device], engine.gradient_accumulation_steps
     width = 2 if engine.precision == "bf16" else 4
-    per_rank = weights.trained / (ranks if stage > 0 else 1)
-    # AdamW reads gradient, master and two states, writes three of them and the weight; the norm
-    # reads the gradients once more.
-    touched = per_rank * (2 * 4 + 3 * 4 + width + 3 * 4)
+    parts = ranks if stage > 0 else 1
+    per_rank = weights.trained / parts
+    states = sum(group.numel * group.state_bytes for group in weights.groups) / parts
+    # The norm and AdamW read gradients; AdamW reads and writes masters and states, writes weights.
+    touched = per_rank * (2 * 4 + 2 * 4 + width) + 2 * states
     if stage > 0:  # clipping reads and writes gradients
         touched += per_rank * 2 * 4
     # Gradients: bf16 read, fp32 written; ZeRO-1 adds up, moves through a bucket and a flat copy.
