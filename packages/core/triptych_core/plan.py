@@ -34,7 +34,7 @@ class Traced(NamedTuple):
     flops: float
 
 
-WAYS = ("none", "selective", "full")
+WAYS = ("none", "selective", "full", "offload")
 Stage = TypeVar("Stage", bound=StageConfig)
 Trace = Callable[[int, str], Traced]  # (seq_len, checkpointing) -> a traced micro-step
 

@@ -113,11 +113,17 @@ class EngineConfig(Section):
     reduce_dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="in which gradients cross ranks; bf16 halves the traffic and rounds"
     )
-    checkpointing: Literal["none", "selective", "full", "auto"] = Field(
+    checkpointing: Literal["none", "selective", "full", "offload", "auto"] = Field(
         "none",
         description="what a layer keeps for its backward: all; selective: what matrix products and "
-        "attention gave; full: its input only. The rest is computed again. auto: what is fastest "
-        "of what fits by the plan",
+        "attention gave; full: its input only; offload: that in host memory. The rest is computed "
+        "again. auto: what is fastest of what fits by the plan",
+    )
+    mlp_chunks: int = Field(
+        1,
+        ge=1,
+        description="the language layers' MLPs take a row in so many chunks and compute each again "
+        "in its backward; for long rows",
     )
     zero: ZeroConfig = ZeroConfig()
 
@@ -139,6 +145,11 @@ class EngineConfig(Section):
             raise ValueError(
                 "engine.zero.offload_optimizer: must go with stage 1, 2 or 3, got stage 0; "
                 "set engine.zero.stage=1"
+            )
+        if self.mlp_chunks > 1 and self.checkpointing == "selective":
+            raise ValueError(
+                "engine.mlp_chunks: must be 1 with engine.checkpointing=selective, which keeps "
+                f"what the MLP's products gave, got {self.mlp_chunks}; take full or offload"
             )
         return self
 

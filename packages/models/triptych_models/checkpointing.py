@@ -12,7 +12,9 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-Checkpointing = Literal["none", "selective", "full"]
+from .offload import InputStore, KeptInput
+
+Checkpointing = Literal["none", "selective", "full", "offload"]
 
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
 _ATTENTION = {
@@ -27,14 +29,19 @@ _ATTENTION = {
 
 
 def run_layer(
-    checkpointing: Checkpointing, layer: Callable[..., Tensor], hidden_states: Tensor, **kwargs: Any
+    checkpointing: Checkpointing,
+    store: InputStore,
+    layer: Callable[..., Tensor],
+    hidden_states: Tensor,
+    **kwargs: Any,
 ) -> Tensor:
     """Call a layer so that it keeps what `checkpointing` says.
 
-    none: all that its backward reads. full: its input. selective: also what matrix products and
-    attention gave, so that only norms, gates and rotary are computed again (Korthikanti et al.,
-    arXiv 2205.05198, taken from the other side: the dear is kept). An attention kernel that is no
-    op of torch's dispatcher (flash-attn 4 outside torch.compile) is computed again too.
+    none: all that its backward reads. full: its input. offload: that, in host memory, by way of
+    `store`. selective: also what matrix products and attention gave, so that only norms, gates and
+    rotary are computed again (Korthikanti et al., arXiv 2205.05198, taken from the other side: the
+    dear is kept). An attention kernel that is no op of torch's dispatcher (flash-attn 4 outside
+    torch.compile) is computed again too.
     """
     if checkpointing == "none" or not torch.is_grad_enabled():
         return layer(hidden_states, **kwargs)
@@ -43,9 +50,15 @@ def run_layer(
         policy = partial(_policy, _last_weight(layer))
         settings["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     # No dropout inside, so no RNG state (a sync on CUDA) to keep.
-    return checkpoint(
-        layer, hidden_states, use_reentrant=False, preserve_rng_state=False, **settings, **kwargs
-    )
+    settings |= {"use_reentrant": False, "preserve_rng_state": False}
+    if checkpointing == "offload":
+        kept = store.keep(hidden_states)
+        return checkpoint(_run_kept, layer, kept, **settings, **kwargs)
+    return checkpoint(layer, hidden_states, **settings, **kwargs)
+
+
+def _run_kept(layer: Callable[..., Tensor], kept: KeptInput, **kwargs: Any) -> Tensor:
+    return layer(kept.take(), **kwargs)
 
 
 def _last_weight(layer: Any) -> Tensor | None:

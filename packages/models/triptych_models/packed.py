@@ -15,6 +15,8 @@ from .attention import PACKED, register
 from .checkpointing import Checkpointing, run_layer
 from .head import LossHead
 from .layout import decoder, text_config
+from .mlp_chunks import chunk_mlp
+from .offload import InputStore
 from .output import LossOutput
 from .rotary import restore_rotary
 from .sequence import ALONE, SequenceGroup, check_heads
@@ -51,6 +53,7 @@ class PackedModel(nn.Module):
             fuse(self.hf, ops=FUSED_OPS)
         restore_rotary(self.hf)
         self.checkpointing: Checkpointing = "none"
+        self.input_store = InputStore()
         self.sequence = ALONE
 
     @classmethod
@@ -107,6 +110,12 @@ class PackedModel(nn.Module):
         """Say what every layer keeps for its backward; see triptych_models.checkpointing."""
         self.checkpointing = checkpointing
 
+    def set_mlp_chunks(self, chunks: int) -> None:
+        """Let the language layers' MLPs take a row in chunks; once, before layers compile."""
+        if chunks > 1:
+            for layer in decoder(self.hf).layers:
+                chunk_mlp(layer.mlp, chunks)
+
     def set_sequence(self, group: SequenceGroup) -> None:
         """Say with whom this rank shares its rows; batches are then what `take_part` makes.
 
@@ -155,7 +164,7 @@ class PackedModel(nn.Module):
         self, layer: Callable[..., Tensor], hidden_states: Tensor, **kwargs: Any
     ) -> Tensor:
         checkpointing = self.checkpointing if self.training else "none"
-        return run_layer(checkpointing, layer, hidden_states, **kwargs)
+        return run_layer(checkpointing, self.input_store, layer, hidden_states, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # behind .to(), .bfloat16(), .cuda()

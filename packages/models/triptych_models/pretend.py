@@ -51,11 +51,17 @@ def _exchange_crosses(x: Tensor, sends: list[int], *rest: Any) -> float:
     return x.numel() * x.element_size() * (1 - 1 / len(sends))
 
 
+def _nothing_on_device(x: Tensor) -> tuple[int, int]:
+    """What is made lies in host memory."""
+    return 0, -x.numel() * x.element_size()
+
+
 # What ops hold that their outputs do not show: op -> (bytes while it runs, bytes with its outputs).
 WORKSPACES = {
     "triptych::linear_cross_entropy": _loss_bytes,
     "torch_attn::_varlen_attn_backward": _attention_backward_bytes,
     "triptych::exchange": _exchange_bytes,
+    "triptych::to_host": _nothing_on_device,
 }
 # What ops send to other ranks.
 CROSSINGS = {"triptych::exchange": _exchange_crosses}
