@@ -94,8 +94,8 @@ def norm_of(gradients: dict[str, torch.Tensor]) -> float:
     return torch.stack([g.norm() for g in gradients.values()]).norm().item()
 
 
-def on_a_rank(folder: Path, runs: list[tuple[int, int, int, str]]) -> list[Any]:
-    """A step for each of (ranks a row, stage, accumulation, checkpointing)."""
+def on_a_rank(folder: Path, runs: list[tuple[Any, ...]]) -> list[Any]:
+    """A step for each of (ranks a row, stage, accumulation, checkpointing, chunks of the MLPs)."""
     from triptych_core.config import RunConfig
     from triptych_core.launch import launch
 
@@ -104,7 +104,13 @@ def on_a_rank(folder: Path, runs: list[tuple[int, int, int, str]]) -> list[Any]:
 
 
 def a_step(
-    folder: Path, runtime: Any, size: int, stage: int, accumulation: int, checkpointing: str
+    folder: Path,
+    runtime: Any,
+    size: int,
+    stage: int,
+    accumulation: int,
+    checkpointing: str,
+    mlp_chunks: int = 1,
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """One step of the real loop: its line of metrics.jsonl, and gradients before clipping."""
     import torch.distributed as dist
@@ -121,7 +127,7 @@ def a_step(
     from triptych_models.sequence_batch import take_part
 
     words = [
-        f"run.dir={folder}/run-{runtime.world_size}-{size}-{stage}-{accumulation}-{checkpointing}",
+        f"run.dir={folder}/run-{runtime.world_size}-{size}-{stage}-{accumulation}-{checkpointing}{mlp_chunks}",
         "run.steps=1",
         "engine.precision=fp32",
         f"engine.zero.stage={stage}",
@@ -140,6 +146,7 @@ def a_step(
     with sharded_init(config.engine, runtime.world_size):
         model = build(folder, gather=gather_parameters(config.engine), sequence=group)
     model.set_checkpointing(checkpointing)
+    model.set_mlp_chunks(mlp_chunks)
     groups = parameter_groups(
         model.named_parameters(), config.optim, parameter_parts(model).__getitem__
     )
@@ -176,6 +183,17 @@ STAGES = [(2, stage, accumulation, "none") for stage in (0, 1, 2, 3) for accumul
         # Fewer key heads than ranks; and two rows at a time, two ranks each.
         (4, 2, [(4, 3, 1, "full"), (4, 1, 2, "none"), (2, 3, 2, "none"), (2, 1, 1, "full")]),
         (4, 1, [(4, 2, 2, "none"), (2, 0, 2, "full")]),
+        # What goes with long rows, with rows shared and not.
+        (
+            2,
+            1,
+            [
+                (2, 3, 2, "offload", 3),
+                (1, 3, 2, "offload"),
+                (1, 1, 1, "full", 3),
+                (2, 0, 2, "none", 3),
+            ],
+        ),
     ],
 )
 def test_a_shared_row_gives_the_gradients_of_one_rank(
@@ -183,7 +201,7 @@ def test_a_shared_row_gives_the_gradients_of_one_rank(
 ):
     results = run_ranks(on_a_rank, world_size, folders[kv_heads], runs)
     for run, *by_rank in zip(runs, *results, strict=True):
-        size, _, accumulation, _ = run
+        size, _, accumulation, *_ = run
         figures, wanted = reference[kv_heads, world_size // size * accumulation]
         for line, gradients in by_rank:
             for name, value in figures.items():
