@@ -1,6 +1,7 @@
-"""Write the tiny Qwen3-VL that the CPU demo and the tests use: a model directory without weights.
+"""Write the tiny models that the CPU demo and the tests use: model directories without weights.
 
     python tools/make_tiny_model.py [OUT_DIR]        (default: stages/configs/qwen3_vl_tiny)
+    python tools/make_tiny_model.py --text           (default: stages/configs/qwen3_tiny)
 
 The directory is what `model.path` names: stock transformers loads its config, tokenizer and
 processor, and builds the model with random weights. Sizes that differ in the real models differ
@@ -17,7 +18,7 @@ from make_digits import WORDINGS
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
-DEFAULT_DIR = Path(__file__).parent.parent / "stages/configs/qwen3_vl_tiny"
+CONFIGS = Path(__file__).parent.parent / "stages/configs"
 VOCAB_SIZE = 512  # rows of the embedding; the tokenizer may fill fewer, as Qwen's does
 PATCH_SIZE, MERGE_SIZE, TEMPORAL_PATCH_SIZE = 8, 2, 2
 SPECIAL_TOKENS = [
@@ -62,23 +63,42 @@ CHAT_TEMPLATE = """\
 
 
 @click.command()
-@click.argument("out_dir", default=DEFAULT_DIR, type=click.Path(file_okay=False, path_type=Path))
-def main(out_dir: Path) -> None:
+@click.argument("out_dir", required=False, type=click.Path(file_okay=False, path_type=Path))
+@click.option("--text", is_flag=True, help="A Qwen3: a language model alone, before any chat.")
+def main(out_dir: Path | None, text: bool) -> None:
     """Write the model directory, then load it with transformers and run it once."""
+    out_dir = out_dir or CONFIGS / ("qwen3_tiny" if text else "qwen3_vl_tiny")
     out_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer()
-    ids = tokenizer.get_vocab()
     tokenizer.save(str(out_dir / "tokenizer.json"))
-    (out_dir / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    for name, content in (
-        ("config.json", model_config(ids)),
-        ("generation_config.json", generation_config(ids)),
-        ("tokenizer_config.json", tokenizer_config()),
-        ("preprocessor_config.json", image_config()),
-        ("video_preprocessor_config.json", video_config()),
-    ):
+    ids = tokenizer.get_vocab()
+    for name, content in (text_files(ids) if text else vision_files(ids)).items():
         (out_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    check(out_dir)
+    if text:
+        check_text(out_dir)
+    else:
+        (out_dir / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+        check(out_dir)
+
+
+def vision_files(ids: dict[str, int]) -> dict[str, Any]:
+    """The small files of a Qwen3-VL."""
+    return {
+        "config.json": model_config(ids),
+        "generation_config.json": generation_config(ids),
+        "tokenizer_config.json": with_processor(tokenizer_config()),
+        "preprocessor_config.json": image_config(),
+        "video_preprocessor_config.json": video_config(),
+    }
+
+
+def text_files(ids: dict[str, int]) -> dict[str, Any]:
+    """The small files of a Qwen3, as base models have them: documents end by <|endoftext|>."""
+    return {
+        "config.json": text_config(ids),
+        "generation_config.json": generation_config(ids),
+        "tokenizer_config.json": tokenizer_config() | {"eos_token": "<|endoftext|>"},
+    }
 
 
 def train_tokenizer() -> Tokenizer:
@@ -163,6 +183,14 @@ def model_config(ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
+def text_config(ids: dict[str, int]) -> dict[str, Any]:
+    """config.json: a Qwen3 of about 1.9 M parameters, the Qwen3-VL's language model."""
+    text = model_config(ids)["text_config"]
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    own = {"model_type": "qwen3", "eos_token_id": ids["<|endoftext|>"], "rope_parameters": rope}
+    return {"architectures": ["Qwen3ForCausalLM"], **text, **own}
+
+
 def generation_config(ids: dict[str, int]) -> dict[str, Any]:
     """generation_config.json: greedy, ends at the turn's end."""
     return {
@@ -176,7 +204,6 @@ def tokenizer_config() -> dict[str, Any]:
     """tokenizer_config.json, as Qwen ships it."""
     return {
         "tokenizer_class": "Qwen2Tokenizer",
-        "processor_class": "Qwen3VLProcessor",
         "add_prefix_space": False,
         "bos_token": None,
         "eos_token": "<|im_end|>",
@@ -187,6 +214,12 @@ def tokenizer_config() -> dict[str, Any]:
         "model_max_length": 8192,
         "split_special_tokens": False,
     }
+
+
+def with_processor(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a tokenizer that belongs to a processor of images too."""
+    first, *rest = settings.items()
+    return dict([first, ("processor_class", "Qwen3VLProcessor"), *rest])
 
 
 def image_config() -> dict[str, Any]:
@@ -208,6 +241,21 @@ def video_config() -> dict[str, Any]:
     frame = {key: value for key, value in image_config().items() if key != "image_processor_type"}
     size = {"shortest_edge": 4 * 32 * 32, "longest_edge": 32 * 128 * 128}
     return {"video_processor_type": "Qwen3VLVideoProcessor", **frame, "size": size}
+
+
+def check_text(path: Path) -> None:
+    """Load the directory as a user would, run one forward pass, print the parameter count."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(AutoConfig.from_pretrained(path))
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    with torch.no_grad():
+        logits = model(**tokenizer(["Which digit is this?"], return_tensors="pt")).logits
+    total = sum(p.numel() for p in model.parameters())
+    shape = tuple(logits.shape)
+    click.echo(f"{path}: {total:,} parameters, {len(tokenizer)} tokens, logits {shape}")
 
 
 def check(path: Path) -> None:

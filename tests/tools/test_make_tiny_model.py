@@ -1,20 +1,25 @@
-"""The shipped tiny model directory is what its maker writes, and it loads."""
+"""The shipped tiny model directories are what their maker writes, and they load."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tokenizers import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "stages/configs/qwen3_vl_tiny"
+SHIPPED_TEXT = ROOT / "stages/configs/qwen3_tiny"
 
 
-def test_shipped_directory_is_what_the_maker_writes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("options", "shipped"), [([], SHIPPED), (["--text"], SHIPPED_TEXT)])
+def test_shipped_directory_is_what_the_maker_writes(
+    tmp_path: Path, options: list[str], shipped: Path
+) -> None:
     # The maker ends by loading the directory with transformers and running one forward pass.
     done = subprocess.run(
-        [sys.executable, ROOT / "tools/make_tiny_model.py", tmp_path],
+        [sys.executable, ROOT / "tools/make_tiny_model.py", tmp_path, *options],
         check=True,
         capture_output=True,
         text=True,
@@ -22,10 +27,10 @@ def test_shipped_directory_is_what_the_maker_writes(tmp_path: Path) -> None:
     assert "parameters" in done.stdout
     for path in sorted(tmp_path.iterdir()):
         if path.name == "tokenizer.json":  # its layout changes with the tokenizers version
-            made, shipped = (Tokenizer.from_file(str(d / path.name)) for d in (tmp_path, SHIPPED))
-            assert made.get_vocab() == shipped.get_vocab()
+            made, kept = (Tokenizer.from_file(str(d / path.name)) for d in (tmp_path, shipped))
+            assert made.get_vocab() == kept.get_vocab()
         else:
-            assert path.read_text() == (SHIPPED / path.name).read_text(), path.name
+            assert path.read_text() == (shipped / path.name).read_text(), path.name
 
 
 def test_special_tokens_have_the_ids_of_the_config() -> None:
