@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from kernel_cases.case import HALF, Case, bounds_of, randn
+from kernel_cases.optimizer import OPTIONS
 from kernel_cases.registry import CASES
 from torch import Tensor
 
-from triptych_kernels import attention, explain, linear_cross_entropy, rms_norm, swiglu
+from triptych_kernels import adamw_, attention, explain, linear_cross_entropy, rms_norm, swiglu
 
 SLACK = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
 REORDERED = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -40,6 +41,8 @@ def main() -> None:
     results = [result for op in args.only or CASES for result in check_op(op)]
     if args.only is None:
         results += [check_layer_compiles(), check_num_targets_is_used(), *check_huge()]
+    if args.only is None or "adamw" in args.only:
+        results += [check_huge_adamw(), check_rounding()]
     lines = [line for line, _ in results]
     if not args.no_timing:
         lines.append(
@@ -158,6 +161,37 @@ def check_huge() -> list[tuple[str, bool]]:
             passed = bool(torch.equal(ours()[-8:], small))
             results.append((line(name, "2^31 elements", HALF, "same bits", passed), passed))
     return results
+
+
+def check_huge_adamw() -> tuple[str, bool]:
+    """A flat master of more than 2^31 elements: its last rows must be right."""
+    few = randn(8, 2048, dtype=torch.float32)
+    results = []
+    for params in (few.repeat(2**31 // 2048 // 8 + 1, 1), few):
+        states = [torch.zeros_like(params) for _ in range(2)]
+        copy, grad = (torch.ones_like(params, dtype=HALF) for _ in range(2))
+        adamw_([params], [grad], *([x] for x in states), copies=[copy], step=1, **OPTIONS)
+        results.append([x[-8:].clone() for x in (params, *states, copy)])
+    passed = all(map(torch.equal, *results))
+    return line("adamw", "2^31 elements", torch.float32, "same bits", passed), passed
+
+
+def check_rounding() -> tuple[str, bool]:
+    """A value a quarter of the way between two of bfloat16 goes up one time in four, at random."""
+    count, found = 2**20, []
+    for seed in (1, 1, 2):
+        states = [[torch.zeros(count, device="cuda", dtype=HALF)] for _ in range(2)]
+        grad = torch.full((count,), 1 + 2**-9, device="cuda")
+        options = {**OPTIONS, "beta1": 0.0, "beta2": 0.0, "step": 1, "seed": seed}
+        adamw_([torch.zeros_like(grad)], [grad], *states, **options)
+        found.append((states[0][0] > 1).double())
+    share, again, other = found
+    spread = (0.25 * 0.75 / count) ** 0.5
+    around = share - 0.25
+    products = [around * (other - 0.25), around[1:] * around[:-1], around[1024:] * around[:-1024]]
+    worst = max(abs(float(around.mean())), *(abs(float(x.mean())) for x in products)) / spread
+    passed = bool(torch.equal(share, again)) and worst < 5
+    return line("adamw", "stochastic rounding", HALF, f"{worst:.1f} of 5 sigma", passed), passed
 
 
 def time_case(case: Case) -> str:

@@ -49,6 +49,7 @@ def test_every_op_has_a_row_for_eager_and_for_us(results):
     ops = {
         *("linear_cross_entropy", "attention", "rms_norm", "add_rms_norm", "layer_norm", "swiglu"),
         *("geglu", "rope", "modulate", "moe", "newton_schulz", "weighted_sum"),
+        *("adamw", "adamw_half_states"),
     }
     assert {row["op"] for row in rows} == ops
     for row in rows:

@@ -1,6 +1,6 @@
 """Every benchmark by name: add one here, and tools/bench_kernels.py runs it."""
 
-from . import matmuls, rows
+from . import matmuls, optimizer, rows
 from .op import Op
 
 OPS: dict[str, Op] = {
@@ -15,5 +15,7 @@ OPS: dict[str, Op] = {
     "modulate": rows.MODULATE,
     "moe": matmuls.MOE,
     "newton_schulz": matmuls.NEWTON_SCHULZ,
+    "adamw": optimizer.ADAMW,
+    "adamw_half_states": optimizer.ADAMW_HALF_STATES,
     "weighted_sum": rows.WEIGHTED_SUM,
 }

@@ -2,7 +2,15 @@
 
 from collections.abc import Callable, Iterator
 
-from . import attention, elementwise, linear_attention, linear_cross_entropy, matmuls, norms
+from . import (
+    attention,
+    elementwise,
+    linear_attention,
+    linear_cross_entropy,
+    matmuls,
+    norms,
+    optimizer,
+)
 from .case import Case
 
 _Cases = Callable[[], Iterator[Case]]
@@ -20,6 +28,7 @@ CASES: dict[str, tuple[_Cases, _Cases]] = {
     "modulate": (elementwise.modulate_cases, elementwise.modulate_timed),
     "gate_add": (elementwise.gate_add_cases, elementwise.gate_add_timed),
     "weighted_sum": (elementwise.weighted_sum_cases, elementwise.weighted_sum_timed),
+    "adamw": (optimizer.adamw_cases, optimizer.adamw_timed),
     "moe_mlp": (matmuls.moe_cases, matmuls.moe_timed),
     "newton_schulz": (matmuls.newton_schulz_cases, matmuls.newton_schulz_timed),
     "gated_delta_rule": (linear_attention.delta_rule_cases, linear_attention.delta_rule_timed),
