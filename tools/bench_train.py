@@ -35,6 +35,7 @@ VARIANTS = {
     "zero0_muon": [*COMPILED, "engine.zero.stage=0", "optim.name=muon"],
     "zero0_selective": ["engine.zero.stage=0", "engine.checkpointing=selective"],
     "zero0_full": [*COMPILED, "engine.zero.stage=0", "engine.checkpointing=full"],
+    "zero0_offload": [*COMPILED, "engine.zero.stage=0", "engine.checkpointing=offload"],
     "zero1": [*COMPILED, "engine.zero.stage=1"],
     "zero1_eager": ["engine.zero.stage=1"],
     "zero2": [*COMPILED, "engine.zero.stage=2"],
@@ -107,7 +108,9 @@ def run_variant(
     """Take the steps in this process."""
     from triptych_core.config import StageConfig, load_config
     from triptych_core.launch import launch, shutdown
+    from triptych_core.parallel import make_mesh
     from triptych_models.config import ModelConfig
+    from triptych_models.sequence import SequenceGroup
 
     words = [*words, *overrides]
     loop = next((w.partition("=")[2] for w in words if w.startswith("loop=")), "ours")
@@ -130,7 +133,9 @@ def run_variant(
     runtime = launch(config.run)
     settings = ModelConfig.model_validate({"path": model_dir, "init": "random", **of_model})
     model = build(settings, config.engine, runtime.world_size)
-    batches = make_batches(model, seq_len, seed=runtime.rank, **batch)
+    mesh = make_mesh(config.parallel, runtime)
+    model.set_sequence(SequenceGroup(mesh.sp_group, mesh.sp_size, mesh.sp_rank))
+    batches = make_batches(model, seq_len, seed=mesh.dp_rank, **batch)
     take = partial(train_ours, config=config, runtime=runtime)
     if loop != "ours":
         take = partial(train_plain, config=config, low_precision_states=loop != "plain")
@@ -159,6 +164,7 @@ def build(settings: Any, engine: Any, world_size: int) -> Any:
     if settings.compile == "layers":
         model.compile_layers()
     model.set_checkpointing(engine.checkpointing)
+    model.set_mlp_chunks(engine.mlp_chunks)
     return model
 
 
@@ -194,6 +200,7 @@ def train_ours(model: Any, batches: Any, *, config: Any, runtime: Any, watch: An
     from triptych_core.optim import build_optimizer, parameter_groups
     from triptych_models.freeze import parameter_parts
     from triptych_models.matrices import matrix_shapes
+    from triptych_models.sequence_batch import take_part
 
     groups = parameter_groups(
         model.named_parameters(),
@@ -210,7 +217,15 @@ def train_ours(model: Any, batches: Any, *, config: Any, runtime: Any, watch: An
         model.layers(),
     )
     with Metrics(config, rank=runtime.rank, world_size=runtime.world_size) as metrics:
-        train(engine, batches, config, flops=model.flops, metrics=metrics, on_step=[watch])
+        train(
+            engine,
+            batches,
+            config,
+            flops=model.flops,
+            metrics=metrics,
+            part=partial(take_part, group=model.sequence),
+            on_step=[watch],
+        )
 
 
 def train_plain(
