@@ -127,4 +127,8 @@ def test_what_does_not_fit_is_named():
         adamw_([x], [x], [x], [x], step=0, **OPTIONS)
     with pytest.raises(ValueError, match="no bfloat16 states"):
         adamw_([x], [x], [half], [half], step=1, backend="torch", **OPTIONS)
+    with pytest.raises(ValueError, match=r"grad_scale must be one float32.*float64"):
+        adamw_(
+            [x], [x], [x], [x], step=1, grad_scale=torch.ones((), dtype=torch.float64), **OPTIONS
+        )
     adamw_([], [], [], [], step=1, **OPTIONS)

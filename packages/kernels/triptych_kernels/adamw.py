@@ -56,6 +56,8 @@ def adamw_(
         return
     copies = [None] * len(params) if copies is None else copies
     _check(params, grads, exp_avgs, exp_avg_sqs, copies, step)
+    if grad_scale is not None:
+        _check_scale(grad_scale, params[0].device)
     half_states = exp_avgs[0].dtype == torch.bfloat16
     needs = ("bfloat16 states",) if half_states else ()
     name = choose("adamw", params[0].view(-1), backend, needs)
@@ -98,7 +100,7 @@ def adamw_ref(
     copies = [None] * len(params) if copies is None else copies
     for row in zip(params, grads, exp_avgs, exp_avg_sqs, copies, strict=True):
         for p, g, exp_avg, exp_avg_sq, copy in _pieces(row):
-            g = g.to(p.dtype) if grad_scale is None else g.to(p.dtype) * grad_scale
+            g = g.to(p.dtype) if grad_scale is None else g.to(p.dtype) * grad_scale.to(p.dtype)
             m = exp_avg.to(p.dtype).lerp(g, 1 - beta1)
             v = exp_avg_sq.to(p.dtype).mul(beta2).addcmul(g, g, value=1 - beta2)
             p.mul_(1 - lr * weight_decay)
@@ -244,6 +246,14 @@ def _check(
         _check_one(f"exp_avg_sqs[{index}]", v, p, device, (states,))
         if copy is not None:
             _check_one(f"copies[{index}]", copy, p, device, (torch.bfloat16,))
+
+
+def _check_scale(scale: Tensor, device: torch.device) -> None:
+    if (scale.numel(), scale.dtype, scale.device) != (1, torch.float32, device):
+        raise ValueError(
+            f"adamw_: grad_scale must be one float32 on {device}, got {tuple(scale.shape)} "
+            f"{scale.dtype} on {scale.device}; make it there, a copy would wait for the device"
+        )
 
 
 def _check_one(

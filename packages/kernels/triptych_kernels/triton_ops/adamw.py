@@ -75,7 +75,6 @@ def _launch(table, kind, constants, grad_scale, seed, device):
         HALF_GRADS=half_grads,
         HALF_STATES=half_states,
         SCALED=grad_scale is not None,
-        COPIES=any(row[4] for row in table),
         ALIGNED=aligned,
         BLOCK=_BLOCK,
         num_warps=_WARPS,
@@ -125,7 +124,6 @@ def _kernel(
     HALF_GRADS: tl.constexpr,
     HALF_STATES: tl.constexpr,
     SCALED: tl.constexpr,
-    COPIES: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -145,12 +143,12 @@ def _kernel(
     if start + BLOCK <= size:
         _update(
             row, start, size, scale, noise, keep, step_size, fresh1, beta2, fresh2, root, eps,
-            HALF_GRADS, HALF_STATES, COPIES, ALIGNED, False, BLOCK,
+            HALF_GRADS, HALF_STATES, ALIGNED, False, BLOCK,
         )  # fmt: skip
     else:
         _update(
             row, start, size, scale, noise, keep, step_size, fresh1, beta2, fresh2, root, eps,
-            HALF_GRADS, HALF_STATES, COPIES, ALIGNED, True, BLOCK,
+            HALF_GRADS, HALF_STATES, ALIGNED, True, BLOCK,
         )  # fmt: skip
 
 
@@ -170,7 +168,6 @@ def _update(
     eps,
     HALF_GRADS: tl.constexpr,
     HALF_STATES: tl.constexpr,
-    COPIES: tl.constexpr,
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -180,6 +177,7 @@ def _update(
     param_ptr = _pointer(row, 0, False, ALIGNED)
     exp_avg_ptr = _pointer(row, 2, HALF_STATES, ALIGNED)
     exp_avg_sq_ptr = _pointer(row, 3, HALF_STATES, ALIGNED)
+    copy_address = tl.load(row + 4)
     grad = _load(_pointer(row, 1, HALF_GRADS, ALIGNED) + at, inside, HALF_GRADS, MASKED) * scale
     param = _load(param_ptr + at, inside, False, MASKED)
     exp_avg = _load(exp_avg_ptr + at, inside, HALF_STATES, MASKED)
@@ -196,12 +194,10 @@ def _update(
         exp_avg_sq = _half(exp_avg_sq, noise >> 16)
     _store(exp_avg_ptr + at, exp_avg, inside, MASKED)
     _store(exp_avg_sq_ptr + at, exp_avg_sq, inside, MASKED)
-    if COPIES:
-        address = tl.load(row + 4)
-        if address != 0:
-            bits = param.to(tl.uint32, bitcast=True)
-            nearest = _half(param, 0x7FFF + ((bits >> 16) & 1))
-            _store(_pointer(row, 4, True, ALIGNED) + at, nearest, inside, MASKED)
+    if copy_address != 0:
+        bits = param.to(tl.uint32, bitcast=True)
+        nearest = _half(param, 0x7FFF + ((bits >> 16) & 1))
+        _store(_pointer(row, 4, True, ALIGNED) + at, nearest, inside, MASKED)
 
 
 @triton.jit
