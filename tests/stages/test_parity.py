@@ -81,7 +81,7 @@ def alone(stock: Any, processor: Any, sample: Any) -> torch.Tensor:
 
 
 def gradients_of_a_step(
-    workspace: Path, stage: int, accumulation: int, checkpointing: str = "none"
+    workspace: Path, stage: int, accumulation: int, checkpointing: str = "none", seed: int = 3
 ) -> tuple[float, float, dict[str, torch.Tensor]]:
     """One step of the real loop on this rank's share of the packs."""
     import torch.distributed as dist
@@ -118,7 +118,7 @@ def gradients_of_a_step(
         run_dir.mkdir()
     with sharded_init(config.engine, world_size):
         model = build_model(
-            ModelConfig(path=workspace / "model", init="random", seed=3),
+            ModelConfig(path=workspace / "model", init="random", seed=seed),
             dtype=torch.float32,
             gather=gather_parameters(config.engine),
         )
@@ -151,6 +151,7 @@ def gradients_of_a_step(
             [samples[i] for i in pack],
             SEQ_LEN,
             pad_token_id=processor.pad_token_id,
+            position_axes=processor.position_axes,
         )
         for pack in mine
     ]
