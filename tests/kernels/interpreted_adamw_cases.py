@@ -87,7 +87,9 @@ def test_half_states_go_to_a_neighbour_and_are_unbiased():
 
 
 def test_special_values():
-    grad = torch.tensor([torch.inf, torch.nan, 1e-30, 0.0])
+    all_ones = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)  # a GPU's NaN
+    grad = torch.tensor([torch.inf, 0.0, 1e-30, 0.0])
+    grad[1] = all_ones
     params = [torch.ones(4)]
     copies = [torch.zeros(4, dtype=HALF)]
     states = [[torch.zeros(4, dtype=HALF)] for _ in range(2)]
@@ -95,3 +97,12 @@ def test_special_values():
     assert states[0][0][1].isnan() and states[1][0][1].isnan() and copies[0][1].isnan()
     assert states[0][0][0].isinf()
     assert params[0][3] == 1 - 3e-3 * 0.1
+
+
+def test_copies_are_rounded_to_even():
+    ties = torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, -1 - 2.0**-8])
+    copies, states = [torch.zeros(3, dtype=HALF)], [[torch.zeros(3)] for _ in range(2)]
+    still = {**OPTIONS, "weight_decay": 0.0}
+    adamw_([ties.clone()], [torch.zeros(3)], *states, copies=copies, step=1, **still)
+    assert torch.equal(copies[0], ties.bfloat16())
+    assert copies[0].tolist() == [1, 1 + 2.0**-6, -1]
