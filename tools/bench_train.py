@@ -27,10 +27,9 @@ COMPILED = ["model.compile=layers"]
 VARIANTS = {
     "plain": [*COMPILED, "loop=plain"],
     "plain_bf16_adam": [*COMPILED, "loop=plain_bf16_adam"],
-    "plain_stock": [*COMPILED, "loop=plain", "model.fuse=false"],
     "plain_eager": ["loop=plain"],
     "zero0": [*COMPILED, "engine.zero.stage=0"],
-    "zero0_stock": [*COMPILED, "engine.zero.stage=0", "model.fuse=false"],
+    "zero0_bf16_states": [*COMPILED, "engine.zero.stage=0", "optim.state_dtype=bf16"],
     "zero0_eager": ["engine.zero.stage=0"],
     "zero0_muon": [*COMPILED, "engine.zero.stage=0", "optim.name=muon"],
     "zero0_selective": ["engine.zero.stage=0", "engine.checkpointing=selective"],
@@ -75,8 +74,9 @@ def main(
         return
     print(f"{'variant':20}{'tokens/s':>10}{'MFU':>8}{'peak GiB':>10}{'step ms':>9}{'loss':>9}")
     for name in names or VARIANTS:
-        words = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-        words += [__file__, str(model), str(out), "--one", name]
+        several = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+        words = [sys.executable, *(several if ranks > 1 else []), __file__]
+        words += [str(model), str(out), "--one", name]
         for key, value in settings.items():
             if key == "profile":
                 words += ["--profile"] * value
@@ -312,7 +312,7 @@ class Profile:
             key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
             table = averages.table(sort_by=key, row_limit=45, max_name_column_width=90)
             (self.directory / "profile.txt").write_text(table)
-            self.profiler.export_chrome_trace(str(self.directory / "trace.json"))
+            self.profiler.export_chrome_trace(str(self.directory / "trace.json.gz"))
 
 
 def figures(path: Path) -> str:

@@ -12,6 +12,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
+from triptych_core.adamw import AdamW
 from triptych_core.config import EngineConfig, OptimConfig
 from triptych_core.light import LightEngine
 from triptych_core.muon import Muon
@@ -60,7 +61,10 @@ def sharded_init(config: EngineConfig, world_size: int) -> AbstractContextManage
     # No `dtype=`: on a device without fp16 DeepSpeed 0.19.8 ignores it and takes bf16 (an operator
     # precedence slip in zero.Init._set_dtype); the config's precision it does follow.
     return deepspeed.zero.Init(
-        config_dict_or_path=deepspeed_config(config, max_grad_norm=0.0, world_size=world_size)
+        config_dict_or_path=deepspeed_config(config, max_grad_norm=0.0, world_size=world_size),
+        # Torch's linear stays: DeepSpeed's own asks each weight for its number, with which
+        # compiled layers would each be compiled anew.
+        mem_efficient_linear=False,
     )
 
 
@@ -80,7 +84,7 @@ def read_parameters(config: EngineConfig) -> Gather:
 
 def build_engine(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     config: EngineConfig,
     optim: OptimConfig,
     world_size: int,
@@ -136,6 +140,7 @@ def _zero_section(config: EngineConfig, layer_numel: int) -> dict[str, Any]:
             "stage3_param_persistence_threshold": zero.persistence_threshold,
             "stage3_max_live_parameters": zero.max_live,
             "stage3_max_reuse_distance": zero.max_live,
+            "memory_efficient_linear": False,
         }
     pins = get_accelerator().device_name() != "cpu"
     if zero.offload_optimizer:
