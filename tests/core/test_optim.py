@@ -86,3 +86,10 @@ def test_muon_takes_the_matrices_it_is_given_at_a_rate_of_their_own():
 def test_muon_is_refused_where_states_are_on_the_host():
     with pytest.raises(ValueError, match=r"^optim.name: must be adamw with engine.zero.offload"):
         load_config(StageConfig, None, ["optim.name=muon", "engine.zero.offload_optimizer=true"])
+
+
+def test_bf16_states_are_refused_on_the_host():
+    with pytest.raises(ValueError, match=r"^optim.state_dtype: must be fp32 with engine.zero.offl"):
+        load_config(
+            StageConfig, None, ["optim.state_dtype=bf16", "engine.zero.offload_optimizer=true"]
+        )

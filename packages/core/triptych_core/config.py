@@ -51,6 +51,11 @@ class StageConfig(Section):
                 "optim.name: must be adamw with engine.zero.offload_optimizer, got muon; "
                 "Newton-Schulz needs the device, switch offloading off"
             )
+        if self.optim.state_dtype == "bf16" and self.engine.zero.offload_optimizer:
+            raise ValueError(
+                "optim.state_dtype: must be fp32 with engine.zero.offload_optimizer, got bf16; "
+                "random numbers for the rounding take a host ten times as long as the update"
+            )
         return self
 
     @model_validator(mode="after")
