@@ -41,7 +41,7 @@ class PackedConfig(StageConfig):
             )
         if self.model.compile == "layers" and self.engine.checkpointing == "selective":
             raise ValueError(
-                "engine.checkpointing: must be none or full with model.compile=layers, got "
+                "engine.checkpointing: must be none, full or offload with model.compile=layers, got "
                 "selective; the compiler itself chooses what is cheap to compute again"
             )
         return self

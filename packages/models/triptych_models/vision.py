@@ -73,15 +73,23 @@ def vision_features(
 
 def position_tables(grid_thw: Tensor, side: int, merge_size: int) -> PositionTables:
     """Position tables of images whose grids are grid_thw (num_images, 3), in patches."""
+    known: dict[tuple[int, int], PositionTables] = {}  # images of a batch are often of one size
     frames = []
     for t, h, w in grid_thw.tolist():
-        rows, columns = block_order(h, w, merge_size)
-        row_taps, row_weights = linear_taps(rows, h, side)
-        column_taps, column_weights = linear_taps(columns, w, side)
-        indices = (row_taps[:, :, None] * side + column_taps[:, None, :]).flatten(1)
-        weights = (row_weights[:, :, None] * column_weights[:, None, :]).flatten(1)
-        frames += [(indices, weights, torch.stack((rows, columns), 1))] * t
+        if (h, w) not in known:
+            known[h, w] = frame_tables(h, w, side, merge_size)
+        frames += [known[h, w]] * t
     return PositionTables(*(torch.cat(parts) for parts in zip(*frames, strict=True)))
+
+
+def frame_tables(height: int, width: int, side: int, merge_size: int) -> PositionTables:
+    """Position tables of one frame."""
+    rows, columns = block_order(height, width, merge_size)
+    row_taps, row_weights = linear_taps(rows, height, side)
+    column_taps, column_weights = linear_taps(columns, width, side)
+    indices = (row_taps[:, :, None] * side + column_taps[:, None, :]).flatten(1)
+    weights = (row_weights[:, :, None] * column_weights[:, None, :]).flatten(1)
+    return PositionTables(indices, weights, torch.stack((rows, columns), 1))
 
 
 def block_order(height: int, width: int, merge_size: int) -> tuple[Tensor, Tensor]:
