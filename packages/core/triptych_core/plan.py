@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -238,6 +239,7 @@ def make_plan(
     """
     limit = memory * (1 - config.plan.headroom)
     choices = []
+    trace = cache(trace)
     n = config.parallel.sequence
     half_len = max(seq_len // 2 // n, 1) * n
     least = trace(seq_len, "none").step.products
