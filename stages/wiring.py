@@ -41,8 +41,9 @@ class PackedConfig(StageConfig):
             )
         if self.model.compile == "layers" and self.engine.checkpointing == "selective":
             raise ValueError(
-                "engine.checkpointing: must be none, full or offload with model.compile=layers, got "
-                "selective; the compiler itself chooses what is cheap to compute again"
+                "engine.checkpointing: must not be selective with model.compile=layers, got "
+                "selective; the compiler itself chooses what is cheap to compute again, "
+                "take none, full or offload"
             )
         return self
 
