@@ -14,6 +14,7 @@ from torch import nn
 
 from triptych_core.adamw import AdamW
 from triptych_core.config import EngineConfig, OptimConfig
+from triptych_core.lean_step import take_lean_steps
 from triptych_core.light import LightEngine
 from triptych_core.muon import Muon
 from triptych_core.shards import find_shards
@@ -107,6 +108,8 @@ def build_engine(
         optimizer=optimizer,
         config=deepspeed_config(config, optim.max_grad_norm, world_size, layer_numel),
     )
+    if config.stage == 3 and not (config.zero.offload_optimizer or config.zero.offload_params):
+        take_lean_steps(engine.optimizer)
     if isinstance(optimizer, Muon):
         optimizer.place(find_shards(engine.optimizer, optimizer.shapes))
     for name, buffer in engine.module.named_buffers(remove_duplicate=False):
@@ -127,8 +130,10 @@ def _zero_section(config: EngineConfig, layer_numel: int) -> dict[str, Any]:
     zero, stage = config.zero, config.stage
     section: dict[str, Any] = {
         "stage": stage,
-        "reduce_bucket_size": zero.bucket_size,
-        "contiguous_gradients": True,
+        # Layer by layer under ZeRO-3: what waits in a bucket is memory.
+        "reduce_bucket_size": min(zero.bucket_size, layer_numel or zero.bucket_size),
+        # ZeRO-3's bucket is one more copy of every gradient, which is copied to be reduced anyway.
+        "contiguous_gradients": stage < 3,
         "overlap_comm": stage >= 2,
         "reduce_scatter": True,
     }
