@@ -113,7 +113,7 @@ def run(config: PackedConfig) -> None:
         show_plan(plan(config), config.plan)
         return
     # Not at the top: the configuration is checked before torch is imported.
-    from triptych_core.checkpoint import resume, save_if_due
+    from triptych_core.checkpoint import Saver, resume
     from triptych_core.engine import (
         build_engine,
         compute_dtype,
@@ -207,7 +207,7 @@ def run(config: PackedConfig) -> None:
     ) as metrics:
         metrics.note(describe_run(config, runtime, facts, start_step))
         test = partial(evaluate_if_due, engine, config, heldout, answer, metrics, part=part)
-        save = partial(save_if_due, engine, config, batches, metrics)
+        save = Saver(engine, config, batches, metrics)
         stream, on_step = iter(batches), [test, save]
         if config.data.ledger and mesh.sp_rank == 0:
             ledger = Ledger(config.run.dir / "ledger", start_step=start_step, **ranks)

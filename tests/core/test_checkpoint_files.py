@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from triptych_core.checkpoint_folders import checkpoints, make_room, retire, unfinished_folder
-from triptych_core.checkpoint_save import _finish, _write_share
+from triptych_core.checkpoint_save import Snapshot, finish, write_share
 from triptych_core.fragments import _share
+from triptych_core.host_copy import HostCopy
 from triptych_core.manifest import find_damage, find_loss
 from triptych_core.payload import Payloads, Stretch, write_payload
 
@@ -44,8 +45,10 @@ def save(run_dir: Path, step: int, num_ranks: int = 2, keep: int = 2) -> Path:
     make_room(folder, 1)
     records = {}
     for rank, mine in enumerate(shares(state(step), num_ranks)):
-        records |= _write_share(folder, rank, mine, {"layer.0|odd": {"step": step}})
-    return _finish(folder, {"step": step}, records, keep)
+        scalars = {"layer.0|odd": {"step": step}}
+        snapshot = Snapshot(folder, rank, mine, scalars, b"generators", {"step": step}, keep)
+        records |= write_share(snapshot)
+    return finish(snapshot, records)
 
 
 def newest_whole(run_dir: Path) -> Path:
@@ -89,6 +92,23 @@ def test_ranks_share_evenly():
     for ranks in (1, 2, 3, 7):
         sizes = [sum(s.tensor.numel() for s in mine) for mine in shares(state(1), ranks)]
         assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_copy_keeps_what_was_and_uses_its_room_again():
+    tensors = state(7)
+    (mine,) = shares(tensors, 1)
+    copy = HostCopy(block_bytes=16)
+    for _ in range(2):
+        wanted = {key: tensor.clone() for key, tensor in tensors.items()}
+        copies = copy.take(mine)
+        for tensor in tensors.values():
+            tensor.copy_(tensor == 0)
+        rooms = {stretch.tensor.untyped_storage().data_ptr() for stretch in copies}
+        assert sum(s.num_bytes for s in copies) == sum(s.num_bytes for s in mine)
+        assert len(copies) > len(mine) and len(rooms) == len(copy._blocks)
+        for stretch in copies:
+            begin, end = stretch.begin, stretch.begin + stretch.tensor.numel()
+            assert torch.equal(stretch.tensor, wanted[stretch.name, stretch.kind][begin:end])
 
 
 @pytest.mark.parametrize("kind", ["rank", "random", "state", "manifest"])

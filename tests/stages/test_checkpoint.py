@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ def go_on(engine: Any, config: Any, stream: Stream, start: int) -> list[float]:
     """Train to the end with checkpoints; the losses on record."""
     import torch.distributed as dist
 
-    from triptych_core.checkpoint import save_if_due
+    from triptych_core.checkpoint import Saver
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
 
@@ -159,7 +159,7 @@ def go_on(engine: Any, config: Any, stream: Stream, start: int) -> list[float]:
             flops=lambda batch: 0.0,
             metrics=metrics,
             start_step=start,
-            on_step=[partial(save_if_due, engine, config, stream, metrics), Watch(engine)],
+            on_step=[Saver(engine, config, stream, metrics), Watch(engine)],
         )
     dist.barrier()
     return [json.loads(line)["loss"] for line in (config.run.dir / "metrics.jsonl").open()]
@@ -289,3 +289,25 @@ def resumed(kind: tuple[str, str], layout: tuple[int, int], run_dir: Path) -> li
     engine = build(config, seed=1)
     start = resume(engine, config, stream)
     return go_on(engine, config, stream, start)
+
+
+def test_what_fails_in_the_background_ends_all_ranks_at_the_next_save(firsts):
+    path, _ = firsts
+    for error in run_ranks(cannot_write, 2, path / "full"):
+        assert error == "rank 1: [Errno 27] File too large"
+    assert not list((path / "full/checkpoints").glob("step-*"))
+
+
+def cannot_write(run_dir: Path) -> str:
+    """Train where one rank's files may have 100 bytes; the error of the last step."""
+    rank, world_size = join()
+    config = config_for(run_dir, ("adamw", "fp32"), (2, 2))
+    config.run.dir.mkdir(exist_ok=True)
+    engine = build(config, seed=0)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    with pytest.raises(ValueError) as caught:
+        go_on(engine, config, Stream(rank, world_size), 0)
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) >= SAVED  # training had gone on
+    return str(caught.value)

@@ -161,7 +161,7 @@ def trained(run_dir: Path, overrides: list[str]) -> tuple[list[float], dict[str,
     import torch.distributed as dist
     from deepspeed.utils import safe_get_full_fp32_param
 
-    from triptych_core.checkpoint import resume, save_if_due
+    from triptych_core.checkpoint import Saver, resume
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
 
@@ -178,7 +178,7 @@ def trained(run_dir: Path, overrides: list[str]) -> tuple[list[float], dict[str,
             flops=lambda batch: 0.0,
             metrics=metrics,
             start_step=start,
-            on_step=[partial(save_if_due, engine, config, stream, metrics)],
+            on_step=[Saver(engine, config, stream, metrics)],
         )
     weights = {}
     for name, parameter in engine.module.named_parameters():

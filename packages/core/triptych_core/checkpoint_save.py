@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,7 @@ from triptych_core.checkpoint_folders import make_room, put_in_place, retire, un
 from triptych_core.config import StageConfig
 from triptych_core.fragments import stretches_to_save
 from triptych_core.generators import dump_generators
+from triptych_core.host_copy import HostCopy
 from triptych_core.identity import identity
 from triptych_core.manifest import Record, sync_directory, write_manifest, write_synced
 from triptych_core.payload import Scalars, Stretch, write_payload
@@ -22,23 +24,37 @@ from triptych_core.together import on_all, on_main
 _PACKAGES = ("triptych-core", "torch", "deepspeed")
 
 
-def save_checkpoint(
-    engine: Any, config: StageConfig, step: int, data_state: dict[str, Any]
-) -> Path:
-    """Save everything a bit-equal resume needs; every rank takes part.
+@dataclass(frozen=True)
+class Snapshot:
+    """What a rank writes of a checkpoint, and what the main rank says of it."""
 
-    Written, synced and only then given its name; then older ones beyond `checkpoint.keep` go.
+    folder: Path
+    rank: int
+    stretches: list[Stretch]
+    scalars: Scalars
+    generators: bytes
+    state: dict[str, Any]
+    keep: int
+
+
+def take_snapshot(
+    engine: Any,
+    config: StageConfig,
+    step: int,
+    data_state: dict[str, Any],
+    host_copy: HostCopy | None = None,
+) -> Snapshot:
+    """Everything that a bit-equal resume needs, as it is now; every rank takes part.
+
+    Without a host copy it is a view, to be written before the next step.
 
     Raises:
-        ValueError: the disk is too full, or a rank could not write.
+        ValueError: the disk is too full.
     """
     folder = unfinished_folder(config.run.dir, step)
     stretches, scalars = stretches_to_save(engine)
     needed = sum(on_all(lambda: sum(stretch.num_bytes for stretch in stretches)))
     on_main(partial(make_room, folder, needed))
-    records: dict[str, Record] = {}
-    for share in on_all(partial(_write_share, folder, dist.get_rank(), stretches, scalars)):
-        records |= share
     state = {
         "step": step,
         "data": data_state,
@@ -47,25 +63,54 @@ def save_checkpoint(
         "versions": {name: version(name) for name in _PACKAGES},
         **identity(engine.module, config),
     }
-    path: Path = on_main(partial(_finish, folder, state, records, config.checkpoint.keep))
+    return Snapshot(
+        folder,
+        dist.get_rank(),
+        host_copy.take(stretches) if host_copy else stretches,
+        scalars,
+        dump_generators(),
+        state,
+        config.checkpoint.keep,
+    )
+
+
+def write_snapshot(snapshot: Snapshot, group: Any = None) -> Path:
+    """Write a checkpoint, sync it and only then give it its name; every rank takes part.
+
+    Then older ones beyond `checkpoint.keep` go.
+
+    Args:
+        snapshot: of this rank.
+        group: process group of all ranks; one of its own on a thread of its own.
+
+    Raises:
+        ValueError: a rank could not write.
+    """
+    records: dict[str, Record] = {}
+    for share in on_all(partial(write_share, snapshot), group):
+        records |= share
+    path: Path = on_main(partial(finish, snapshot, records), group)
     return path
 
 
-def _write_share(
-    folder: Path, rank: int, stretches: list[Stretch], scalars: Scalars
-) -> dict[str, Record]:
-    payload, generators = f"rank-{rank:05d}.safetensors", f"random-{rank:05d}.safetensors"
+def write_share(snapshot: Snapshot) -> dict[str, Record]:
+    """Write and sync the files of a rank; returns their records."""
+    payload = f"rank-{snapshot.rank:05d}.safetensors"
+    generators = f"random-{snapshot.rank:05d}.safetensors"
+    folder = snapshot.folder
     return {
-        payload: write_payload(folder / payload, stretches, scalars),
-        generators: write_synced(folder / generators, dump_generators()),
+        payload: write_payload(folder / payload, snapshot.stretches, snapshot.scalars),
+        generators: write_synced(folder / generators, snapshot.generators),
     }
 
 
-def _finish(folder: Path, state: dict[str, Any], records: dict[str, Record], keep: int) -> Path:
-    text = json.dumps(state, indent=2) + "\n"
-    records["state.json"] = write_synced(folder / "state.json", text.encode())
-    write_manifest(folder, records)
+def finish(snapshot: Snapshot, records: dict[str, Record]) -> Path:
+    """Write what is left to the main rank, when all shares are there; returns the final path."""
+    folder, step = snapshot.folder, snapshot.state["step"]
+    text = json.dumps(snapshot.state, indent=2) + "\n"
+    written = write_synced(folder / "state.json", text.encode())
+    write_manifest(folder, {**records, "state.json": written})
     sync_directory(folder)
-    path = put_in_place(folder, state["step"])
-    retire(path.parent.parent, state["step"], keep)
+    path = put_in_place(folder, step)
+    retire(path.parent.parent, step, snapshot.keep)
     return path

@@ -179,6 +179,11 @@ class CheckpointConfig(Section):
     save: bool = Field(True, description="save at all; false for measurements")
     every: int = Field(500, ge=0, description="steps between saves; 0 = only the last step")
     keep: int = Field(2, ge=1, description="how many checkpoints stay on disk")
+    background: bool = Field(
+        True,
+        description="write while training goes on, from a copy in host memory of what the rank "
+        "holds: weights and optimizer states in fp32, divided by the ranks",
+    )
     resume: Literal["auto", "never"] = Field(
         "auto",
         description="auto: go on from the run folder's newest checkpoint if there is one; "
