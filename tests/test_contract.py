@@ -1,16 +1,23 @@
 """The contracts between packages that never import each other."""
 
 import inspect
+import json
 
 import pytest
 import torch
 
-from tests.tiny import make_model_dir, make_shards
+from tests.tiny import ROOT, make_model_dir, make_shards
 from triptych_core.loop import HOST_KEYS, LABEL_KEYS
 from triptych_data.config import DataConfig
 from triptych_data.loader import PackLoader
 from triptych_data.processor import Processor
+from triptych_data.shards import write_shards
+from triptych_models.config import ModelConfig
+from triptych_models.families import build_shell
+from triptych_models.qwen3 import Qwen3
 from triptych_models.qwen3_vl import Qwen3VL
+
+TEXT_MODEL = ROOT / "stages/configs/qwen3_tiny"
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +37,36 @@ def test_every_key_of_a_batch_is_taken_by_forward_or_dropped_by_the_loop(batches
     assert "pixel_values" in made
     assert made - taken == LABEL_KEYS
     assert made >= HOST_KEYS
+
+
+def test_a_model_of_text_alone_takes_every_key_of_a_batch_of_documents(tmp_path):
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("a b", "c")))
+    write_shards(tmp_path / "x.jsonl", tmp_path / "shards")
+    config = DataConfig(shards=[str(tmp_path / "shards")], seq_len=64, num_workers=0)
+    loader = PackLoader(config, Processor.from_directory(TEXT_MODEL), rank=0, world_size=1)
+    batch = next(iter(loader))
+    assert batch["position_ids"].shape == (1, 64)
+    taken = set(inspect.signature(Qwen3.forward).parameters)
+    taken |= set(inspect.signature(Qwen3.hidden_states).parameters)
+    assert batch.keys() - taken == LABEL_KEYS
+    assert batch.keys() >= taken - {"self", "batch", "sequence"}
+
+
+def test_a_processor_of_another_model_is_refused(tmp_path):
+    images = make_model_dir(tmp_path / "vl")
+    models = {}
+    for name, path in (("vl", images), ("text", TEXT_MODEL)):
+        config = ModelConfig(path=path, init="random")
+        models[name] = build_shell(config, dtype=torch.float32)
+        models[name].check_processor(Processor.from_directory(path))
+    with pytest.raises(ValueError, match="a model of text alone must have no preprocessor files"):
+        models["text"].check_processor(Processor.from_directory(images))
+    with pytest.raises(ValueError, match="patch_size of the processor files must be"):
+        models["vl"].check_processor(Processor.from_directory(TEXT_MODEL))
+    processor = Processor.from_directory(TEXT_MODEL)
+    processor.vocab_size = 513
+    with pytest.raises(ValueError, match=r"ids must be below config.json's vocab_size \(512\)"):
+        models["text"].check_processor(processor)
 
 
 def test_shapes_and_types_are_those_of_the_readme(batches):

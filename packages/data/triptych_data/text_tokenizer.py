@@ -55,10 +55,10 @@ class TextTokenizer:
         self.controls = Controls(tokenizer, literals)
         self.description: str = tokenizer.backend_tokenizer.to_str()
         self.fingerprint = self._make_fingerprint()
+        self.vocab_size = 1 + max(tokenizer.get_vocab().values())  # before the encoder adds some
         self.tiktoken_proof: str | None = None
         self.tiktoken_refusal: str | None = None
         self.encoder = self._make_encoder(options or ChatConfig(), proof)
-        self.vocab_size = len(tokenizer)
         self.image_token_id = self.controls.media_ids.get("image", -1)  # -1: takes none
         self.video_token_id = self.controls.media_ids.get("video", -1)
         self.audio_token_id = self.controls.media_ids.get("audio", -1)

@@ -58,14 +58,13 @@ class ModelConfig(BaseModel):
                 "download the model there or correct the path"
             )
         parts = PARTS[self.find_family()]
-        named = {"model.freeze": self.freeze, "optim.lr_by_part": list(lr_by_part)}
-        for key, names in named.items():
-            for part in names:
-                if part not in parts:
-                    raise ValueError(
-                        f"{key}: must name parts of the model ({', '.join(parts)}), got {part}; "
-                        "leave it out"
-                    )
+        named = [("model.freeze", part) for part in self.freeze]
+        for key, part in [*named, *(("optim.lr_by_part", part) for part in lr_by_part)]:
+            if part not in parts:
+                raise ValueError(
+                    f"{key}: must name parts of the model ({', '.join(parts)}), got {part}; "
+                    "leave it out"
+                )
         if set(parts) <= set(self.freeze):
             raise ValueError("model.freeze: must leave a part to train, got all; name fewer")
 

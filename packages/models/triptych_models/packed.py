@@ -81,14 +81,24 @@ class PackedModel(nn.Module):
         return _without(self.hf.config.to_diff_dict(), IMMATERIAL)
 
     def check_processor(self, processor: Any) -> None:
-        """Raise ValueError unless the data's processor makes what this model expects."""
-        raise NotImplementedError
+        """Raise ValueError unless the data's processor makes what this model expects.
+
+        Of this one all token ids must be below the rows of the embedding: beyond them a device
+        reads what is not there. processor has `vocab_size` and `position_axes`.
+        """
+        rows = text_config(self.hf.config).vocab_size
+        if processor.vocab_size > rows:
+            raise ValueError(
+                f"model.path: the tokenizer's ids must be below config.json's vocab_size ({rows}), "
+                f"got {processor.vocab_size}; take all files of the folder from one model"
+            )
 
     def forward(self, *, shift_labels: Tensor, num_targets: int, **batch: Any) -> LossOutput:
         """Summed loss of one packed row.
 
         shift_labels (1, T) int64; the rest of the batch as in `hidden_states`.
         """
+        self.input_store = InputStore()
         hidden_states = self.hidden_states(**batch)
         loss_sum = self.hf.lm_head(hidden_states, shift_labels, num_targets)
         return LossOutput(loss_sum, num_targets, {})

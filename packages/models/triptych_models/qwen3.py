@@ -53,4 +53,10 @@ class Qwen3(PackedModel):
         return qwen3_flops(self.hf.config, batch, self.trainable_parts())
 
     def check_processor(self, processor: Any) -> None:
-        """A tokenizer has nothing to agree on with this model beyond its ids."""
+        """Raise ValueError unless the data's processor makes text alone, of ids that are known."""
+        super().check_processor(processor)
+        if processor.position_axes != 1:
+            raise ValueError(
+                "model.path: a model of text alone must have no preprocessor files, got those of "
+                "images; take all files of the folder from one model"
+            )

@@ -117,6 +117,7 @@ class Qwen3VL(PackedModel):
 
     def check_processor(self, processor: HasImageRules) -> None:
         """Raise ValueError unless the data's processor cuts images as this model expects."""
+        super().check_processor(processor)
         config = self.hf.config
         expected = {
             "patch_size": config.vision_config.patch_size,
