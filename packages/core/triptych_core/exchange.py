@@ -36,10 +36,10 @@ class Exchange:
         `function` takes (B, M, N), a stack of matrices of one shape. A collective call, unless no
         matrix is cut.
         """
-        mine = [m for m, owner in self._owned() if owner == self.rank]
-        if all(len(matrix.pieces) == 1 for matrix in self.matrices):
-            _work(flat, mine, [matrix.pieces[0].offset for matrix in mine], function)
+        if self.is_whole:
+            work_on(self.own_matrices(flat), function)
             return
+        mine = self._mine()
         num_ranks = dist.get_world_size(self.group)
         going = [self._pieces(self.rank, owner) for owner in range(num_ranks)]
         coming = [self._pieces(source, self.rank) for source in range(num_ranks)]
@@ -49,8 +49,20 @@ class Exchange:
         starts = dict(zip(mine, _starts(mine), strict=True))
         places = [_stretch(whole, p, starts[m] + p.begin) for row in coming for m, p in row]
         _spread(received, places)
-        _work(whole, mine, list(starts.values()), function)
+        work_on([_matrix(whole, matrix, start) for matrix, start in starts.items()], function)
         _spread(self._swap(torch.cat([flat[:0], *places]), coming, going), held)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no matrix is cut, so that `apply` needs no other rank."""
+        return all(len(matrix.pieces) == 1 for matrix in self.matrices)
+
+    def own_matrices(self, flat: Tensor) -> list[Tensor]:
+        """Views (M, N) into `flat` of this rank's matrices, where none is cut."""
+        return [_matrix(flat, matrix, matrix.pieces[0].offset) for matrix in self._mine()]
+
+    def _mine(self) -> list[Matrix]:
+        return [matrix for matrix, owner in self._owned() if owner == self.rank]
 
     def _owned(self) -> Iterator[tuple[Matrix, int]]:
         return zip(self.matrices, self.owners, strict=True)
@@ -125,22 +137,20 @@ def _batches(matrices: Sequence[Matrix], max_elements: int) -> Iterator[list[Mat
         yield batch
 
 
-def _work(
-    flat: Tensor,
-    matrices: Sequence[Matrix],
-    starts: Sequence[int],
-    function: Callable[[Tensor], Tensor],
-) -> None:
-    """Apply `function` to the matrices that start at these elements of `flat`, shape by shape."""
-    by_shape: dict[Shape, list[Tensor]] = {}
-    for matrix, start in zip(matrices, starts, strict=True):
-        part = flat[start : start + _numel(matrix.shape)].view(matrix.shape)
-        by_shape.setdefault(matrix.shape, []).append(part)
+def work_on(matrices: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> None:
+    """Replace (M, N) matrices by `function` of stacks (B, M, N) of them, shape by shape."""
+    by_shape: dict[torch.Size, list[Tensor]] = {}
+    for matrix in matrices:
+        by_shape.setdefault(matrix.shape, []).append(matrix)
     for shape, parts in by_shape.items():
-        size = max(1, MAX_ELEMENTS // _numel(shape))
+        size = max(1, MAX_ELEMENTS // shape.numel())
         for begin in range(0, len(parts), size):
             some = parts[begin : begin + size]
             torch._foreach_copy_(some, list(function(torch.stack(some)).unbind()))
+
+
+def _matrix(flat: Tensor, matrix: Matrix, start: int) -> Tensor:
+    return flat[start : start + _numel(matrix.shape)].view(matrix.shape)
 
 
 def _spread(flat: Tensor, places: Sequence[Tensor]) -> None:

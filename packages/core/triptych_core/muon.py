@@ -14,14 +14,14 @@ AdamW's gradients with them. Here DeepSpeed sees an ordinary optimizer of flat t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from triptych_core.adamw import AdamW, Gradients
-from triptych_core.exchange import Exchange, plan_exchanges
+from triptych_core.exchange import MAX_ELEMENTS, Exchange, plan_exchanges, work_on
 from triptych_core.shards import Shape, Shard
 
 Orthogonalise = Callable[[Tensor], Tensor]
@@ -68,25 +68,41 @@ class Muon(AdamW):
         if group.get("rule") != "muon":
             super()._step_group(group, gradients, grad_scale)
             return
-        for master in group["params"]:
-            if master in self._exchanges:
-                gradient = gradients.get(master, master.grad)
-                self._step_matrices(master, _wide(gradient, master, grad_scale), group)
+        for masters in _waves([m for m in group["params"] if m in self._exchanges]):
+            wide = [_wide(gradients.get(m, m.grad), m, grad_scale) for m in masters]
+            self._step_matrices(masters, wide, group)
 
-    def _step_matrices(self, master: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        if "momentum_buffer" not in self.state[master]:
-            self.state[master]["momentum_buffer"] = torch.zeros_like(master)
-        buffer = self.state[master]["momentum_buffer"]
-        buffer.lerp_(gradient, 1 - group["momentum"])
-        # In the gradient's place, which nobody reads after the step.
-        update = gradient.lerp_(buffer, group["momentum"]) if group["nesterov"] else buffer.clone()
-        flat = update.view(-1)
-        for exchange in self._exchanges[master]:
-            exchange.apply(flat, lambda stack: self._scaled(stack, group["lr_scale"]))
-        master.mul_(1 - group["lr"] * group["weight_decay"])
-        master.add_(update, alpha=-group["lr"])
-        if master in self._copies:
-            self._copies[master].copy_(master)
+    def _step_matrices(
+        self, masters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]
+    ) -> None:
+        for master in masters:
+            if "momentum_buffer" not in self.state[master]:
+                self.state[master]["momentum_buffer"] = torch.zeros_like(master)
+        buffers = [self.state[master]["momentum_buffer"] for master in masters]
+        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+        updates = gradients  # in their place, since nobody reads them after the step
+        if group["nesterov"]:
+            torch._foreach_lerp_(updates, buffers, group["momentum"])
+        else:
+            torch._foreach_copy_(updates, buffers)
+        self._make_orthogonal(masters, updates, group["lr_scale"])
+        torch._foreach_mul_(masters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(masters, updates, alpha=-group["lr"])
+        copied = [master for master in masters if master in self._copies]
+        if copied:
+            torch._foreach_copy_([self._copies[master] for master in copied], copied)
+
+    def _make_orthogonal(self, masters: list[Tensor], updates: list[Tensor], rule: str) -> None:
+        """All whole matrices of the wave in stacks of one shape; then those that are cut."""
+        flats = {master: update.view(-1) for master, update in zip(masters, updates, strict=True)}
+        pairs = [(flats[master], each) for master in masters for each in self._exchanges[master]]
+        whole = [
+            matrix for flat, each in pairs if each.is_whole for matrix in each.own_matrices(flat)
+        ]
+        work_on(whole, lambda stack: self._scaled(stack, rule))
+        for flat, each in pairs:
+            if not each.is_whole:
+                each.apply(flat, lambda stack: self._scaled(stack, rule))
 
     def _scaled(self, stack: Tensor, rule: str) -> Tensor:
         return self._orthogonalise(stack) * _SCALES[rule](*stack.shape[-2:])
@@ -98,3 +114,18 @@ def _wide(gradient: Tensor | None, master: Tensor, scale: Tensor | None) -> Tens
         return torch.zeros_like(master)
     gradient = gradient.to(master.dtype).view_as(master)
     return gradient if scale is None else gradient * scale
+
+
+def _waves(masters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Masters of like shapes side by side, so many at once as bound what a step holds beside them.
+
+    A master that ZeRO made of many parameters is a wave of its own.
+    """
+    wave: list[Tensor] = []
+    for master in sorted(masters, key=lambda m: tuple(m.shape)):
+        if wave and sum(m.numel() for m in wave) + master.numel() > 4 * MAX_ELEMENTS:
+            yield wave
+            wave = []
+        wave.append(master)
+    if wave:
+        yield wave
