@@ -7,6 +7,7 @@ they are needed. As in ALST (arXiv 2506.13996); the copies and their order are o
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,7 +18,7 @@ from torch import Tensor
 
 
 class InputStore:
-    """The inputs of a model's layers, in the order in which they ran.
+    """The inputs of a model's layers in one forward, in the order in which they ran.
 
     At most two are on the device: of the layer that runs, and of the one before or, in backward,
     the one that comes next.
@@ -28,12 +29,9 @@ class InputStore:
 
     def keep(self, x: Tensor) -> KeptInput:
         """Begin to copy x to the host, and forget the device's copy of the input kept before."""
-        before = self._last
-        if before is not None:
-            before.let_go()
-            if before.is_done:  # of the step before
-                before = None
-        self._last = KeptInput(x, before)
+        if self._last is not None:
+            self._last.let_go()
+        self._last = KeptInput(x, self._last)
         return self._last
 
 
@@ -43,9 +41,9 @@ class KeptInput:
     def __init__(self, x: Tensor, before: KeptInput | None) -> None:
         self._device, self._requires_grad = x.device, x.requires_grad
         self._here: Tensor | None = x
-        self._before = before
+        # The graph holds each input while it needs it; a chain would hold all to the last.
+        self._before = weakref.ref(before) if before is not None else None
         self._was_taken = False
-        self.is_done = False
         with torch.no_grad(), _beside(x.device):
             self._host = to_host(x)
             self._arrived = _mark(x.device)
@@ -62,12 +60,11 @@ class KeptInput:
             self._was_taken = True
             assert self._here is not None
             return self._here
-        if self._before is not None:
-            self._before.fetch()
-            self._before = None  # or all steps would hang on one chain
         self.fetch()
+        before = self._before() if self._before is not None else None
+        if before is not None:
+            before.fetch()
         _wait(self._device, self._arrived)
-        self.is_done = True
         x, self._here = self._here, None
         assert x is not None
         return x
