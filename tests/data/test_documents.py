@@ -192,6 +192,20 @@ def test_an_epoch_holds_each_target_of_each_document_once(corpus):
         assert ids == whole or (ids == whole[:-1] and len(ids) % 64 == 0)
 
 
+def test_inspect_counts_what_is_cut(corpus):
+    words = ["inspect", str(corpus), "--model", str(MODEL), "--seq-len", "64"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    loader = PackLoader(
+        DataConfig(shards=[str(corpus)], seq_len=64, num_workers=0),
+        tiny_processor(),
+        rank=0,
+        world_size=1,
+    )
+    count = loader.describe()["documents cut"]
+    assert f"{count} documents are longer and cut into pieces" in result.output
+
+
 def test_position_resumes_among_pieces_and_ranks_share_them(corpus):
     config = DataConfig(shards=[str(corpus)], seq_len=64, window=64, num_workers=0)
     one = PackLoader(config, tiny_processor(), rank=0, world_size=1)

@@ -172,7 +172,8 @@ class DataConfig(BaseModel):
     )
     long_samples: Literal["refuse", "skip"] = Field(
         default="refuse",
-        description="Whether a sample that no pack can hold stops the run or is left out.",
+        description="Whether a sample that no pack can hold stops the run or is left out; documents "
+        "of plain text are cut instead.",
     )
 
     remote: RemoteConfig = Field(

@@ -66,6 +66,7 @@ def forecast(
             "samples_per_pack": round(len(samples) / len(packs), 2),
             "fill": round(int(tokens.sum()) / (len(packs) * seq_len), 4),
             "target_share": round(int(lengths.num_targets[samples].sum()) / int(tokens.sum()), 4),
+            "documents_cut": _num_cut(plan),
             "too_long": int(_too_long(config, lengths).sum()),
             "refused": refused,
             "refused_first": _first_refused(shards, lengths, processor),
@@ -77,6 +78,11 @@ def forecast(
         },
     }
     return Forecast(lengths, tokens / seq_len, costs / costs.mean(), report)
+
+
+def _num_cut(plan: Plan) -> int:
+    """How many documents are longer than a pack."""
+    return int((np.diff(plan.pieces.starts) > 1).sum())
 
 
 def _one_epoch(plan: Plan, num_samples: int) -> Iterator[PlannedPack]:

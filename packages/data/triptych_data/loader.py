@@ -159,7 +159,7 @@ def _check(
     bounds = config.seq_len, config.max_patches, config.max_images
     fitting = fitting_samples(shards, lengths, *bounds, skip_long=skips)
     long = shards.num_samples - len(fitting) - refused
-    cut = int((is_document(lengths) & (lengths.num_tokens > config.seq_len)).sum())
+    cut = int((is_document(lengths) & (lengths.num_tokens > config.seq_len + 1)).sum())
     return {
         "samples": len(fitting),
         "documents cut": cut,

@@ -112,6 +112,8 @@ def as_text(report: dict[str, Any]) -> str:
             f"{packing['samples_per_pack']:,} samples each, {packing['fill']:.2%} filled, "
             f"{packing['target_share']:.1%} of tokens are targets",
         ]
+        if packing["documents_cut"]:
+            lines.append(f"{packing['documents_cut']:,} documents are longer and cut into pieces")
         if packing["too_long"]:
             lines.append(f"{packing['too_long']:,} samples are longer than a pack and left out")
         if packing["refused"]:
