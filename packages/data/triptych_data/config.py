@@ -172,8 +172,8 @@ class DataConfig(BaseModel):
     )
     long_samples: Literal["refuse", "skip"] = Field(
         default="refuse",
-        description="Whether a sample that no pack can hold stops the run or is left out; documents "
-        "of plain text are cut instead.",
+        description="Whether a sample that no pack can hold stops the run or is left out; plain "
+        "documents are cut instead.",
     )
 
     remote: RemoteConfig = Field(
