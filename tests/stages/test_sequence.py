@@ -7,7 +7,6 @@ targets are all in the first part, one whose images are all in the last.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from functools import partial
@@ -21,7 +20,6 @@ import torch
 from tests.models import tiny
 from tests.models.tiny import document
 from tests.ranks import run_ranks
-from tests.tiny import ROOT
 
 SEQ_LEN = 128
 
@@ -360,12 +358,7 @@ def test_the_plan_knows_what_a_part_of_a_row_takes(folders):
 @pytest.mark.slow
 def test_compiled_layers_exchange_too(folders):
     """With chunked MLPs, and every way of checkpointing that goes with compilation."""
-    case = Path(__file__).with_name("compiled_sequence.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    ran = subprocess.run(
-        [*command, str(case), str(folders[2])],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    case = Path(__file__).with_name("sequence_on_ranks.py")
+    ran = subprocess.run([*command, str(case), str(folders[2])], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
