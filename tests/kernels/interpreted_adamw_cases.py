@@ -53,6 +53,16 @@ def test_equals_float64(place, grad_dtype, scaled):
         assert torch.equal(copy, p.bfloat16())
 
 
+@pytest.mark.parametrize("scale", [torch.nan, torch.inf])
+def test_a_scale_that_is_not_finite_changes_nothing(scale):
+    tensors = [[randn(s, i) for s in SHAPES] for i in range(3)]
+    before = [[x.clone() for x in row] for row in tensors]
+    more = {**OPTIONS, "grad_scale": torch.tensor(scale)}
+    adamw_(tensors[0], before[0], *tensors[1:], step=1, backend="triton", **more)
+    for row, kept in zip(tensors, before, strict=True):
+        assert all(map(torch.equal, row, kept))
+
+
 def test_gradients_of_both_dtypes_in_one_call():
     params, wide = ([randn(s) for s in SHAPES] for _ in range(2))
     grads = [randn(s, i).to((torch.float32, HALF)[i % 2]) for i, s in enumerate(SHAPES)]

@@ -58,6 +58,17 @@ def test_copies_scale_and_half_gradients(backend, grad_dtype):
     assert all(c is None or torch.equal(c, x.bfloat16()) for c, x in zip(copies, ours, strict=True))
 
 
+@pytest.mark.parametrize("scale", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_scale_that_is_not_finite_changes_nothing(backend, scale):
+    params = [randn(shape) for shape in SHAPES]
+    states = [randn(x.shape, 1) for x in params], [randn(x.shape, 2).abs() for x in params]
+    before = [x.clone() for x in (*params, *states[0], *states[1])]
+    more = {"grad_scale": torch.tensor(scale), "backend": backend, **OPTIONS}
+    adamw_(params, gradients(1), *states, step=1, **more)
+    assert all(map(torch.equal, (*params, *states[0], *states[1]), before))
+
+
 def test_the_reference_works_piece_by_piece(monkeypatch):
     whole, pieces = [randn((64, 33))], [randn((64, 33))]
     grads = [randn((64, 33), 1)]

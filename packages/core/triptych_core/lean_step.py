@@ -18,6 +18,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from triptych_core.clipping import clip_scale, total_norm
+
 
 def take_lean_steps(zero: Any) -> None:
     """Give DeepSpeed's ZeRO-3 optimizer `zero`, over our AdamW or Muon, the lean step.
@@ -39,10 +41,11 @@ def _step(zero: Any, closure: Callable[[], Any] | None = None) -> None:
     zero._partition_all_parameters()
     masters = zero.fp32_partitioned_groups_flat
     gradients = {m: _end_to_end(zero.averaged_gradients[i]) for i, m in enumerate(masters)}
-    norm = _norm(list(gradients.values()), zero.dp_process_group)
-    zero._global_grad_norm = norm
-    zero.overflow = False
-    scale = (zero.clip_grad / (norm + 1e-6)).clamp(max=1.0) if zero.clip_grad > 0 else None
+    square = total_norm(list(gradients.values())).square()
+    dist.all_reduce(square, group=zero.dp_process_group)
+    zero._global_grad_norm = square.sqrt()
+    zero.overflow = False  # an update that cannot be is left out on the device
+    scale = clip_scale(zero._global_grad_norm, zero.clip_grad)
     zero.zero_grad(set_to_none=True)
     # DeepSpeed leaves the groups empty between steps.
     for index, master in enumerate(masters):
@@ -67,11 +70,3 @@ def _end_to_end(pieces: Sequence[Tensor]) -> Tensor:
             return torch.cat([piece.view(-1) for piece in pieces])
         at += piece.numel()
     return first.as_strided((at - first.storage_offset(),), (1,))
-
-
-def _norm(gradients: list[Tensor], group: Any) -> Tensor:
-    """The 2-norm over all ranks' parts, () fp32."""
-    own = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
-    total = own.square().sum()
-    dist.all_reduce(total, group=group)
-    return total.sqrt()

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from triptych_core.adamw import AdamW
+from triptych_core.clipping import clip_scale, total_norm
 from triptych_core.gradient_sums import GradientSums
 from triptych_core.muon import Muon
 from triptych_core.sections import EngineConfig
@@ -98,13 +99,10 @@ class LightEngine:
         if not is_last:
             return
         gradients = self.gradients()
-        self._norm = _norm(list(gradients.values()))
-        scale = None
-        if self._max_grad_norm:
-            scale = (self._max_grad_norm / (self._norm + 1e-6)).clamp(max=1.0)
+        self._norm = total_norm(list(gradients.values()))
         self.optimizer.step(
             gradients={self.masters[p]: gradient for p, gradient in gradients.items()},
-            grad_scale=scale,
+            grad_scale=clip_scale(self._norm, self._max_grad_norm),
         )
         for parameter in self.masters:
             parameter.grad = None
@@ -159,10 +157,3 @@ def _master(parameter: nn.Parameter) -> Tensor:
     if parameter.dtype == torch.float32:
         return parameter
     return parameter.detach().to(torch.float32)
-
-
-def _norm(gradients: list[Tensor]) -> Tensor:
-    """The 2-norm of all together, () fp32, whatever their dtype."""
-    return torch.linalg.vector_norm(
-        torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
-    )

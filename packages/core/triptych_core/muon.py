@@ -69,51 +69,66 @@ class Muon(AdamW):
             super()._step_group(group, gradients, grad_scale)
             return
         for masters in _waves([m for m in group["params"] if m in self._exchanges]):
-            wide = [_wide(gradients.get(m, m.grad), m, grad_scale) for m in masters]
-            self._step_matrices(masters, wide, group)
+            buffers = [self._momentum(master) for master in masters]
+            found = [gradients.get(m, m.grad) for m in masters]
+            wide = [_wide(g, b, grad_scale) for g, b in zip(found, buffers, strict=True)]
+            lr = group["lr"] if grad_scale is None else group["lr"] * grad_scale.isfinite()
+            self._step_matrices(masters, buffers, wide, lr, group)
+
+    def _momentum(self, master: Tensor) -> Tensor:
+        if "momentum_buffer" not in self.state[master]:
+            self.state[master]["momentum_buffer"] = torch.zeros_like(master)
+        buffer: Tensor = self.state[master]["momentum_buffer"]
+        return buffer
 
     def _step_matrices(
-        self, masters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]
+        self,
+        masters: list[Tensor],
+        buffers: list[Tensor],
+        gradients: list[Tensor],
+        lr: float | Tensor,
+        group: dict[str, Any],
     ) -> None:
-        for master in masters:
-            if "momentum_buffer" not in self.state[master]:
-                self.state[master]["momentum_buffer"] = torch.zeros_like(master)
-        buffers = [self.state[master]["momentum_buffer"] for master in masters]
+        """lr is on the device, and 0 where the step is left out, if gradients are scaled."""
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         updates = gradients  # in their place, since nobody reads them after the step
         if group["nesterov"]:
             torch._foreach_lerp_(updates, buffers, group["momentum"])
         else:
             torch._foreach_copy_(updates, buffers)
-        self._make_orthogonal(masters, updates, group["lr_scale"])
-        torch._foreach_mul_(masters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(masters, updates, alpha=-group["lr"])
+        scale = _SCALES[group["lr_scale"]]
+        self._make_orthogonal(
+            masters,
+            updates,
+            lambda stack: self._orthogonalise(stack) * (-lr * scale(*stack.shape[-2:])),
+        )
+        torch._foreach_mul_(masters, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(masters, updates)
         copied = [master for master in masters if master in self._copies]
         if copied:
             torch._foreach_copy_([self._copies[master] for master in copied], copied)
 
-    def _make_orthogonal(self, masters: list[Tensor], updates: list[Tensor], rule: str) -> None:
+    def _make_orthogonal(
+        self, masters: list[Tensor], updates: list[Tensor], function: Orthogonalise
+    ) -> None:
         """All whole matrices of the wave in stacks of one shape; then those that are cut."""
         flats = {master: update.view(-1) for master, update in zip(masters, updates, strict=True)}
         pairs = [(flats[master], each) for master in masters for each in self._exchanges[master]]
         whole = [
             matrix for flat, each in pairs if each.is_whole for matrix in each.own_matrices(flat)
         ]
-        work_on(whole, lambda stack: self._scaled(stack, rule))
+        work_on(whole, function)
         for flat, each in pairs:
             if not each.is_whole:
-                each.apply(flat, lambda stack: self._scaled(stack, rule))
-
-    def _scaled(self, stack: Tensor, rule: str) -> Tensor:
-        return self._orthogonalise(stack) * _SCALES[rule](*stack.shape[-2:])
+                each.apply(flat, function)
 
 
-def _wide(gradient: Tensor | None, master: Tensor, scale: Tensor | None) -> Tensor:
-    """A gradient like its master; the very tensor where nothing has to be done to it."""
+def _wide(gradient: Tensor | None, buffer: Tensor, scale: Tensor | None) -> Tensor:
+    """A gradient like its momentum; that itself, which keeps it as it is, for an infinite one."""
     if gradient is None:
-        return torch.zeros_like(master)
-    gradient = gradient.to(master.dtype).view_as(master)
-    return gradient if scale is None else gradient * scale
+        return torch.zeros_like(buffer)
+    gradient = gradient.to(buffer.dtype).view_as(buffer)
+    return gradient if scale is None else torch.where(scale.isfinite(), gradient * scale, buffer)
 
 
 def _waves(masters: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -46,9 +46,10 @@ def adamw_(
     params: N of any shapes (...), float32; grads: of the same sizes, bfloat16 or float32; exp_avgs,
     exp_avg_sqs: the moments, of the same shapes, all float32 or all bfloat16; copies: for each
     parameter a bfloat16 tensor that gets its new value, or None; grad_scale () float32: what
-    gradients are multiplied by first, read on the device only. step: 1 for the first. seed: of the
-    stochastic rounding of bfloat16 states; the same seed gives the same bits. All on one device;
-    params, states and copies contiguous. -> None
+    gradients are multiplied by first, read on the device only; where it is not finite, nothing
+    changes (gradients that overflowed have no norm to be clipped by). step: 1 for the first. seed:
+    of the stochastic rounding of bfloat16 states; the same seed gives the same bits. All on one
+    device; params, states and copies contiguous. -> None
 
     Raises ValueError naming the index of a tensor that does not fit.
     """
@@ -95,6 +96,8 @@ def adamw_ref(
     seed: int = 0,
 ) -> None:
     """`adamw_` in plain torch, in place, piece by piece; computes in the parameters' dtype."""
+    if grad_scale is not None and not grad_scale.isfinite():
+        return
     root = math.sqrt(1 - beta2**step)
     generator = torch.Generator(params[0].device).manual_seed(seed)
     copies = [None] * len(params) if copies is None else copies
@@ -186,6 +189,7 @@ def _run(
         eps=eps,
         amsgrad=False,
         maximize=False,
+        found_inf=None if grad_scale is None else (~grad_scale.isfinite()).float(),
     )
     held = [(copy, p) for copy, p in zip(copies, params, strict=True) if copy is not None]
     if held:

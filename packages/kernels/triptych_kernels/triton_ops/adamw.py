@@ -136,6 +136,7 @@ def _kernel(
     scale = 1.0
     if SCALED:
         scale = tl.load(scale_ptr)
+        size = tl.where(tl.abs(scale) < float("inf"), size, 0)  # also without a NaN
     noise = 0
     if HALF_STATES:
         noise = _noise(seed_low, seed_high, tensor, block, BLOCK)

@@ -1,0 +1,136 @@
+"""The engine for ZeRO-0, and what it shares with ZeRO-3: sums of gradients, steps left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.ranks import run_ranks
+from triptych_core.config import StageConfig, load_config
+
+WIDTH = 6
+
+
+class Net(nn.Module):
+    """`late` gets a gradient in every micro-step but the last, `never` in none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.late, self.never = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.tied = self.first.weight
+
+    def forward(self, x: Tensor, with_late: bool) -> Tensor:
+        x = torch.tanh(self.first(x)) @ self.tied
+        return (self.late(x) if with_late else x).square().sum()
+
+
+def make_net() -> Net:
+    net = Net()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
+    return net
+
+
+def rows(rank: int, micro_step: int) -> Tensor:
+    seed = 10 * rank + micro_step
+    return torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def build(net: Net, *words: str) -> Any:
+    import torch.distributed as dist
+
+    from triptych_core.engine import build_engine
+    from triptych_core.launch import launch
+    from triptych_core.optim import build_optimizer, parameter_groups
+
+    config = load_config(StageConfig, None, ["run.device=cpu", "optim.lr=1e-2", *words])
+    launch(config.run)
+    matrices = {name: [(WIDTH, WIDTH)] for name, p in net.named_parameters() if p.dim() == 2}
+    groups = parameter_groups(net.named_parameters(), config.optim, lambda name: "net", matrices)
+    optimizer = build_optimizer(groups, config.optim)
+    return build_engine(net, optimizer, config.engine, config.optim, dist.get_world_size())
+
+
+def sums(micro_steps: int, bucket: int) -> dict[str, Tensor]:
+    import torch.distributed as dist
+
+    from triptych_core import gradient_sums
+
+    gradient_sums.GradientSums.__init__.__defaults__ = (bucket,)
+    net = make_net()
+    engine = build(
+        net,
+        "engine.zero.stage=0",
+        "engine.precision=fp32",
+        f"engine.gradient_accumulation_steps={micro_steps}",
+    )
+    for micro_step in range(micro_steps):
+        loss = engine(x=rows(dist.get_rank(), micro_step), with_late=micro_step < micro_steps - 1)
+        engine.backward(loss)
+        if micro_step < micro_steps - 1:
+            engine.step()
+    return {name: engine.gradients()[p].clone() for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("bucket", [1, 40, 10**6])
+@pytest.mark.parametrize(("world_size", "micro_steps"), [(1, 2), (2, 1), (2, 3)])
+def test_sums_over_ranks_and_micro_steps(world_size, micro_steps, bucket):
+    net = make_net().double()
+    for rank in range(world_size):
+        for micro_step in range(micro_steps):
+            loss = net(rows(rank, micro_step).double(), micro_step < micro_steps - 1)
+            (loss / world_size).backward()
+    for found in run_ranks(sums, world_size, micro_steps, bucket):
+        for name, parameter in net.named_parameters():
+            wanted = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            torch.testing.assert_close(found[name].double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def steps_with_one_overflow(words: list[str]) -> tuple[list[dict[str, Tensor]], list[float]]:
+    """Masters after each of three steps, the second with an infinite gradient; and norms."""
+    net = make_net()
+    engine = build(net, *words)
+    found, norms = [], []
+    for factor in (1.0, torch.inf, 1.0):
+        engine.backward(engine(x=rows(0, 0).to(net.first.weight.dtype), with_late=True) * factor)
+        engine.step()
+        norms.append(float(engine.get_global_grad_norm()))
+        masters = (
+            engine.masters.values()
+            if engine.zero_optimization_stage() == 0
+            else engine.optimizer.fp32_partitioned_groups_flat
+        )
+        states = engine.optimizer.optimizer.state if hasattr(engine.optimizer, "optimizer") else {}
+        states = states or engine.optimizer.state
+        found.append(
+            {
+                f"{index}/{name}": value.clone()
+                for index, master in enumerate(masters)
+                for name, value in {"master": master.data, **states[master]}.items()
+                if isinstance(value, Tensor)
+            }
+        )
+    return found, norms
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("max_norm", [0, 0.1])
+def test_a_step_whose_gradients_overflow_is_left_out(stage, optimizer, max_norm):
+    words = [
+        f"engine.zero.stage={stage}",
+        f"optim.name={optimizer}",
+        f"optim.max_grad_norm={max_norm}",
+    ]
+    [(found, norms)] = run_ranks(steps_with_one_overflow, 1, words)
+    before, after, later = found
+    assert not torch.isfinite(torch.tensor(norms[1]))
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
+        assert torch.isfinite(later[name]).all()
+    assert any(not torch.equal(after[name], later[name]) for name in after)
