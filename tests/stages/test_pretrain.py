@@ -240,6 +240,22 @@ def test_resumed_steps_are_bit_equal(workspace, finished):
         assert [before[key] for key in exact] == [after[key] for key in exact]
 
 
+def test_a_stable_run_is_gone_on_from_and_then_decays(workspace, finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    export = finished / "export"
+    AutoModelForCausalLM.from_pretrained(export)
+    assert AutoTokenizer.from_pretrained(export).eos_token == "<|endoftext|>"
+    run_dir = workspace / "continued"
+    continued = (f"model.path={export}", "model.init=pretrained", "evaluation.shards=[]")
+    for steps, decay_steps in ((2, 0), (4, 1)):
+        more = (f"run.steps={steps}", f"schedule.decay_steps={decay_steps}", "engine.zero.stage=0")
+        run_ranks(run_stage, 1, overrides(workspace, run_dir, *continued, *more))
+    lines = metrics(run_dir)
+    assert [line["lr"] for line in lines] == pytest.approx([5e-3, 1e-2, 1e-2, 0.0])
+    assert lines[0]["loss"] < metrics(finished)[-1]["loss"] + 0.2  # it began where that one ended
+
+
 def test_documents_and_chats_with_images_are_mixed(workspace):
     make_model_dir(workspace / "vl")
     chats = make_shards(workspace / "chats", 14)
@@ -256,6 +272,8 @@ def test_documents_and_chats_with_images_are_mixed(workspace):
         "data.seq_len=512",
         "data.ledger=true",
         "engine.zero.stage=3",
+        "evaluation.shards=[]",
+        "checkpoint.save=false",
         "export=false",
     )
     run_ranks(run_stage, 2, words)
