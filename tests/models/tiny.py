@@ -90,6 +90,24 @@ def write_text_model_dir(directory: Path, *, tied: bool = False) -> Path:
     return directory
 
 
+def write_moe_model_dir(directory: Path, *, tied: bool = False, **fields: Any) -> Path:
+    """config.json of a Qwen3-MoE: three layers, the last of them dense, 4 experts, 2 a token."""
+    write_text_model_dir(directory, tied=tied)
+    config = json.loads((directory / "config.json").read_text()) | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [2],
+        "decoder_sparse_step": 1,
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    }
+    (directory / "config.json").write_text(json.dumps(config | fields))
+    return directory
+
+
 @dataclass
 class Document:
     """One sample as the data package would encode it; labels shifted, -100 = no target."""

@@ -7,13 +7,33 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Family = Literal["qwen3", "qwen3_vl"]
-Part = Literal["vision", "projector", "language"]
+Family = Literal["qwen3", "qwen3_moe", "qwen3_vl"]
+Part = Literal["vision", "projector", "language", "router", "experts"]
 
 PARTS: dict[Family, tuple[Part, ...]] = {
     "qwen3": ("language",),
+    "qwen3_moe": ("language", "router", "experts"),
     "qwen3_vl": ("vision", "projector", "language"),
 }
+
+
+class MoEConfig(BaseModel):
+    """The routers' losses of a mixture of experts; each sparse layer adds its own."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    aux_loss: float = Field(
+        default=0.001,
+        ge=0,
+        description="times the load-balancing loss E sum f P, which is 1 when the load is even",
+    )
+    aux_over: Literal["document", "row"] = Field(
+        default="row",
+        description="whose tokens should spread evenly: those of a packed row, or of each document",
+    )
+    z_loss: float = Field(
+        default=0.0, ge=0, description="times the mean of logsumexp(router logits)^2, e.g. 0.001"
+    )
 
 
 class ModelConfig(BaseModel):
@@ -23,7 +43,8 @@ class ModelConfig(BaseModel):
 
     family: Literal["auto", Family] = Field(
         default="auto",
-        description="architecture: auto (what config.json's model_type says), qwen3, qwen3_vl",
+        description="architecture: auto (what config.json's model_type says), qwen3, qwen3_moe, "
+        "qwen3_vl",
     )
     path: Path = Field(description="local Hugging Face model directory (config.json, tokenizer, …)")
     init: Literal["pretrained", "random"] = Field(
@@ -34,7 +55,11 @@ class ModelConfig(BaseModel):
         default=0, ge=0, description="of random weights; the same on any number of ranks"
     )
     freeze: list[Part] = Field(
-        default_factory=list, description="parts that do not train: vision, projector, language"
+        default_factory=list,
+        description="parts that do not train: vision, projector, language, router, experts",
+    )
+    moe: MoEConfig | None = Field(
+        default=None, description="losses of a mixture of experts; only for a model that is one"
     )
     compile: Literal["none", "layers"] = Field(
         default="none",
@@ -65,6 +90,10 @@ class ModelConfig(BaseModel):
                     f"{key}: must name parts of the model ({', '.join(parts)}), got {part}; "
                     "leave it out"
                 )
+        if self.moe is not None and "experts" not in parts:
+            raise ValueError(
+                f"model.moe: must be left out for a model without experts, got {self.path}"
+            )
         if set(parts) <= set(self.freeze):
             raise ValueError("model.freeze: must leave a part to train, got all; name fewer")
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .expert_weights import tensors_to_store
 from .weights import Gather, own_parameters, whole
 
 COPIED = (
@@ -51,11 +52,11 @@ def export(
         partial.mkdir(parents=True)
         copy_configs(source_dir, partial, dtype)
     writer = ShardWriter(partial, max_shard_bytes) if is_main else None
-    for _, own in own_parameters(hf):
+    for module, own in own_parameters(hf):
         with gather(list(own.values())):
-            if writer is not None:
-                for name, parameter in own.items():
-                    writer.add(name, parameter.detach().to("cpu", dtype, copy=True))
+            for name, tensor in tensors_to_store(module, own):
+                if writer is not None:
+                    writer.add(name, tensor.to("cpu", dtype, copy=True))
     if writer is not None:
         writer.finish()
         if out_dir.exists():

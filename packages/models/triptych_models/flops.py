@@ -29,6 +29,29 @@ def qwen3_flops(
     return language_flops(config, batch, weight=trains, inputs=trains)
 
 
+def qwen3_moe_flops(
+    text: PretrainedConfig, batch: Mapping[str, Any], trainable: Collection[str], num_sparse: int
+) -> float:
+    """Forward + backward FLOPs of a batch of text alone through num_sparse layers with experts.
+
+    A token costs its top_k experts, and the router all of them. Gradients flow back through
+    everything as soon as anything trains.
+    """
+    inputs, tokens = bool(trainable), int(batch["cu_seqlens"][-1])
+    chosen = text.num_experts_per_tok * 3 * text.hidden_size * text.moe_intermediate_size
+    dense = 2.0 * num_sparse * 3 * text.hidden_size * text.intermediate_size * tokens
+    layers = language_layers(text, [int(x) for x in batch["cu_seqlens"]])
+    head = 2.0 * text.hidden_size * text.vocab_size * int(batch["num_targets"])
+    works = {
+        "language": Work(layers.linear - dense + head, layers.attention),
+        "router": Work(2.0 * num_sparse * text.hidden_size * text.num_experts * tokens, 0.0),
+        "experts": Work(2.0 * num_sparse * chosen * tokens, 0.0),
+    }
+    return sum(
+        with_backward(work, weight=part in trainable, inputs=inputs) for part, work in works.items()
+    )
+
+
 def qwen3_vl_flops(
     config: PretrainedConfig, batch: Mapping[str, Any], trainable: Collection[str]
 ) -> float:

@@ -40,10 +40,11 @@ def parameter_parts(model: HasParts) -> dict[str, str]:
 
 
 def count_parameters(model: HasParts) -> dict[str, int]:
-    """Number of parameters of each part, whole ones also where ZeRO-3 left only shards."""
+    """Number of parameters of each part, of all ranks also where this one has only shards."""
     assert isinstance(model, nn.Module)
     part_of = parameter_parts(model)
     counts = dict.fromkeys(model.parts(), 0)
     for name, parameter in model.named_parameters():
-        counts[part_of[name]] += getattr(parameter, "ds_numel", parameter.numel())
+        _, num_parts = getattr(parameter, "expert_part", (0, 1))
+        counts[part_of[name]] += getattr(parameter, "ds_numel", parameter.numel()) * num_parts
     return counts

@@ -15,6 +15,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .expert_weights import draw_experts, stored_names, stored_pieces
+from .experts import Experts
 from .layout import text_config, tower
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
@@ -66,6 +68,8 @@ def initial_value(
         return constant(0.0, parameter)
     if "Norm" in type(module).__name__:
         return constant(1.0, parameter)
+    if isinstance(module, Experts):
+        return draw_experts(module, parameter, std, generator)
     # torch.normal, because zero.Init redirects torch.randn, full … to its own device and dtype
     value = torch.normal(0.0, std, parameter.shape, generator=generator, device="cpu")
     padding = getattr(module, "padding_idx", None)
@@ -86,22 +90,29 @@ def load_weights(hf: PreTrainedModel, directory: Path, gather: Gather = whole) -
     unexpected or of another shape.
     """
     files = weight_files(directory)
-    modules = [own for _, own in own_parameters(hf)]
+    modules = list(own_parameters(hf))
+    wanted = {
+        each
+        for module, own in modules
+        for name in own
+        for each in stored_names(module, name, files)
+    }
     misfits = []
     with ExitStack() as stack:
         readers = {
             file: stack.enter_context(safe_open(file, framework="pt"))
             for file in sorted(set(files.values()))
         }
-        check_names(directory, {name for own in modules for name in own}, files, readers, hf)
-        for own in modules:
+        check_names(directory, wanted, files, readers, hf)
+        for module, own in modules:
             with gather(list(own.values())):
                 for name, parameter in own.items():
-                    stored = readers[files[name]].get_tensor(name)
-                    if stored.shape == parameter.shape:
-                        parameter.copy_(stored)
-                    else:
-                        misfits.append(f"{name} {list(stored.shape)} ≠ {list(parameter.shape)}")
+                    for key, rows, place in stored_pieces(module, name, parameter, files):
+                        stored = readers[files[key]].get_slice(key)[rows]
+                        if stored.shape == place.shape:
+                            place.copy_(stored)
+                        else:
+                            misfits.append(f"{key} {list(stored.shape)} ≠ {list(place.shape)}")
     if misfits:
         raise ValueError(
             f"{directory}: shapes in the files must equal the model's, got {', '.join(misfits)}; "

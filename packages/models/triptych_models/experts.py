@@ -1,0 +1,174 @@
+"""A mixture of experts: a router in fp32, stacked experts, and their tokens' way to other ranks.
+
+In an ExpertGroup of N ranks each holds 1/N of the experts of every layer. Tokens travel to the
+ranks of their experts and back by all-to-all with as many rows as there are (none is dropped, none
+padded). Every rank stays a data-parallel rank: an expert's gradient holds the tokens of all ranks
+of the group, so summed over the ranks that hold the same experts it is the sum over all ranks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from triptych_kernels import expert_counts, moe_mlp, route
+
+from .balance import RouterFigures, Segments, router_figures
+from .sequence import ALONE, SequenceGroup, exchange
+
+
+def _leave(parameter: nn.Parameter) -> None:
+    """Nothing to say of an expert that every rank has."""
+
+
+@dataclass(frozen=True)
+class ExpertGroup:
+    """The ranks that hold a layer's experts between them: rank r of `size` has the r-th part.
+
+    name is that of torch's process group; mark tells whoever sums gradients that a parameter is a
+    part of one, before anything else sees it. The default is a rank that has all experts.
+    """
+
+    name: str = ""
+    size: int = 1
+    rank: int = 0
+    mark: Callable[[nn.Parameter], None] = _leave
+
+
+EVERY_EXPERT = ExpertGroup()
+
+
+class Router(nn.Module):
+    """Scores every expert for each token; logits are computed in fp32 whatever the weight's dtype.
+
+    Args:
+        num_experts, hidden_size: shape of the weight.
+        top_k: experts of a token.
+        normalize: divide the chosen weights by their sum.
+        dtype: of the weight.
+    """
+
+    def __init__(
+        self, num_experts: int, hidden_size: int, top_k: int, *, normalize: bool, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=dtype))
+        self.top_k, self.normalize = top_k, normalize
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (T, H) → logits (T, E), weights (T, k) and experts (T, k) int64, the first two fp32."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.to(wide), self.weight.to(wide))
+        return logits, *route(logits, self.top_k, normalize=self.normalize)
+
+
+class Experts(nn.Module):
+    """This rank's part of a layer's SwiGLU experts, stacked: gate above up (E/N, 2F, H), down.
+
+    Under transformers' names. Raises ValueError where the group's ranks do not divide the experts.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        width: int,
+        *,
+        dtype: torch.dtype,
+        group: ExpertGroup = EVERY_EXPERT,
+    ) -> None:
+        super().__init__()
+        if num_experts % group.size:
+            raise ValueError(
+                f"parallel.expert: must divide the model's {num_experts} experts, got {group.size};"
+                " take a divisor"
+            )
+        self.num_experts, self.group = num_experts, group
+        here = num_experts // group.size
+        self.gate_up_proj = nn.Parameter(torch.empty(here, 2 * width, hidden_size, dtype=dtype))
+        self.down_proj = nn.Parameter(torch.empty(here, hidden_size, width, dtype=dtype))
+        for parameter in self.parameters():
+            parameter.expert_part = (group.rank, group.size)  # type: ignore[attr-defined]
+            group.mark(parameter)
+
+    @property
+    def here(self) -> range:
+        """The numbers, in the whole layer, of the experts that this rank has."""
+        count = self.num_experts // self.group.size
+        return range(self.group.rank * count, (self.group.rank + 1) * count)
+
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """x (T, H), weights and experts (T, k) → (T, H); in a group all its ranks must call it."""
+        if self.group.size == 1:
+            return moe_mlp(x, self.gate_up_proj, self.down_proj, weights, experts)
+        order = experts.flatten().argsort(stable=True)  # the choices, expert by expert
+        way = _Way.of(experts, self.num_experts, self.group)
+        rows = way.there(x.index_select(0, order // experts.shape[1]))
+        once = rows.new_ones(len(rows), 1, dtype=weights.dtype)
+        given = way.back(moe_mlp(rows, self.gate_up_proj, self.down_proj, once, way.local[:, None]))
+        return _combine(given, order, weights).to(x.dtype)
+
+
+class MoEBlock(nn.Module):
+    """Stands in for transformers' sparse block, under its names: gate, experts."""
+
+    def __init__(self, gate: Router, experts: Experts) -> None:
+        super().__init__()
+        self.gate = gate
+        self.experts = experts
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        segments: Segments | None = None,
+        sequence: SequenceGroup = ALONE,
+    ) -> tuple[Tensor, RouterFigures | None]:
+        """(…, H) → the same shape; with the segments of its tokens also what the router did."""
+        x = hidden_states.flatten(0, -2)
+        logits, weights, experts = self.gate(x)
+        out = self.experts(x, weights, experts).view(hidden_states.shape)
+        if segments is None:
+            return out, None
+        return out, router_figures(logits, experts, segments, sequence)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How rows sorted by expert travel to their experts' ranks, and how they come back."""
+
+    sends: list[int]
+    receives: list[int]
+    local: Tensor  # (sum(receives),) int64: of each row that comes, which of the experts here
+    group: str
+
+    @classmethod
+    def of(cls, experts: Tensor, num_experts: int, group: ExpertGroup) -> "_Way":
+        """Counted together; the host waits for the counts, since it must know the sizes."""
+        n, here = group.size, num_experts // group.size
+        going = expert_counts(experts, num_experts)  # (E,)
+        coming = exchange(going, [here] * n, [here] * n, group.name)  # from each rank, per expert
+        sends, receives = torch.stack([going, coming]).view(2, n, here).sum(-1).tolist()
+        ids = torch.arange(here, device=experts.device).repeat(n)
+        local = ids.repeat_interleave(coming, output_size=sum(receives))
+        return cls(sends, receives, local, group.name)
+
+    def there(self, rows: Tensor) -> Tensor:
+        return exchange(rows, self.sends, self.receives, self.group)
+
+    def back(self, rows: Tensor) -> Tensor:
+        return exchange(rows, self.receives, self.sends, self.group)
+
+
+def _combine(given: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """Rows (T * k, H) in the order of the choices `order` sorts, weighted and summed: (T, H)."""
+    slots = torch.empty_like(order)
+    slots[order] = torch.arange(len(order), device=order.device)
+    total: Any = 0
+    for choice, weight in zip(slots.view(weights.shape).unbind(1), weights.unbind(1), strict=True):
+        picked = given.index_select(0, choice)
+        total = total + picked.to(weight.dtype) * weight[:, None]
+    return total
