@@ -34,22 +34,16 @@ class PackedConfig(StageConfig):
                     f"optim.lr_by_part.{part}: must be a part that trains, got '{part}'"
                     f"{did_you_mean(part, trained)}"
                 )
-        if self.model.compile == "layers" and self.engine.zero.stage == 3:
-            raise ValueError(
-                "model.compile: must be none with engine.zero.stage=3, got layers; DeepSpeed's "
-                "hooks inside a layer break its graph, take a lower stage"
-            )
-        if self.model.compile == "layers" and self.engine.checkpointing == "selective":
-            raise ValueError(
-                "engine.checkpointing: must not be selective with model.compile=layers, got "
-                "selective; the compiler itself chooses what is cheap to compute again, "
-                "take none, full or offload"
-            )
         return self
 
     @model_validator(mode="after")
     def _check_row(self) -> Self:
         self.parallel.check_row(self.data.seq_len)
+        if self.parallel.tensor > 1 and self.model.compile == "layers":
+            raise ValueError(
+                "model.compile: must be none with parallel.tensor, got layers; its sums over ranks "
+                "break a layer's graph"
+            )
         return self
 
     @model_validator(mode="after")
@@ -131,6 +125,7 @@ def run(config: PackedConfig) -> None:
     from triptych_core.recompiles import RecompileWatch
     from triptych_core.run import close_run, describe_run, open_run
     from triptych_core.settle import settle
+    from triptych_core.tensor import TensorCuts
     from triptych_data.heldout import Heldout
     from triptych_data.ledger import Ledger
     from triptych_data.loader import PackLoader
@@ -142,6 +137,7 @@ def run(config: PackedConfig) -> None:
     from triptych_models.matrices import matrix_shapes
     from triptych_models.sequence import SequenceGroup
     from triptych_models.sequence_batch import take_part
+    from triptych_models.tensor import tensor_cuts
 
     runtime = launch(config.run)
     mesh = make_mesh(config.parallel, runtime)
@@ -183,11 +179,15 @@ def run(config: PackedConfig) -> None:
     matrices = matrix_shapes(model)
     groups = parameter_groups(model.named_parameters(), config.optim, part_of, matrices)
     optimizer = build_optimizer(groups, config.optim, seed=config.run.seed)
+    parameters = count_parameters(model)  # before a rank has only a part of them
+    tensor = TensorCuts()
+    if mesh.tp_size > 1:
+        tensor = TensorCuts(mesh.tp_size, tensor_cuts(model, mesh.tp_size, mesh.sp_size))
     engine = build_engine(
-        model, optimizer, config.engine, config.optim, runtime.world_size, model.layers()
+        model, optimizer, config.engine, config.optim, runtime.world_size, model.layers(), tensor
     )
     start_step = resume(engine, config, batches)
-    facts = {"parameters": count_parameters(model), "data": batches.describe(), "chosen": chosen}
+    facts = {"parameters": parameters, "data": batches.describe(), "chosen": chosen}
     open_run(config, runtime, facts, start_step)
 
     def answer(questions: list[int]) -> list[str]:
@@ -209,7 +209,7 @@ def run(config: PackedConfig) -> None:
         test = partial(evaluate_if_due, engine, config, heldout, answer, metrics, part=part)
         save = Saver(engine, config, batches, metrics)
         stream, on_step = iter(batches), [test, save]
-        if config.data.ledger and mesh.sp_rank == 0:
+        if config.data.ledger and mesh.sp_rank == mesh.tp_rank == 0:
             ledger = Ledger(config.run.dir / "ledger", start_step=start_step, **ranks)
             stream, on_step = ledger.watch(stream), [ledger.write, *on_step]
         if config.model.compile == "layers":

@@ -8,6 +8,7 @@ variants named plain, which are what a bare PyTorch loop does: the floor that an
 counted from. Figures are medians over the steps after warm-up; every run keeps metrics.jsonl.
 """
 
+import itertools
 import json
 import statistics
 import subprocess
@@ -28,11 +29,18 @@ VARIANTS = {
     "plain": [*COMPILED, "loop=plain"],
     "plain_bf16_adam": [*COMPILED, "loop=plain_bf16_adam"],
     "plain_eager": ["loop=plain"],
+    "plain_fp32": ["loop=plain", "engine.precision=fp32", "model.fuse=false"],
     "zero0": [*COMPILED, "engine.zero.stage=0"],
     "zero0_bf16_states": [*COMPILED, "engine.zero.stage=0", "optim.state_dtype=bf16"],
     "zero0_eager": ["engine.zero.stage=0"],
     "zero0_muon": [*COMPILED, "engine.zero.stage=0", "optim.name=muon"],
-    "zero0_selective": ["engine.zero.stage=0", "engine.checkpointing=selective"],
+    "zero0_selective": [*COMPILED, "engine.zero.stage=0", "engine.checkpointing=selective"],
+    "zero0_selective_bf16_states": [
+        *COMPILED,
+        "engine.zero.stage=0",
+        "engine.checkpointing=selective",
+        "optim.state_dtype=bf16",
+    ],
     "zero0_full": [*COMPILED, "engine.zero.stage=0", "engine.checkpointing=full"],
     "zero0_offload": [*COMPILED, "engine.zero.stage=0", "engine.checkpointing=offload"],
     "zero1": [*COMPILED, "engine.zero.stage=1"],
@@ -40,7 +48,8 @@ VARIANTS = {
     "zero2": [*COMPILED, "engine.zero.stage=2"],
     "zero3": [*COMPILED, "engine.zero.stage=3"],
     "zero3_eager": ["engine.zero.stage=3"],
-    "zero3_selective": ["engine.zero.stage=3", "engine.checkpointing=selective"],
+    "zero3_bf16_reduce": [*COMPILED, "engine.zero.stage=3", "engine.reduce_dtype=bf16"],
+    "zero3_selective": [*COMPILED, "engine.zero.stage=3", "engine.checkpointing=selective"],
     "zero3_full": [*COMPILED, "engine.zero.stage=3", "engine.checkpointing=full"],
 }
 
@@ -55,6 +64,11 @@ VARIANTS = {
 @click.option("--document-len", default=1024, help="tokens a document")
 @click.option("--image-share", default=0.0, help="of the tokens (vision-language models)")
 @click.option("--image-tokens", default=1024, help="of an image")
+@click.option(
+    "--distinct-rows", default=0, help="go through so many rows again and again; 0 = never"
+)
+@click.option("--losses", type=click.Path(path_type=Path), help="plot the losses into this file")
+@click.option("--together/--one-by-one", default=False, help="all variants at once, for losses")
 @click.option("--profile/--no-profile", default=False, help="profile two steps more")
 @click.option("--timeout", default=240, help="seconds a variant may take")
 @click.option("--one", hidden=True, help="run this variant in this process")
@@ -66,32 +80,80 @@ def main(
     ranks: int,
     timeout: int,
     one: str | None,
+    losses: Path | None,
+    together: bool,
     **settings: Any,
 ) -> None:
     """Train MODEL (a folder with config.json) a few steps per variant, into OUT."""
     if one is not None:
         run_variant(model, out / one, VARIANTS[one], **settings)
         return
-    print(f"{'variant':20}{'tokens/s':>10}{'MFU':>8}{'peak GiB':>10}{'step ms':>9}{'loss':>9}")
+    print(f"{'variant':28}{'tokens/s':>10}{'MFU':>8}{'peak GiB':>10}{'step ms':>9}{'loss':>9}")
+    started = []
     for name in names or VARIANTS:
-        several = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-        words = [sys.executable, *(several if ranks > 1 else []), __file__]
-        words += [str(model), str(out), "--one", name]
-        for key, value in settings.items():
-            if key == "profile":
-                words += ["--profile"] * value
-            elif key != "overrides":
-                words += [f"--{key.replace('_', '-')}", str(value)]
-        (out / name).mkdir(parents=True, exist_ok=True)
-        with (out / name / "log.txt").open("w") as log:
-            try:
-                code = subprocess.run(
-                    [*words, *settings["overrides"]], stdout=log, stderr=log, timeout=timeout
-                ).returncode
-            except subprocess.TimeoutExpired:
-                code = -1
-        row = figures(out / name / "metrics.jsonl") if code == 0 else failure(out / name, code)
-        print(f"{name:20}{row}", flush=True)
+        started.append((name, start_variant(model, out, name, ranks, settings)))
+        if not together:
+            print_figures(out, *started[-1], timeout)
+    if together:
+        for pair in started:
+            print_figures(out, *pair, timeout)
+    if losses is not None:
+        plot_losses(out, [name for name, _ in started], losses)
+
+
+def start_variant(
+    model: Path, out: Path, name: str, ranks: int, settings: dict[str, Any]
+) -> subprocess.Popen[bytes]:
+    """Start a variant in processes of its own."""
+    several = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    words = [sys.executable, *(several if ranks > 1 else []), __file__]
+    words += [str(model), str(out), "--one", name]
+    for key, value in settings.items():
+        if key == "profile":
+            words += ["--profile"] * value
+        elif key != "overrides":
+            words += [f"--{key.replace('_', '-')}", str(value)]
+    (out / name).mkdir(parents=True, exist_ok=True)
+    with (out / name / "log.txt").open("w") as log:
+        return subprocess.Popen([*words, *settings["overrides"]], stdout=log, stderr=log)
+
+
+def print_figures(out: Path, name: str, process: subprocess.Popen[bytes], timeout: int) -> None:
+    """Wait for a variant and print its row."""
+    try:
+        code = process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        code = process.wait()
+    row = figures(out / name / "metrics.jsonl") if code == 0 else failure(out / name, code)
+    print(f"{name:28}{row}", flush=True)
+
+
+def plot_losses(out: Path, names: list[str], path: Path) -> None:
+    """Losses of all variants, and below how far each is from the first."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6))
+    wanted: list[float] = []
+    for name in names:
+        file = out / name / "metrics.jsonl"
+        found = [json.loads(line)["loss"] for line in file.open()] if file.exists() else []
+        wanted = wanted or found
+        above.plot(range(1, len(found) + 1), found, label=name, linewidth=1)
+        apart = [a / b - 1 for a, b in zip(found, wanted, strict=False)]
+        below.plot(range(1, len(apart) + 1), apart, linewidth=1)
+        if apart:
+            worst = max(map(abs, apart))
+            print(f"{name:28}{found[-1]:9.4f}  at most {worst:.2%} from {names[0]}")
+    above.set_ylabel("loss")
+    above.legend(fontsize="small")
+    below.set_ylabel(f"relative to {names[0]}")
+    below.set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(path)
 
 
 def run_variant(
@@ -101,6 +163,7 @@ def run_variant(
     *,
     steps: int,
     seq_len: int,
+    distinct_rows: int,
     profile: bool,
     overrides: tuple[str, ...],
     **batch: Any,
@@ -136,6 +199,8 @@ def run_variant(
     mesh = make_mesh(config.parallel, runtime)
     model.set_sequence(SequenceGroup(mesh.sp_group, mesh.sp_size, mesh.sp_rank))
     batches = make_batches(model, seq_len, seed=mesh.dp_rank, **batch)
+    if distinct_rows:
+        batches = itertools.cycle(list(itertools.islice(batches, distinct_rows)))
     take = partial(train_ours, config=config, runtime=runtime)
     if loop != "ours":
         take = partial(train_plain, config=config, low_precision_states=loop != "plain")
