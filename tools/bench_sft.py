@@ -16,6 +16,12 @@ import click
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = {
+    "zero0_compiled": [
+        "engine.zero.stage=0",
+        "engine.checkpointing=selective",
+        "model.compile=layers",
+    ],
+    "zero0": ["engine.zero.stage=0", "engine.checkpointing=full"],
     "zero3_checkpointing": ["engine.zero.stage=3", "engine.checkpointing=full"],
     "zero1_checkpointing": ["engine.zero.stage=1", "engine.checkpointing=full"],
     "zero1": ["engine.zero.stage=1", "engine.checkpointing=none"],
