@@ -362,3 +362,31 @@ def test_compiled_layers_exchange_too(folders):
     case = Path(__file__).with_name("sequence_on_ranks.py")
     ran = subprocess.run([*command, str(case), str(folders[2])], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_whoever_shares_its_rows(tmp_path):
+    """Two ranks a row, then a row each, then four ranks and two rows: as one rank all along."""
+    from tests.stages.test_sft import metrics, overrides, run_stage
+    from tests.tiny import make_model_dir, make_shards
+    from triptych_data.ledger import audit
+
+    make_model_dir(tmp_path / "model")
+    make_shards(tmp_path / "train", 30, seed=1)
+    settings = ["export=false", "evaluation.shards=[]", "optim.lr=1e-3", "schedule.kind=constant"]
+
+    def go_on(run: str, ranks: int, *words: str) -> None:
+        run_ranks(run_stage, ranks, overrides(tmp_path, tmp_path / run, *settings, *words))
+
+    go_on("shared", 2, "run.steps=1", "parallel.sequence=2")
+    go_on("shared", 2, "run.steps=2")
+    go_on("shared", 4, "run.steps=3", "parallel.sequence=2")
+    go_on("alone", 1, "run.steps=1")
+    go_on("alone", 1, "run.steps=3", "engine.gradient_accumulation_steps=2")
+    for shared, alone in zip(
+        *(metrics(tmp_path / run) for run in ("shared", "alone")), strict=True
+    ):
+        for name in ("loss", "grad_norm", "num_targets", "num_tokens", "flops", "packing_fill"):
+            assert shared[name] == pytest.approx(alone[name], rel=1e-5), (shared["step"], name)
+    audits = [audit(tmp_path / run / "ledger") for run in ("shared", "alone")]
+    assert audits[0] == audits[1] and not audits[0].problems
