@@ -68,6 +68,7 @@ def config_for(run_dir: Path, kind: tuple[str, str], layout: tuple[int, int], *m
         f"run.steps={STEPS}",
         f"optim.name={optimizer}",
         f"engine.precision={precision}",
+        f"optim.state_dtype={'bf16' if kind == ('adamw', 'bf16') else 'fp32'}",
         f"engine.zero.stage={stage}",
         f"engine.gradient_accumulation_steps={PACKS // ranks}",
         f"checkpoint.every={SAVED}",
@@ -128,11 +129,12 @@ def held(engine: Any) -> dict[str, Tensor]:
         if stage == 0:
             master = engine.masters[parameter]
             state = engine.optimizer.state[master]
-            found |= {f"{name} {key}": state[key].clone() for key in keys}
+            found |= {f"{name} {key}": state[key].float().clone() for key in keys}
         else:
             master = safe_get_full_fp32_param(parameter)
             for key in keys:
-                found[f"{name} {key}"] = safe_get_full_optimizer_state(parameter, key).clone()
+                value = safe_get_full_optimizer_state(parameter, key)
+                found[f"{name} {key}"] = value.float().clone()
         found[f"{name} master"] = master.detach().clone()
     return found
 
