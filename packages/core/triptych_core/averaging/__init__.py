@@ -1,0 +1,1 @@
+"""Averages of checkpoints, streamed from their files into a Hugging Face directory."""

@@ -1,0 +1,105 @@
+"""A checkpoint of a run as an input, whatever ZeRO stage and number of ranks wrote it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from triptych_core.averaging.hf_folder import read_json
+from triptych_core.averaging.safetensors_file import read_header
+from triptych_core.averaging.stored import Place, Source, Stored
+from triptych_core.fragments import BUFFER, FROZEN, MASTER
+from triptych_core.manifest import FILE, find_damage, find_loss, read_manifest
+
+# Families of triptych-models hold the transformers model as `hf`; exports are named from inside it.
+_PREFIX = "hf."
+
+
+def is_own_checkpoint(path: Path) -> bool:
+    """Whether a folder is one, whole or not."""
+    return (path / FILE).is_file() or (path / "state.json").is_file()
+
+
+def open_own_checkpoint(path: Path, like: Path | None = None, check: bool = False) -> Source:
+    """Tables of fp32 masters, frozen parameters and buffers, by the names that an export has.
+
+    Args:
+        path: of the checkpoint.
+        like: a Hugging Face directory of the model; the run's own export or `model.path` if None.
+        check: read all files and compare their SHA-256.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or an element of a tensor is in none of its files.
+    """
+    damage = find_damage(path) if check else find_loss(path)
+    if damage is not None:
+        raise ValueError(f"{damage}; a checkpoint must be whole to be averaged, take another")
+    state = read_json(path / "state.json")
+    shapes = _shapes(state)
+    pieces: dict[str, list[tuple[Place, Any]]] = defaultdict(list)
+    for file in sorted(read_manifest(path)):
+        if file.startswith("rank-"):
+            _collect(path / file, pieces)
+    prefix = _PREFIX if all(name.startswith(_PREFIX) for name in pieces) else ""
+    tensors = {}
+    for name in [*shapes, *(name for name in pieces if name not in shapes)]:
+        places = sorted(pieces.get(name, ()), key=lambda piece: piece[0][:2])
+        tensors[name.removeprefix(prefix)] = _joined(path, name, places, shapes.get(name))
+    small_files = like or _model_folder(path)
+    facts = {key: state.get(key) for key in ("zero_stage", "world_size", "precision")}
+    return Source(path, "checkpoint of a run", tensors, int(state["step"]), small_files, facts)
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of parameters, which a checkpoint keeps as text."""
+    texts = {**state["trainable_parameters"], **state["frozen_parameters"]}
+    return {
+        name: tuple(int(size) for size in text.strip("()").split(",") if size.strip())
+        for name, text in texts.items()
+    }
+
+
+def _collect(file: Path, pieces: dict[str, list[tuple[Place, Any]]]) -> None:
+    for key, stored in read_header(file)[0].items():
+        name, kind, begin = key.rsplit("|", 2)
+        if kind in (MASTER, FROZEN, BUFFER):
+            first = int(begin)
+            place = Place(first, first + stored.size, file, stored.places[0].offset)
+            pieces[name].append((place, stored.dtype))
+
+
+def _joined(
+    path: Path, name: str, pieces: list[tuple[Place, Any]], shape: tuple[int, ...] | None
+) -> Stored:
+    """One tensor of its pieces; where ranks hold the same elements the first one's are read."""
+    places, at = [], 0
+    for place, _ in pieces:
+        if place.begin <= at < place.end or (place.begin == at == place.end):
+            skip = at - place.begin
+            offset = place.offset + skip * pieces[0][1].itemsize
+            places.append(Place(at, place.end, place.file, offset))
+            at = place.end
+    # A buffer's shape is not in the checkpoint.
+    stored = Stored(pieces[0][1], shape or (at,), tuple(places)) if pieces else None
+    if stored is None or at != stored.size or len({dtype for _, dtype in pieces}) > 1:
+        raise ValueError(
+            f"{path}: {name} must be whole in one dtype, got elements up to {at} of "
+            f"{shape}; take another checkpoint"
+        )
+    return stored
+
+
+def _model_folder(path: Path) -> Path | None:
+    """Where the run that wrote a checkpoint had its config and tokenizer from."""
+    run_dir = path.resolve().parent.parent
+    if (run_dir / "export/config.json").is_file():
+        return run_dir / "export"
+    if (run_dir / "config.yaml").is_file():
+        config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        model = Path(config.get("model", {}).get("path", ""))
+        if (model / "config.json").is_file():
+            return model
+    return None

@@ -1,0 +1,131 @@
+"""What an input holds, as tables of places in files: nothing is read before it is wanted."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+NAMES_OF_DTYPES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+AVERAGED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Place(NamedTuple):
+    """Where elements `begin` to `end` of a tensor lie: from byte `offset` of a file on."""
+
+    begin: int
+    end: int
+    file: Path
+    offset: int
+
+
+class Stored(NamedTuple):
+    """A tensor in files; its places are in the order of its elements and leave none out."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    places: tuple[Place, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its elements."""
+        return self.size * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input.
+
+    Args:
+        path: as the user named it.
+        kind: of input, for people.
+        tensors: by the names they have in the output.
+        step: of training, if it is known.
+        small_files: a folder with config, tokenizer and processor, if there is one.
+    """
+
+    path: Path
+    kind: str
+    tensors: dict[str, Stored]
+    step: int | None = None
+    small_files: Path | None = None
+    facts: dict[str, object] = field(default_factory=dict)
+
+    def files(self) -> list[Path]:
+        """All files that hold its tensors, by name."""
+        return sorted({place.file for stored in self.tensors.values() for place in stored.places})
+
+
+class Reader:
+    """Reads elements of stored tensors by threads; holds each file open once.
+
+    No memory is mapped: pages of a mapping count as this process's memory once they are touched.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+    def open(self, sources: list[Source]) -> None:
+        """Open all files of the inputs, before threads read."""
+        for source in sources:
+            for file in source.files():
+                if file not in self._open:
+                    self._open[file] = descriptor = os.open(file, os.O_RDONLY)
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+    def read(self, stored: Stored, begin: int, end: int, into: torch.Tensor) -> torch.Tensor:
+        """Elements `begin` to `end`, in the front of a uint8 buffer that is large enough.
+
+        Raises:
+            ValueError: a file ends before them.
+        """
+        width = stored.dtype.itemsize
+        memory = into.numpy().data[: (end - begin) * width]
+        for place in stored.places:
+            left, right = max(begin, place.begin), min(end, place.end)
+            if left < right:
+                part = memory[(left - begin) * width : (right - begin) * width]
+                self._fill(place.file, place.offset + (left - place.begin) * width, part)
+        return into[: (end - begin) * width].view(stored.dtype)
+
+    def _fill(self, file: Path, offset: int, part: memoryview) -> None:
+        descriptor = self._open[file]
+        while part:
+            count = os.preadv(descriptor, [part], offset)
+            if count == 0:
+                raise ValueError(
+                    f"{file}: must not change while it is read, got an end at byte {offset}; "
+                    "average again when nothing writes it"
+                )
+            part, offset = part[count:], offset + count
