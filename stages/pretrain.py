@@ -1,10 +1,10 @@
 """Pretraining of a language or vision-language model on documents, chats with images, or both.
 
-Every token of a document but the first is a target; of a chat, the assistant's turns. Documents
-longer than `data.seq_len` are cut into pieces of it, shorter ones packed. From random weights
-(`model.init=random`) or continued from a Hugging Face directory. The learning rate stays where it
-is after warm-up and falls only in the last `schedule.decay_steps` (WSD), so that a run without them
-can be gone on from. Held-out shards are scored by their loss alone.
+Every token of a document but the first is a target, except those of media in it; of a chat, the
+assistant's turns. Plain documents longer than `data.seq_len` are cut into pieces of it. From random
+weights (`model.init=random`) or continued from a Hugging Face directory. The learning rate stays
+where it is after warm-up and falls only in the last `schedule.decay_steps` (WSD), so that a run
+without them can be gone on from. Held-out shards are scored by their loss alone.
 
     triptych-data shard documents.jsonl shards/
     deepspeed stages/pretrain.py --config stages/configs/pretrain_tiny.yaml data.shards=[shards]

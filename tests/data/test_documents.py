@@ -6,19 +6,20 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from transformers import AutoTokenizer
 
-from tests.data.chats import chat, write_jsonl
+from tests.data.chats import chat, encoded_image, write_jsonl
 from tests.data.packs import MODEL, tiny_processor
 from triptych_data.batch import collate
 from triptych_data.cli import main
 from triptych_data.config import DataConfig
 from triptych_data.heldout import Heldout
 from triptych_data.index import MediaColumns
-from triptych_data.lengths import Lengths
+from triptych_data.lengths import Lengths, sample_lengths
 from triptych_data.loader import PackLoader
 from triptych_data.mapping import Mapping
-from triptych_data.pieces import cut_documents
+from triptych_data.pieces import cut_documents, is_document
 from triptych_data.processor import Processor
 from triptych_data.reader import Shards
 from triptych_data.sample import RawSample, check_sample, parse_record
@@ -85,8 +86,9 @@ def test_a_folder_with_only_a_tokenizer_takes_documents_and_no_more(text_model):
     ("record", "num_media", "message"),
     [
         ({"text": " \n"}, 0, "text must be a document's text, got"),
-        ({"text": ["a"]}, 0, "text must be a document's text, got"),
-        ({"text": "a"}, 1, "a document must be text alone, got 1 media"),
+        ({"text": ["a"]}, 0, r"text\[0\].type must be text, image"),
+        ({"text": [{"type": "image", "index": 0}]}, 1, "text must be a document's text, got"),
+        ({"text": "a"}, 1, "every medium must be used in the text, got no part for number 0"),
     ],
 )
 def test_what_is_no_document_is_refused(record, num_media, message):
@@ -125,6 +127,47 @@ def test_a_caption_whose_image_is_missing_is_no_document(tmp_path):
         write_shards(source, tmp_path / "out")
     with pytest.raises(ValueError, match=r"--text: must stand alone"):
         Mapping(text="a", response="b")
+
+
+INTERLEAVED = "A boat: <image> and two more,<image><image>\nat sea."
+
+
+def test_media_stand_in_documents_as_stock_prints_them(tmp_path):
+    from transformers import AutoProcessor
+
+    names = [f"{i}.png" for i in range(3)]
+    for i, name in enumerate(names):
+        (tmp_path / name).write_bytes(encoded_image(48 + 16 * i, 32, "PNG"))
+    parts = [{"type": "image", "image": names[0]}, {"type": "text", "text": " first. "}]
+    records = [{"text": INTERLEAVED, "images": names}, {"text": parts, "url": "x"}]
+    write_shards(write_jsonl(tmp_path / "x.jsonl", records), tmp_path / "shards")
+    shards, processor = Shards.open(tmp_path / "shards"), tiny_processor()
+    assert shards.text_bytes.tolist() == [len(INTERLEAVED) - 3 * len("<image>"), 8]
+    stock = AutoProcessor.from_pretrained(MODEL)
+    shown = "<|vision_start|><|image_pad|><|vision_end|>"
+    texts = INTERLEAVED.replace("<image>", shown), f"{shown} first. "
+    for raw, text, used in zip(shards, texts, (names, names[:1]), strict=True):
+        encoded = processor.encode(raw)
+        images = [Image.open(tmp_path / name) for name in used]
+        expected = stock(text=[text], images=images, return_tensors="pt")
+        ids = encoded.input_ids
+        assert ids.tolist() == [*expected["input_ids"][0].tolist(), stock.tokenizer.eos_token_id]
+        assert torch.equal(encoded.image_grid_thw, expected["image_grid_thw"])
+        measured = processor.measure(raw.json, shards.media_of(int(raw.key)))
+        assert measured[:2] == (len(ids), encoded.num_targets)
+        special = torch.tensor(sorted(processor.control_ids - {stock.tokenizer.eos_token_id}))
+        trained = ids[1:][encoded.shift_labels[:-1] != -100]
+        assert trained.tolist() == [i for i in ids[1:].tolist() if i not in special]
+    lengths = sample_lengths(shards, processor)
+    assert not is_document(lengths).any()  # they are not cut
+    with pytest.raises(ValueError, match="one <image> for each of images, got 1 placeh"):
+        parse_record({"text": "A <image>.", "images": ["a", "b"]}, "x")
+
+
+def test_a_placeholder_without_files_is_text(tmp_path):
+    record = {"text": "In HTML, <image> is no tag."}
+    write_shards(write_jsonl(tmp_path / "x.jsonl", [record]), tmp_path / "shards")
+    assert Shards.open(tmp_path / "shards").read(0).json == record
 
 
 def lengths_of(tokens, targets):

@@ -231,5 +231,5 @@ def test_shard_form_needs_an_index_in_range(index):
 
 
 def test_shard_form_must_use_every_image():
-    with pytest.raises(ValueError, match=r"every medium must be used in messages.*number 1"):
+    with pytest.raises(ValueError, match=r"every medium must be used in the text.*number 1"):
         check_sample({"messages": [user({"type": "image", "index": 0}), ASSISTANT]}, 2, "x")

@@ -1,6 +1,6 @@
 """A rendered chat, its controls and media put together as one text to encode, and taken apart."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -60,6 +60,19 @@ def assemble(
             builder.text(piece.text, train)
         else:
             builder.template_text(piece.text, train)
+    return builder.finish()
+
+
+def assemble_document(
+    pieces: Iterable[tuple[str, bool]], media: Sequence[MediaTokens], controls: Controls
+) -> Assembly:
+    """Put texts (True), all trained, and what the template prints of media (False) together."""
+    builder = _Builder(controls, media)
+    for text, quoted in pieces:
+        if quoted:
+            builder.text(text, True)
+        else:
+            builder.template_text(text, False)
     return builder.finish()
 
 

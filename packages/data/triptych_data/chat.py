@@ -9,12 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from triptych_data.assemble import ChatTokens, MediaTokens, assemble, disassemble
+from triptych_data.assemble import (
+    ChatTokens,
+    MediaTokens,
+    assemble,
+    assemble_document,
+    disassemble,
+)
 from triptych_data.chat_config import ChatConfig
 from triptych_data.encoded import IGNORE_INDEX
 from triptych_data.messages import MessageForms, is_trained
 from triptych_data.template import ChatTemplate, Message
-from triptych_data.text_tokenizer import TextTokenizer, load_tokenizer
+from triptych_data.text_tokenizer import TextTokenizer, check_text, load_tokenizer
 from triptych_data.turns import TurnFinder
 
 __all__ = ["ChatTokenizer", "ChatTokens", "MediaTokens", "message_text", "shift_targets"]
@@ -22,6 +28,7 @@ __all__ = ["ChatTokenizer", "ChatTokens", "MediaTokens", "message_text", "shift_
 CHAT_VERSION = 2
 """To be raised whenever the same chat, template and tokenizer would give other tokens."""
 
+_AROUND = ("(before)", "(after)")
 _PROBE = [{"role": "user", "content": "Hi, there:  12 é\n"}]
 
 
@@ -53,6 +60,7 @@ class ChatTokenizer:
         at = None if date is None else datetime.fromisoformat(date)
         self._template = ChatTemplate(template, str(directory), variables, at)
         self._forms = MessageForms(self._template)
+        self._printed: dict[str, str] = {}
         stock = self._stock_probe(tokenizer)
         self.text = TextTokenizer(
             tokenizer,
@@ -94,6 +102,40 @@ class ChatTokenizer:
         )
         assembly = assemble(chat, trained, media, self._controls)
         return disassemble(self.text.encoder.encode(assembly.anchored), assembly)
+
+    def document(
+        self, parts: Sequence[Mapping[str, Any]], media: Sequence[MediaTokens]
+    ) -> ChatTokens:
+        """Tokenise a document of texts and media, which look as they do in a user's message.
+
+        All of its texts is trained, and the tokenizer's end token behind it; no medium is. Raises
+        ValueError if the template does not print a medium where it stands.
+        """
+        pieces = []
+        for part in parts:
+            if part["type"] == "text":
+                check_text(part["text"])
+                pieces.append((part["text"], True))
+            else:
+                pieces.append((self._print_medium(part["type"]), False))
+        assembly = assemble_document(pieces, media, self._controls)
+        return self.text.ended(disassemble(self.text.encoder.encode(assembly.anchored), assembly))
+
+    def _print_medium(self, kind: str) -> str:
+        """What the template prints for a medium between two texts of a user's."""
+        if kind not in self._printed:
+            before, after = ({"type": "text", "text": text} for text in _AROUND)
+            messages = [{"role": "user", "content": [before, {"type": kind}, after]}]
+            rendered = self._template.render(messages, None)
+            _, begins, rest = rendered.partition(_AROUND[0])
+            between, ends, _ = rest.partition(_AROUND[1])
+            if not begins or not ends:
+                raise ValueError(
+                    f"{self._template.where}: the chat template must print a medium where it "
+                    f"stands, got {rendered!r:.200} for one between texts; leave such documents out"
+                )
+            self._printed[kind] = between
+        return self._printed[kind]
 
     def _make_fingerprint(self, variables: Mapping[str, Any]) -> str:
         """Hash all that ids and targets depend on."""

@@ -103,7 +103,8 @@ def shard(
         {"role": "user", "content": [
           {"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "What is it?"}]},
         {"role": "assistant", "content": "A cat."}]}
-    A line of documents: {"text": "The whole text, every token of which is learnt."}
+    A line of documents:
+      {"text": "A text to learn whole, <image> with images.", "images": ["cat.jpg"]}
     """
     from triptych_data.mapping import Mapping
     from triptych_data.shards import check_records, write_shards

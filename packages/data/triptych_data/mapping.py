@@ -52,9 +52,10 @@ class Mapping:
                 "--messages: must stand alone, got it beside --prompt, --response, --system or "
                 "--prompt-template; a row has one or the other"
             )
-        if self.text and (self.messages or any(pieces) or self.media):
+        if self.text and (self.messages or any(pieces)):
             raise ValueError(
-                "--text: must stand alone, got it beside other columns; a document is text alone"
+                "--text: must stand alone, got it beside --messages, --prompt, --response, "
+                "--system or --prompt-template; a row is a document or a chat"
             )
         if self.prompt and self.prompt_template:
             raise ValueError(
@@ -88,9 +89,7 @@ class _Chat:
         pieces = self.mapping.response or self.mapping.prompt_template
         text = self.mapping.text or (None if column or pieces else self._document())
         if text is not None:
-            made = {"text": self._text(text)}
-            for name in (text, "text", "messages"):  # a record has one of the two, and this one
-                self.row.pop(name, None)
+            made = self._from_text(text)
         elif column and not pieces:
             made = self._from_messages(column)
         else:
@@ -103,9 +102,24 @@ class _Chat:
         }
 
     def _document(self) -> str | None:
-        """The column of a document's text, unless it may be a caption."""
-        media = {name for names in USUAL.values() for name in names}
-        return None if self.mapping.media or media & self.row.keys() else self._usual((TEXT,))
+        """The column of a document's text, unless it may be the caption of media beside it."""
+        text = self.row.get(TEXT)
+        media = {name for names in USUAL.values() for name in names} & self.row.keys()
+        says_where = isinstance(text, list) or _has_placeholder(text)
+        return self._usual((TEXT,)) if says_where or not (media or self.mapping.media) else None
+
+    def _from_text(self, column: str) -> Row:
+        text = self._value(column)
+        lists = {}
+        if _has_placeholder(text):
+            lists = {f"{kind}s": sources for kind, sources in self._media().items() if sources}
+        if isinstance(text, list):
+            text = self._fill(_message({"content": text}), {})["content"]
+        else:
+            text = self._text(column)
+        for name in (column, "text", "messages"):  # a record has one of the two, and this one
+            self.row.pop(name, None)
+        return {"text": text, **lists}
 
     def _from_messages(self, column: str) -> Row:
         messages = self._take(column)
@@ -265,6 +279,10 @@ def _message(message: Any) -> Any:
             for part in content
         ]
     return message
+
+
+def _has_placeholder(text: Any) -> bool:
+    return isinstance(text, str) and any(placeholder in text for placeholder in PLACEHOLDERS)
 
 
 def _media_parts(message: Any) -> list[Row]:

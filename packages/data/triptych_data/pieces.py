@@ -31,7 +31,7 @@ class Pieces(NamedTuple):
 
 def is_document(lengths: "Lengths") -> np.ndarray:
     """Which samples are plain text, (N,) bool: every token of theirs but the first is a target,
-    while a chat begins with tokens that only its template makes."""
+    while a chat begins with tokens that only its template makes, and a medium's are none."""
     return (lengths.num_tokens > 0) & (lengths.num_targets == lengths.num_tokens - 1)
 
 

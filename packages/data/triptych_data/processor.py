@@ -233,7 +233,8 @@ class Processor:
     ) -> EncodedSample:
         patches: list[Tensor] = []
         media: list[_Medium] = []
-        for kind, index in media_parts({"messages": messages}):
+        record = raw.json if is_document(raw.json) else {"messages": messages}
+        for kind, index in media_parts(record):
             if index >= len(raw.media):
                 raise BadSample(
                     f"{kind} {index}: must be a member of the sample, got {len(raw.media)} media; "
@@ -333,11 +334,13 @@ class Processor:
         media: list[_Medium],
         add_generation_prompt: bool = False,
     ) -> ChatTokens:
-        if is_document(record):
+        if is_document(record) and isinstance(record["text"], str):
             return self._text.document(record["text"])
         if self._chat is None:
             read_template(self._directory)  # which says what is missing
         assert self._chat is not None
+        if is_document(record):
+            return self._chat.document(record["text"], [medium.tokens for medium in media])
         tokens = self._chat.encode(
             messages,
             [medium.tokens for medium in media],

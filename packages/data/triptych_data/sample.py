@@ -1,6 +1,7 @@
 """What a sample is: an OpenAI-style chat whose media parts point at media, and its rules.
 
-Or a document, `{"text": …}` without messages: plain text, every token of which is learnt.
+Or a document, `{"text": …}` without messages: text, every token of which is learnt, or a list of
+text and media parts as a message has it.
 
 Two forms of one thing. *Input* (a line of JSONL) names media by path, `file://` or `data:` URI,
 in one of several spellings; *shard* form, which everything after `triptych-data shard` sees, names
@@ -58,7 +59,7 @@ class InputSample:
 
 
 def is_document(record: dict[str, Any]) -> bool:
-    """Whether a record is plain text instead of a chat."""
+    """Whether a record is a text instead of a chat."""
     return "text" in record and "messages" not in record
 
 
@@ -80,20 +81,23 @@ def parse_record(record: dict[str, Any], where: str) -> InputSample:
     "path"}}`, the same with video or audio, OpenAI's `{"type": "input_audio", "input_audio":
     {"data": base64, "format": "wav"}}`, or `<image>`, `<video>`, `<audio>` inside string contents
     with lists of paths "images", "videos", "audios" beside `messages` (as many placeholders as
-    paths); or `{"text": "…"}`, a document, which has no media. Keys we do not know are kept. Raises
-    ValueError.
+    paths). `text` of a document is what a message's content is; without such lists a string is all
+    text. Keys we do not know are kept. Raises ValueError.
     """
-    if is_document(record):
-        check_sample(record, 0, where)
-        return InputSample(record, [])
     lists = {name: record.pop(name) for name in PLACEHOLDERS.values() if name in record}
     listed = {name: paths for name, paths in lists.items() if paths is not None}
     media: list[tuple[str, str]] = []
+    document = is_document(record)
+    messages = [{"content": record["text"]}] if document else record.get("messages")
     if listed:
         _check_lists(listed, where)
-        record["messages"] = _number_placeholders(record.get("messages"), listed, media, where)
+        messages = _number_placeholders(messages, listed, media, where)
     else:
-        record["messages"] = _number_parts(record.get("messages"), media, where)
+        messages = _number_parts(messages, media, where)
+    if document:
+        record["text"] = messages[0]["content"]
+    else:
+        record["messages"] = messages
     check_sample(record, len(media), where)
     return InputSample(record, media)
 
@@ -108,6 +112,7 @@ def check_sample(record: Any, num_media: int, where: str) -> None:
         )
     if is_document(record):
         _check_document(record["text"], num_media, where)
+        _check_media_use(record, num_media, where)
         return
     messages = record.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -137,7 +142,7 @@ def media_parts(record: dict[str, Any]) -> list[tuple[str, int]]:
     """Kind and media index of each media part of a sample in shard form, in the text's order."""
     return [
         (part["type"], part["index"])
-        for message in record.get("messages", ())
+        for message in _contents(record)
         for part in content_parts(message)
         if part["type"] in KINDS
     ]
@@ -158,16 +163,20 @@ def content_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
 
 def text_bytes(record: dict[str, Any]) -> int:
     """UTF-8 bytes of all text in a sample in shard form, tools and their calls as JSON."""
-    if is_document(record):
-        return len(record["text"].encode())
-    quoted = [record.get("tools"), *(m.get("tool_calls") for m in record["messages"])]
+    contents = _contents(record)
+    quoted = [record.get("tools"), *(message.get("tool_calls") for message in contents)]
     total = sum(len(dump_json(value)) for value in quoted if value)
     return total + sum(
         len(part["text"].encode())
-        for message in record["messages"]
+        for message in contents
         for part in content_parts(message)
         if part["type"] == "text"
     )
+
+
+def _contents(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """What has content: the messages of a chat, a document by itself."""
+    return [{"content": record["text"]}] if is_document(record) else record["messages"]
 
 
 def dump_json(record: dict[str, Any]) -> bytes:
@@ -176,15 +185,13 @@ def dump_json(record: dict[str, Any]) -> bytes:
 
 
 def _check_document(text: Any, num_media: int, where: str) -> None:
-    if not isinstance(text, str) or not text.strip():
+    for position, part in enumerate(text if isinstance(text, list) else ()):
+        _check_part(part, num_media, f"{where}: text[{position}]")
+    parts = content_parts({"content": text}) if isinstance(text, str | list) else []
+    if not any(part["type"] == "text" and part["text"].strip() for part in parts):
         raise ValueError(
             f"{where}: text must be a document's text, got {_short(text)}; "
             "leave out records that say nothing"
-        )
-    if num_media:
-        raise ValueError(
-            f"{where}: a document must be text alone, got {num_media} media; write "
-            '{"messages": […]} for texts with media'
         )
 
 
@@ -193,7 +200,7 @@ def _check_media_use(record: dict[str, Any], num_media: int, where: str) -> None
     unused = sorted(set(range(num_media)) - {index for _, index in parts})
     if unused:
         raise ValueError(
-            f"{where}: every medium must be used in messages, got no part for number {unused[0]}; "
+            f"{where}: every medium must be used in the text, got no part for number {unused[0]}; "
             "add its placeholder or part, or leave the file out"
         )
     kinds: dict[int, str] = {}

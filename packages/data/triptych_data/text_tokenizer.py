@@ -30,6 +30,12 @@ def load_tokenizer(directory: Path) -> Any:
     return AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
+def check_text(text: str) -> None:
+    """Raise ValueError for a text with characters that stand for control tokens here."""
+    if RESERVED.search(text):
+        raise ValueError(RESERVED_TEXT)
+
+
 class TextTokenizer:
     """A tokenizer, which it changes, whose control tokens are ordinary text in any text.
 
@@ -76,15 +82,19 @@ class TextTokenizer:
         No token of a beginning is put before it. Raises ValueError if there is no end token, and
         for text with characters that stand for control tokens here.
         """
+        check_text(text)
+        ids = self.encoder.encode(text)
+        return self.ended(ChatTokens(ids, np.ones(len(ids), dtype=bool)))
+
+    def ended(self, tokens: ChatTokens) -> ChatTokens:
+        """A document's tokens with the end token, trained. Raises ValueError if there is none."""
         if self.eos_token_id is None:
             raise ValueError(
                 f"{self._where}: a tokenizer must name an eos_token to end documents by, got none; "
                 "add it to tokenizer_config.json"
             )
-        if RESERVED.search(text):
-            raise ValueError(RESERVED_TEXT)
-        ids = np.append(self.encoder.encode(text), self.eos_token_id)
-        return ChatTokens(ids, np.ones(len(ids), dtype=bool))
+        ids = np.append(tokens.input_ids, self.eos_token_id)
+        return ChatTokens(ids, np.append(tokens.trained, True))
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids` to the letter, without special tokens unless asked for."""
