@@ -50,6 +50,7 @@ VARIANTS = {
     "zero3_eager": ["engine.zero.stage=3"],
     "zero3_bf16_reduce": [*COMPILED, "engine.zero.stage=3", "engine.reduce_dtype=bf16"],
     "zero3_selective": [*COMPILED, "engine.zero.stage=3", "engine.checkpointing=selective"],
+    "zero3_keep": [*COMPILED, "engine.zero.stage=3", "engine.zero.max_live=4000000000"],
     "zero3_full": [*COMPILED, "engine.zero.stage=3", "engine.checkpointing=full"],
 }
 
@@ -143,14 +144,14 @@ def plot_losses(out: Path, names: list[str], path: Path) -> None:
         found = [json.loads(line)["loss"] for line in file.open()] if file.exists() else []
         wanted = wanted or found
         above.plot(range(1, len(found) + 1), found, label=name, linewidth=1)
-        apart = [a / b - 1 for a, b in zip(found, wanted, strict=False)]
+        apart = [a - b for a, b in zip(found, wanted, strict=False)]
         below.plot(range(1, len(apart) + 1), apart, linewidth=1)
         if apart:
             worst = max(map(abs, apart))
-            print(f"{name:28}{found[-1]:9.4f}  at most {worst:.2%} from {names[0]}")
+            print(f"{name:28}{found[-1]:9.4f}  at most {worst:.4f} from {names[0]}")
     above.set_ylabel("loss")
     above.legend(fontsize="small")
-    below.set_ylabel(f"relative to {names[0]}")
+    below.set_ylabel(f"minus that of {names[0]}")
     below.set_xlabel("step")
     figure.tight_layout()
     figure.savefig(path)
@@ -195,9 +196,9 @@ def run_variant(
     )
     runtime = launch(config.run)
     settings = ModelConfig.model_validate({"path": model_dir, "init": "random", **of_model})
-    model = build(settings, config.engine, runtime.world_size)
     mesh = make_mesh(config.parallel, runtime)
-    model.set_sequence(SequenceGroup(mesh.sp_group, mesh.sp_size, mesh.sp_rank))
+    sequence = SequenceGroup(mesh.sp_group, mesh.sp_size, mesh.sp_rank)
+    model = build(settings, config.engine, runtime.world_size, sequence)
     batches = make_batches(model, seq_len, seed=mesh.dp_rank, **batch)
     if distinct_rows:
         batches = itertools.cycle(list(itertools.islice(batches, distinct_rows)))
@@ -208,7 +209,7 @@ def run_variant(
     shutdown()
 
 
-def build(settings: Any, engine: Any, world_size: int) -> Any:
+def build(settings: Any, engine: Any, world_size: int, sequence: Any) -> Any:
     """The model, filled where it is: the stages draw on the host, the same on any device."""
     from triptych_core.engine import compute_dtype, gather_parameters, sharded_init
     from triptych_models.families import build_shell
@@ -226,10 +227,11 @@ def build(settings: Any, engine: Any, world_size: int) -> Any:
                     parameter.fill_(1.0)
                 else:
                     parameter.normal_(0.0, 0.0 if name.endswith("bias") else 0.02)
+    model.set_sequence(sequence)
+    model.set_mlp_chunks(engine.mlp_chunks)
     if settings.compile == "layers":
         model.compile_layers()
     model.set_checkpointing(engine.checkpointing)
-    model.set_mlp_chunks(engine.mlp_chunks)
     return model
 
 
