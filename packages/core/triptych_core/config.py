@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from triptych_core.expert_config import check_expert
 from triptych_core.plan_config import PlanConfig
 from triptych_core.sections import (
     CheckpointConfig,
@@ -67,6 +68,12 @@ class StageConfig(Section):
                 f"schedule: warmup_steps + decay_steps must be at most run.steps ({steps}), "
                 f"got {phases}; shorten them or train longer"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_expert(self) -> StageConfig:
+        if self.parallel.expert > 1:
+            check_expert(self.parallel, self.engine, self.optim, self.plan)
         return self
 
 

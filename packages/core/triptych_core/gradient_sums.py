@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from triptych_core.expert import replicas_of
+
 # Elements of a bucket: 100 MB in fp32, some milliseconds of a network, so that the last one's
 # reduction ends soon after the backward pass.
 BUCKET = 25_000_000
@@ -19,6 +21,7 @@ BUCKET = 25_000_000
 class _Bucket:
     flat: Tensor
     places: dict[nn.Parameter, Tensor]  # views of flat, in the parameters' shapes
+    group: Any  # of the ranks it is summed over; None for all
     missing: set[nn.Parameter] = field(default_factory=set)  # in this micro-step
     sent: Tensor | None = None  # what crosses ranks, while it does
     work: Any = None
@@ -28,7 +31,8 @@ class GradientSums:
     """Sums of gradients in flat buckets, each reduced as soon as its last gradient is there.
 
     Args:
-        parameters: in the order in which their gradients are expected, alike on every rank.
+        parameters: in the order in which their gradients are expected, alike on every rank. Parts
+            of experts are summed over the ranks that hold the same.
         reduce_dtype: in which sums cross ranks. With one micro-step they are kept in it, else in
             fp32.
         micro_steps: of a window.
@@ -96,9 +100,9 @@ class GradientSums:
 
     def _reduce_from_next(self, end: int) -> None:
         for bucket in self._buckets[self._next : end]:
-            if dist.get_world_size() > 1:
+            if dist.get_world_size(bucket.group) > 1:
                 bucket.sent = bucket.flat.to(self._reduce_dtype)
-                bucket.work = dist.all_reduce(bucket.sent, async_op=True)
+                bucket.work = dist.all_reduce(bucket.sent, group=bucket.group, async_op=True)
         self._next = end
 
 
@@ -114,6 +118,9 @@ def _await(bucket: _Bucket) -> None:
 def _split(parameters: Sequence[nn.Parameter], size: int) -> Iterator[list[nn.Parameter]]:
     some: list[nn.Parameter] = []
     for parameter in parameters:
+        if some and replicas_of(parameter) is not replicas_of(some[0]):
+            yield some
+            some = []
         some.append(parameter)
         if sum(p.numel() for p in some) >= size:
             yield some
@@ -125,6 +132,5 @@ def _split(parameters: Sequence[nn.Parameter], size: int) -> Iterator[list[nn.Pa
 def _make(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> _Bucket:
     flat = torch.empty(sum(p.numel() for p in parameters), dtype=dtype, device=parameters[0].device)
     pieces = flat.split([p.numel() for p in parameters])
-    return _Bucket(
-        flat, {p: piece.view(p.shape) for p, piece in zip(parameters, pieces, strict=True)}
-    )
+    places = {p: piece.view(p.shape) for p, piece in zip(parameters, pieces, strict=True)}
+    return _Bucket(flat, places, replicas_of(parameters[0]))

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 
 from triptych_core.config import StageConfig
+from triptych_core.expert import whole_shape
 
 
 @runtime_checkable
@@ -24,7 +25,7 @@ def identity(module: nn.Module, config: StageConfig) -> dict[str, Any]:
     frozen: dict[str, str] = {}
     for name, parameter in module.named_parameters():
         # Under ZeRO-3 a parameter is an empty shard outside its module: ask for the whole shape.
-        shape = str(tuple(getattr(parameter, "ds_shape", parameter.shape)))
+        shape = str(whole_shape(parameter))
         (trained if parameter.requires_grad else frozen)[name] = shape
     return {
         "precision": config.engine.precision,

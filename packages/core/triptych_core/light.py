@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from triptych_core.adamw import AdamW
-from triptych_core.clipping import clip_scale, total_norm
+from triptych_core.clipping import clip_scale
+from triptych_core.expert import norm_over_holders, replicas_of
 from triptych_core.gradient_sums import GradientSums
 from triptych_core.muon import Muon
 from triptych_core.sections import EngineConfig
@@ -99,7 +100,7 @@ class LightEngine:
         if not is_last:
             return
         gradients = self.gradients()
-        self._norm = total_norm(list(gradients.values()))
+        self._norm = norm_over_holders(gradients)
         self.optimizer.step(
             gradients={self.masters[p]: gradient for p, gradient in gradients.items()},
             grad_scale=clip_scale(self._norm, self._max_grad_norm),
@@ -150,7 +151,7 @@ class LightEngine:
         """Begin with rank 0's weights everywhere, whatever made them differ."""
         if self.world_size > 1:
             for tensor in [*self.module.parameters(), *self.module.buffers()]:
-                dist.broadcast(tensor.data, src=0)
+                dist.broadcast(tensor.data, group=replicas_of(tensor), group_src=0)
 
 
 def _master(parameter: nn.Parameter) -> Tensor:

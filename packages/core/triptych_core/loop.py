@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,12 +64,15 @@ def train(
         counts = count_window(window, flops, engine.device) // config.parallel.sequence
         divisor = counts[0].clamp(min=1)
         loss = torch.zeros((), device=engine.device)
+        figures: dict[str, torch.Tensor] = {}
         for batch in map(part, window):
             with name_batch(engine.module, batch):
                 output = engine(**to_device(batch, engine.device))
                 # DeepSpeed averages gradients over ranks: multiply the number of ranks back in.
                 engine.backward(output.loss_sum * world_size / divisor, scale_wrt_gas=False)
                 loss += output.loss_sum.detach() / divisor
+                for name, value in output.metrics.items():
+                    figures[name] = figures[name] + value if name in figures else value
                 engine.step()  # updates only after the window's last pack
         dist.all_reduce(loss)
         metrics.record(
@@ -82,6 +85,7 @@ def train(
                 capacity=sum(batch["input_ids"].numel() for batch in window)
                 * (world_size // config.parallel.sequence),
                 data_wait_seconds=waited,
+                figures=sum_figures(figures, divisor * parallel.tensor),
             )
         )
         for function in on_step:
@@ -101,6 +105,21 @@ def count_window(
     counts = torch.tensor(local, dtype=torch.int64).to(device, non_blocking=True)
     dist.all_reduce(counts)
     return counts
+
+
+def sum_figures(
+    figures: Mapping[str, torch.Tensor], divisor: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """A model's own figures over all ranks, in fp64: () divided like the loss, tables counted."""
+    if not figures:
+        return {}
+    flat = torch.cat([value.detach().double().flatten() for value in figures.values()])
+    dist.all_reduce(flat)
+    parts = flat.split([value.numel() for value in figures.values()])
+    return {
+        name: part.view(value.shape) if value.dim() else part[0] / divisor
+        for (name, value), part in zip(figures.items(), parts, strict=True)
+    }
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -149,6 +149,8 @@ class Metrics:
     def _line(self, step: FinishedStep) -> dict[str, Any]:
         num_targets, num_tokens, flops, bad_samples = step.counts
         record, seconds = step.record, step.seconds
+        # Tables, of experts say, are long: one in an interval.
+        is_shown = is_due(record.step, self._config.log.every, self._config.run.steps)
         return {
             "step": record.step,
             "loss": step.loss,
@@ -165,6 +167,7 @@ class Metrics:
             "bad_samples": bad_samples,
             "peak_memory_bytes": peak_memory_bytes(),
             "time": step.time,
+            **{key: value for key, value in step.figures.items() if is_shown or _is_number(value)},
         }
 
     def _show(self, lines: Sequence[dict[str, Any]]) -> None:
@@ -180,6 +183,10 @@ class Metrics:
             self._progress.update(self._task, completed=last["step"], status=status)
         else:
             self._say(f"step {last['step']}/{self._config.run.steps}  {status}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float)
 
 
 def peak_flops(config: StageConfig) -> float:

@@ -8,8 +8,8 @@ copy of many steps' is begun at the end of an interval and looked at when one mo
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class StepRecord:
     lr: float
     capacity: int  # tokens the step's rows could hold
     data_wait_seconds: float
+    figures: Mapping[str, Tensor] = field(default_factory=dict)  # the model's own
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class FinishedStep:
     grad_norm: float | None
     seconds: float  # from the end of the step before to its own, waiting for data included
     time: float  # since the epoch, when it was queued
+    figures: Mapping[str, Any]  # numbers, and tables as nested lists
 
 
 class Mark:
@@ -82,6 +84,7 @@ class _Copy:
 
     steps: Sequence[_Step]
     floats: Tensor  # losses, then those norms that are tensors
+    figures: Sequence[Mapping[str, Tensor]]  # of each step
     counts: Tensor  # (steps, 4)
     ended: Mark
 
@@ -142,7 +145,8 @@ def _copy(steps: Sequence[_Step]) -> _Copy:
     scalars = [record.loss for record in records] + [n for n in norms if isinstance(n, Tensor)]
     floats = _to_host(torch.stack([scalar.detach().float().reshape(()) for scalar in scalars]))
     counts = _to_host(torch.stack([record.counts for record in records]))
-    return _Copy(tuple(steps), floats, counts, Mark())
+    figures = [{k: _to_host(v) for k, v in record.figures.items()} for record in records]
+    return _Copy(tuple(steps), floats, figures, counts, Mark())
 
 
 def _to_host(tensor: Tensor) -> Tensor:
@@ -164,7 +168,10 @@ def _finish(copy: _Copy) -> list[FinishedStep]:
             grad_norm=next(norms) if isinstance(norm, Tensor) else norm,
             seconds=step.ended.seconds_since(step.began),
             time=step.time,
+            figures={name: value.tolist() for name, value in figures.items()},
         )
-        for step, loss, numbers in zip(copy.steps, losses, counts, strict=True)
+        for step, loss, numbers, figures in zip(
+            copy.steps, losses, counts, copy.figures, strict=True
+        )
         for norm in [step.record.grad_norm]
     ]

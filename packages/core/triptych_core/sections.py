@@ -127,6 +127,14 @@ class EngineConfig(Section):
     )
     zero: ZeroConfig = ZeroConfig()
 
+    expert: int = Field(
+        1,
+        ge=1,
+        description="consecutive ranks that divide every layer's experts between them and send "
+        "each other their tokens; must divide the ranks and the experts; with engine.zero.stage 0 "
+        "or 3",
+    )
+
     @property
     def stage(self) -> int:
         """The ZeRO stage, once it is settled."""

@@ -13,4 +13,5 @@ class LossOutput(NamedTuple):
     num_targets: int
     """Targets in the batch (`shift_labels != -100`), known on the host: no sync."""
     metrics: dict[str, Tensor]
-    """Further () tensors to log, by name, left on the device."""
+    """Further tensors to log, by name, left on the device: () are sums over targets like the loss,
+    tables are counts. Each is summed over the window and all ranks."""
