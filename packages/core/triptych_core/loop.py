@@ -85,7 +85,7 @@ def train(
                 capacity=sum(batch["input_ids"].numel() for batch in window)
                 * (world_size // config.parallel.sequence),
                 data_wait_seconds=waited,
-                figures=sum_figures(figures, divisor * parallel.tensor),
+                figures=sum_figures(figures, divisor),
             )
         )
         for function in on_step:
