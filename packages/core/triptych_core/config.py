@@ -30,6 +30,7 @@ from triptych_core.sections import (
     ScheduleConfig,
     Section,
 )
+from triptych_core.tensor_config import check_tensor
 
 
 class StageConfig(Section):
@@ -60,6 +61,18 @@ class StageConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_tensor(self) -> StageConfig:
+        if self.parallel.tensor > 1:
+            check_tensor(self.engine, self.optim, self.plan)
+        return self
+
+    @model_validator(mode="after")
+    def _check_expert(self) -> StageConfig:
+        if self.parallel.expert > 1:
+            check_expert(self.parallel, self.engine, self.optim, self.plan)
+        return self
+
+    @model_validator(mode="after")
     def _check_schedule(self) -> StageConfig:
         schedule, steps = self.schedule, self.run.steps
         phases = schedule.warmup_steps + (schedule.decay_steps if schedule.kind == "wsd" else 0)
@@ -68,12 +81,6 @@ class StageConfig(Section):
                 f"schedule: warmup_steps + decay_steps must be at most run.steps ({steps}), "
                 f"got {phases}; shorten them or train longer"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_expert(self) -> StageConfig:
-        if self.parallel.expert > 1:
-            check_expert(self.parallel, self.engine, self.optim, self.plan)
         return self
 
 

@@ -18,6 +18,7 @@ from triptych_core.lean_step import take_lean_steps
 from triptych_core.light import LightEngine
 from triptych_core.muon import Muon
 from triptych_core.shards import find_shards
+from triptych_core.tensor import WHOLE, TensorCuts, autotp_section, check_cut, read_cut
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 
@@ -30,7 +31,11 @@ def compute_dtype(config: EngineConfig) -> torch.dtype:
 
 
 def deepspeed_config(
-    config: EngineConfig, max_grad_norm: float, world_size: int = 1, layer_numel: int = 0
+    config: EngineConfig,
+    max_grad_norm: float,
+    world_size: int = 1,
+    layer_numel: int = 0,
+    tensor: TensorCuts = WHOLE,
 ) -> dict[str, Any]:
     """Derive DeepSpeed's own configuration; every value we rely on is written out.
 
@@ -38,11 +43,9 @@ def deepspeed_config(
     model's dtype), so nothing that matters to the numbers is left to them. layer_numel is of the
     largest layer that ZeRO-3 gathers at once, 0 where it gathers module by module.
     """
-    gas = config.gradient_accumulation_steps
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": gas,
-        "train_batch_size": gas * world_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "gradient_clipping": max_grad_norm,
         "bf16": {"enabled": config.precision == "bf16"},
         "zero_allow_untested_optimizer": True,
@@ -51,7 +54,10 @@ def deepspeed_config(
         "steps_per_print": 10**9,
         "zero_optimization": _zero_section(config, layer_numel),
         "data_types": {"grad_accum_dtype": "fp32"},
+        **autotp_section(tensor),
     }
+    if tensor.size == 1:  # else DeepSpeed checks it against all ranks here, its replicas there
+        result["train_batch_size"] = config.gradient_accumulation_steps * world_size
     return result
 
 
@@ -77,10 +83,13 @@ def gather_parameters(config: EngineConfig) -> Gather:
 
 
 def read_parameters(config: EngineConfig) -> Gather:
-    """Like `gather_parameters`, for reading only: nothing is written back."""
+    """Like `gather_parameters`, for reading only: nothing is written back.
+
+    What an engine has cut over ranks by tensor parallelism is put together, too.
+    """
     if config.stage != 3:
-        return lambda parameters: nullcontext()
-    return lambda parameters: deepspeed.zero.GatheredParameters(parameters)
+        return read_cut(lambda parameters: nullcontext())
+    return read_cut(lambda parameters: deepspeed.zero.GatheredParameters(parameters))
 
 
 def build_engine(
@@ -90,13 +99,15 @@ def build_engine(
     optim: OptimConfig,
     world_size: int,
     layers: Sequence[nn.Module] = (),
+    tensor: TensorCuts = WHOLE,
 ) -> Any:
     """Hand model and optimizer to DeepSpeed; at stage 0, to the light engine.
 
     ZeRO-3 gathers each of `layers` as a whole, one ahead: module by module the host cannot keep up
     with the device (Qwen3-1.7B at 16k tokens on an H100: 38.1 against 29.6 % MFU). The optimizer's
     groups keep their `name` and `peak_lr`; floating-point buffers keep their dtype (rotary
-    frequencies in bf16 would move every position).
+    frequencies in bf16 would move every position). Raises ValueError unless exactly what `tensor`
+    names is cut over ranks.
     """
     buffers = {name: buffer.dtype for name, buffer in model.named_buffers(remove_duplicate=False)}
     if config.stage == 0:
@@ -106,9 +117,11 @@ def build_engine(
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
-        config=deepspeed_config(config, optim.max_grad_norm, world_size, layer_numel),
+        config=deepspeed_config(config, optim.max_grad_norm, world_size, layer_numel, tensor),
     )
-    if config.stage == 3 and not (config.zero.offload_optimizer or config.zero.offload_params):
+    check_cut(engine, tensor)
+    offloads = config.zero.offload_optimizer or config.zero.offload_params
+    if config.stage == 3 and not offloads and tensor.size == 1:
         take_lean_steps(engine.optimizer)
     if isinstance(optimizer, Muon):
         optimizer.place(find_shards(engine.optimizer, optimizer.shapes))

@@ -89,7 +89,9 @@ def evaluate_if_due(
     ):
         return
     metrics.note(f"step {step}  evaluating")
-    evaluation = evaluate(engine, config.evaluation, heldout, answer, step, part=part)
+    evaluation = evaluate(
+        engine, config.evaluation, heldout, answer, step, part=part, tensor=config.parallel.tensor
+    )
     if dist.get_rank() == 0:
         append_evaluation(config.run.dir, evaluation)
     scores = "  ".join(f"{kind} {share:.1%}" for kind, share in evaluation.exact_match.items())
@@ -105,10 +107,16 @@ def evaluate(
     step: int,
     *,
     part: Part = whole_row,
+    tensor: int = 1,
 ) -> Evaluation:
-    """Held-out loss and exact match; every rank takes part and gets the result."""
+    """Held-out loss and exact match; every rank takes part and gets the result.
+
+    `tensor` consecutive ranks divide the weights between them.
+    """
     loss = heldout_loss(engine, map(part, heldout.batches()))
-    answers = answer_questions(heldout.questions, answer, batch_size=config.batch_size)
+    answers = answer_questions(
+        heldout.questions, answer, batch_size=config.batch_size, tensor=tensor
+    )
     stride = max(1, len(answers) // max(1, config.num_examples))
     return Evaluation(
         step=step,
@@ -151,24 +159,25 @@ def answer_questions(
     answer: Callable[[list[int]], list[str]],
     *,
     batch_size: int,
+    tensor: int = 1,
 ) -> list[Answer]:
     """Answer all questions, split over ranks; every rank gets all answers, in order.
 
     Every rank calls `answer` equally often, with at least one prompt each time, since under
-    ZeRO-3 a forward is a collective.
+    ZeRO-3 a forward is a collective. `tensor` consecutive ranks are asked the same.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    stride = batch_size * world_size
+    rank, size = dist.get_rank() // tensor, dist.get_world_size() // tensor
+    stride = batch_size * size
     mine: list[Answer] = []
     for start in range(0, len(questions), stride):
-        group = questions[start : start + stride][rank::world_size]
+        group = questions[start : start + stride][rank::size]
         # A rank with nothing left repeats a question, to stay in step with the others.
         texts = answer([question.index for question in group or questions[:1]])
         for question, text in zip(group, texts, strict=False):
             mine.append(Answer(question.index, question.kind, question.expected, text))
-    gathered: list[list[Answer]] = [[] for _ in range(world_size)]
+    gathered: list[list[Answer]] = [[] for _ in range(size * tensor)]
     dist.all_gather_object(gathered, mine)
-    return sorted((answer for part in gathered for answer in part), key=lambda a: a.index)
+    return sorted((answer for part in gathered[::tensor] for answer in part), key=lambda a: a.index)
 
 
 def score(answers: Sequence[Answer]) -> dict[str, float]:

@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from triptych_core.expert import first_element, replicas_of
 from triptych_core.payload import Payloads, Scalars, Stretch
 from triptych_core.shards import Flat, Piece, flat_masters, whole_masters
+from triptych_core.tensor import is_cut, tensor_place
 
 MASTER, FROZEN, BUFFER = "master", "frozen", "buffer"
 
@@ -29,6 +31,7 @@ class Fragment:
     piece: Piece
     master: Tensor
     state: dict[str, Any]
+    first: int = 0  # of the parameter's elements here, where ranks hold parts of stacked experts
 
     def stretches(self) -> Iterator[Stretch]:
         """Its elements in the master and in each state of the master's shape."""
@@ -48,16 +51,22 @@ class Fragment:
     def _of(self, kind: str, tensor: Tensor) -> Stretch:
         size = self.piece.end - self.piece.begin
         flat = tensor.detach().view(-1)[self.piece.offset : self.piece.offset + size]
-        return Stretch(self.name, kind, self.piece.begin, flat)
+        return Stretch(self.name, kind, self.first + self.piece.begin, flat)
 
 
 def fragments(engine: Any) -> list[Fragment]:
     """All this rank holds of parameters that train, in the order of its masters."""
-    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    names = _names(engine)
     state = engine.optimizer.state
     return [
         # Not state[master]: that would make an empty entry, which counts as initialised.
-        Fragment(names[id(parameter)], piece, flat.master, state.get(flat.master, {}))
+        Fragment(
+            names[id(parameter)],
+            piece,
+            flat.master,
+            state.get(flat.master, {}),
+            first_element(parameter),
+        )
         for flat in _flats(engine)
         for parameter, piece in flat.pieces()
     ]
@@ -69,13 +78,32 @@ def stretches_to_save(engine: Any) -> tuple[list[Stretch], Scalars]:
     Where ranks hold the same, each writes an equal share.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    tp_rank, tp_size = tensor_place(engine)
     held = fragments(engine)
+    if tp_size > 1:
+        return _part_to_save(engine, held, rank // tp_size, tp_rank, world_size // tp_size)
     trained = [stretch for fragment in held for stretch in fragment.stretches()]
     cut, whole = _untrained(engine)
     scalars = {fragment.name: fragment.scalars() for fragment in held}
     if engine.zero_optimization_stage() > 0:
         return [*trained, *cut, *_share(whole, rank, world_size)], scalars
-    return _share([*trained, *whole], rank, world_size), scalars if rank == 0 else {}
+    stretches = _share_with_replicas(engine, [*trained, *whole])
+    return stretches, scalars if rank == 0 else {}
+
+
+def _part_to_save(
+    engine: Any, held: list[Fragment], replica: int, tp_rank: int, num_replicas: int
+) -> tuple[list[Stretch], Scalars]:
+    """Under tensor parallelism: what is cut by each rank, the rest by the first of those."""
+    cut_names = {name for p, name in _names_and_parameters(engine) if is_cut(p)}
+
+    def mine(stretches: Iterable[Stretch]) -> list[Stretch]:
+        return [s for s in stretches if tp_rank == 0 or s.name in cut_names]
+
+    trained = mine(stretch for fragment in held for stretch in fragment.stretches())
+    cut, whole = _untrained(engine)
+    scalars = {fragment.name: fragment.scalars() for fragment in held}
+    return [*trained, *mine(cut), *_share(mine(whole), replica, num_replicas)], scalars
 
 
 @torch.no_grad()
@@ -100,6 +128,14 @@ def load_stretches(engine: Any, payloads: Payloads) -> None:
     _refresh_weights(engine)
 
 
+def kept_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that a state dict would hold."""
+    for prefix, part in module.named_modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if name not in part._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
 def _flats(engine: Any) -> Iterable[Flat]:
     if engine.zero_optimization_stage() == 0:
         return whole_masters(engine.masters)
@@ -116,14 +152,12 @@ def _is_like(value: Any, master: Tensor, key: str) -> bool:
 def _make_states(engine: Any, flat: Flat, payloads: Payloads) -> None:
     """Give a master the states that its parameters have in the payloads, tensors in zeros.
 
-    The parameters of a master are of one group, have the same states and count the same steps.
+    The parameters of a master are of one group, have the same states and count the same steps. A
+    rank whose stretch of a small group is all padding has them, too, as after a step.
     """
-    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    held = [names[id(parameter)] for parameter, _ in flat.pieces()]
-    if not held:  # a rank whose stretch of a small group is all padding
-        return
-    state: dict[str, Any] = dict(payloads.scalars.get(held[0], {}))
-    for kind, dtype in payloads.kinds(held[0]).items():
+    name = _names(engine)[id(flat.runs[0].parameter)]
+    state: dict[str, Any] = dict(payloads.scalars.get(name, {}))
+    for kind, dtype in payloads.kinds(name).items():
         if kind != MASTER:
             state[kind] = torch.zeros_like(flat.master, dtype=dtype, requires_grad=False)
     engine.optimizer.state[flat.master] = state
@@ -132,26 +166,46 @@ def _make_states(engine: Any, flat: Flat, payloads: Payloads) -> None:
 def _untrained(engine: Any) -> tuple[list[Stretch], list[Stretch]]:
     """Frozen parameters that are cut over ranks; parameters and buffers every rank holds whole."""
     cut, whole = [], []
-    for name, parameter in engine.module.named_parameters():
+    for parameter, name in _names_and_parameters(engine):
         if parameter.requires_grad:
             continue
         if hasattr(parameter, "ds_tensor"):
             part = parameter.ds_tensor.numel()
             begin = dist.get_rank(parameter.ds_process_group) * part
             size = max(0, min(part, parameter.ds_numel - begin))  # the rest is padding
+            begin += first_element(parameter)
             cut.append(Stretch(name, FROZEN, begin, parameter.ds_tensor.detach()[:size]))
         else:
-            whole.append(Stretch(name, FROZEN, 0, parameter.detach().view(-1)))
-    whole += [Stretch(name, BUFFER, 0, buffer.view(-1)) for name, buffer in _buffers(engine.module)]
+            begin = first_element(parameter)
+            whole.append(Stretch(name, FROZEN, begin, parameter.detach().view(-1)))
+    whole += [
+        Stretch(name, BUFFER, 0, buffer.view(-1)) for name, buffer in kept_buffers(engine.module)
+    ]
     return cut, whole
 
 
-def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers that a state dict would hold."""
-    for prefix, part in module.named_modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            if name not in part._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, buffer
+def _names_and_parameters(engine: Any) -> Iterator[tuple[Any, str]]:
+    """Parameters and their names; one that tensor parallelism has cut is named by its part."""
+    rank, size = tensor_place(engine)
+    for name, parameter in engine.module.named_parameters():
+        yield parameter, f"{name}[{rank} of {size}]" if is_cut(parameter) else name
+
+
+def _names(engine: Any) -> dict[int, str]:
+    return {id(parameter): name for parameter, name in _names_and_parameters(engine)}
+
+
+def _share_with_replicas(engine: Any, stretches: list[Stretch]) -> list[Stretch]:
+    """This rank's shares of what it holds like others: all of them, or those with its experts."""
+    groups = {name: replicas_of(p) for name, p in engine.module.named_parameters()}
+    by_group: dict[Any, list[Stretch]] = {}
+    for stretch in stretches:
+        by_group.setdefault(groups.get(stretch.name), []).append(stretch)
+    return [
+        stretch
+        for group, some in by_group.items()
+        for stretch in _share(some, dist.get_rank(group), dist.get_world_size(group))
+    ]
 
 
 def _share(stretches: list[Stretch], rank: int, world_size: int) -> list[Stretch]:

@@ -10,6 +10,9 @@ from torch import nn
 
 from triptych_core.config import StageConfig
 from triptych_core.expert import whole_shape
+from triptych_core.fragments import kept_buffers
+
+FORMAT = 1  # of the files of a checkpoint
 
 
 @runtime_checkable
@@ -28,11 +31,14 @@ def identity(module: nn.Module, config: StageConfig) -> dict[str, Any]:
         shape = str(whole_shape(parameter))
         (trained if parameter.requires_grad else frozen)[name] = shape
     return {
+        "format": FORMAT,
+        "parallel.tensor": config.parallel.tensor,  # parts of weights are stored as they are cut
         "precision": config.engine.precision,
         "optimizer": config.optim.name,
         "state_dtype": config.optim.state_dtype,
         "trainable_parameters": trained,
         "frozen_parameters": frozen,
+        "buffers": {name: str(tuple(buffer.shape)) for name, buffer in kept_buffers(module)},
         "model": module.fingerprint() if isinstance(module, Fingerprinted) else {},
     }
 
@@ -44,6 +50,7 @@ def check_identity(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) ->
         ValueError: with the first field that differs.
     """
     wanted = json.loads(json.dumps(wanted))  # tuples are lists there, too
+    saved = {"parallel.tensor": 1} | saved
     for key, value in wanted.items():
         for field, ours, theirs in _differences(key, value, saved.get(key)):
             raise ValueError(

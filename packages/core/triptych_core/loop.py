@@ -48,9 +48,10 @@ def train(
     with the step just taken, in order, on every rank.
 
     Where `parallel.sequence` ranks hold a row between them, all of them are given that row, and
-    each computes `part(row)`.
+    each computes `part(row)`. `parallel.tensor` ranks compute the same with a part of the weights.
     """
-    world_size = dist.get_world_size()
+    world_size, parallel = dist.get_world_size(), config.parallel
+    replicas = world_size // parallel.tensor
     engine.train()
     for step in range(start_step + 1, config.run.steps + 1):
         started = time.perf_counter()
@@ -61,15 +62,15 @@ def train(
         window = [next(batches) for _ in range(config.engine.gradient_accumulation_steps)]
         waited = time.perf_counter() - started
         # Whole rows are counted, on each of the ranks that hold them: divided, nothing is lost.
-        counts = count_window(window, flops, engine.device) // config.parallel.sequence
+        counts = count_window(window, flops, engine.device) // parallel.ranks_per_row
         divisor = counts[0].clamp(min=1)
         loss = torch.zeros((), device=engine.device)
         figures: dict[str, torch.Tensor] = {}
         for batch in map(part, window):
             with name_batch(engine.module, batch):
                 output = engine(**to_device(batch, engine.device))
-                # DeepSpeed averages gradients over ranks: multiply the number of ranks back in.
-                engine.backward(output.loss_sum * world_size / divisor, scale_wrt_gas=False)
+                # DeepSpeed averages gradients over replicas: multiply their number back in.
+                engine.backward(output.loss_sum * replicas / divisor, scale_wrt_gas=False)
                 loss += output.loss_sum.detach() / divisor
                 for name, value in output.metrics.items():
                     figures[name] = figures[name] + value if name in figures else value
@@ -78,12 +79,12 @@ def train(
         metrics.record(
             StepRecord(
                 step=step,
-                loss=loss,
+                loss=loss / parallel.tensor,
                 counts=counts,
                 grad_norm=engine.get_global_grad_norm(),
                 lr=config.optim.lr * scale,
                 capacity=sum(batch["input_ids"].numel() for batch in window)
-                * (world_size // config.parallel.sequence),
+                * (world_size // parallel.ranks_per_row),
                 data_wait_seconds=waited,
                 figures=sum_figures(figures, divisor),
             )

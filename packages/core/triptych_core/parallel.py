@@ -1,4 +1,4 @@
-"""Which ranks hold which rows: data parallelism, and sequence parallelism inside it."""
+"""Which ranks hold which rows: data, and inside it sequence and tensor parallelism."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from triptych_core.sections import ParallelConfig
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where a rank stands: its row is the dp_rank-th of dp_size, its part of that the sp_rank-th.
+    """Where a rank stands: its row is the dp_rank-th of dp_size, its part of that the sp_rank-th,
+    and of the weights it has the tp_rank-th part.
 
     sp_group is the name of the process group of the ranks that hold the row; "" for a rank that
-    has its row to itself. For ZeRO all ranks are alike: it averages gradients over all of them.
+    has its row to itself. For ZeRO all ranks of one tp_rank are alike: it averages gradients over
+    all of them.
     """
 
     dp_rank: int
@@ -24,24 +26,37 @@ class Mesh:
     sp_rank: int
     sp_size: int
     sp_group: str
+    tp_rank: int = 0
+    tp_size: int = 1
 
 
 def make_mesh(config: ParallelConfig, runtime: Runtime) -> Mesh:
-    """Let every `parallel.sequence` consecutive ranks hold one row; all ranks must call it.
+    """Let every `parallel.sequence` × `parallel.tensor` consecutive ranks hold one row.
+
+    Those that divide weights stand next to each other, as DeepSpeed has it. All ranks must call it.
 
     Raises ValueError where the ranks cannot be grouped.
     """
-    n, world_size = config.sequence, runtime.world_size
-    if world_size % n:
+    n, tensor, world_size = config.sequence, config.tensor, runtime.world_size
+    if world_size % config.ranks_per_row:
+        key = "parallel.sequence" if tensor == 1 else "parallel.tensor"
+        what = f"{key}{' times parallel.sequence' if n > 1 and tensor > 1 else ''}"
         raise ValueError(
-            f"parallel.sequence: must divide the number of ranks ({world_size}), got {n}; "
-            f"start a multiple of {n} ranks or lower it"
+            f"{what}: must divide the number of ranks ({world_size}), got {config.ranks_per_row}; "
+            f"start a multiple of {config.ranks_per_row} ranks or lower it"
         )
-    dp_rank, sp_rank = divmod(runtime.rank, n)
+    dp_rank, rest = divmod(runtime.rank, config.ranks_per_row)
+    sp_rank, tp_rank = divmod(rest, tensor)
     name = ""
     if n > 1:
         # Every rank takes part in making every group, in the same order.
-        starts = range(0, world_size, n)
-        groups: list[Any] = [dist.new_group(list(range(start, start + n))) for start in starts]
-        name = groups[dp_rank].group_name
-    return Mesh(dp_rank, world_size // n, sp_rank, n, name)
+        firsts = [
+            row + part
+            for row in range(0, world_size, config.ranks_per_row)
+            for part in range(tensor)
+        ]
+        groups: list[Any] = [
+            dist.new_group([first + tensor * i for i in range(n)]) for first in firsts
+        ]
+        name = groups[dp_rank * tensor + tp_rank].group_name
+    return Mesh(dp_rank, world_size // config.ranks_per_row, sp_rank, n, name, tp_rank, tensor)

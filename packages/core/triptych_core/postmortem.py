@@ -40,6 +40,8 @@ def suggest_remedy(config: Stage, plan: Callable[[Stage], Plan]) -> Iterator[Non
         yield
     except torch.OutOfMemoryError as error:
         current = (config.engine.stage, config.engine.checkpointing)
+        if config.parallel.tensor > 1:
+            raise  # no plan knows it
         try:
             shown = config.plan.model_copy(update={"show": "table"})  # all there is to choose from
             advice = remedy(plan(config.model_copy(update={"plan": shown})), current)

@@ -57,7 +57,7 @@ def describe_run(
     data = ", ".join(f"{count:,} {name}" for name, count in facts["data"].items())
     chosen = f"\nchosen by the plan: {facts['chosen']}" if facts.get("chosen") else ""
     goes_on = f"; goes on after step {start_step}" if start_step else ""
-    n = config.parallel.sequence
+    n = config.parallel.ranks_per_row
     packs = runtime.world_size // n * engine.gradient_accumulation_steps
     shared = f", {n} ranks a pack" if n > 1 else ""
     return (

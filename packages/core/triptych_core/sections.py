@@ -127,14 +127,6 @@ class EngineConfig(Section):
     )
     zero: ZeroConfig = ZeroConfig()
 
-    expert: int = Field(
-        1,
-        ge=1,
-        description="consecutive ranks that divide every layer's experts between them and send "
-        "each other their tokens; must divide the ranks and the experts; with engine.zero.stage 0 "
-        "or 3",
-    )
-
     @property
     def stage(self) -> int:
         """The ZeRO stage, once it is settled."""
@@ -171,6 +163,26 @@ class ParallelConfig(Section):
         description="consecutive ranks that hold one packed row between them, each its part of the "
         "tokens (Ulysses); must divide the ranks, data.seq_len and the attention heads",
     )
+    tensor: int = Field(
+        1,
+        ge=1,
+        description="consecutive ranks that divide the language layers' weights between them, each "
+        "its part of heads and MLPs (DeepSpeed's AutoTP); must divide the ranks, the key heads and "
+        "the MLPs' width; with engine.zero.stage 1, 2 or 3",
+    )
+
+    expert: int = Field(
+        1,
+        ge=1,
+        description="consecutive ranks that divide every layer's experts between them and send "
+        "each other their tokens; must divide the ranks and the experts; with engine.zero.stage 0 "
+        "or 3",
+    )
+
+    @property
+    def ranks_per_row(self) -> int:
+        """How many ranks read the same row."""
+        return self.sequence * self.tensor
 
     def check_row(self, seq_len: int) -> None:
         """Raise ValueError unless a row of seq_len tokens can be cut into equal parts."""
