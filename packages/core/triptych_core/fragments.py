@@ -16,11 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from triptych_core.expert import first_element, replicas_of
-from triptych_core.payload import Payloads, Scalars, Stretch
+from triptych_core.payload import BUFFER, FROZEN, MASTER, Payloads, Scalars, Stretch
 from triptych_core.shards import Flat, Piece, flat_masters, whole_masters
 from triptych_core.tensor import is_cut, tensor_place
-
-MASTER, FROZEN, BUFFER = "master", "frozen", "buffer"
 
 
 @dataclass(frozen=True, eq=False)

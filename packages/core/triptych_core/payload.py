@@ -20,6 +20,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+# Kinds of stretches beside those of optimizer states, which have the states' names.
+MASTER, FROZEN, BUFFER = "master", "frozen", "buffer"
+
 # Bytes that are on the host at a time: as fast as larger ones, and the disk starts early.
 _CHUNK = 1 << 25
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import yaml
 from triptych_core.averaging.hf_folder import read_json
 from triptych_core.averaging.safetensors_file import read_header
 from triptych_core.averaging.stored import Place, Source, Stored
-from triptych_core.fragments import BUFFER, FROZEN, MASTER
 from triptych_core.manifest import FILE, find_damage, find_loss, read_manifest
+from triptych_core.payload import BUFFER, FROZEN, MASTER
 
 # Families of triptych-models hold the transformers model as `hf`; exports are named from inside it.
 _PREFIX = "hf."
@@ -38,24 +39,30 @@ def open_own_checkpoint(path: Path, like: Path | None = None, check: bool = Fals
     if damage is not None:
         raise ValueError(f"{damage}; a checkpoint must be whole to be averaged, take another")
     state = read_json(path / "state.json")
+    if state.get("parallel.tensor", 1) != 1:
+        raise ValueError(
+            f"{path}: must be of a run with parallel.tensor=1, got {state['parallel.tensor']}, where "
+            "weights are stored as they are cut; average the exports of such runs"
+        )
     shapes = _shapes(state)
     pieces: dict[str, list[tuple[Place, Any]]] = defaultdict(list)
     for file in sorted(read_manifest(path)):
         if file.startswith("rank-"):
             _collect(path / file, pieces)
     prefix = _PREFIX if all(name.startswith(_PREFIX) for name in pieces) else ""
-    tensors = {}
-    for name in [*shapes, *(name for name in pieces if name not in shapes)]:
-        places = sorted(pieces.get(name, ()), key=lambda piece: piece[0][:2])
-        tensors[name.removeprefix(prefix)] = _joined(path, name, places, shapes.get(name))
+    tensors = {
+        name.removeprefix(prefix): _joined(path, name, pieces.get(name, []), shape)
+        for name, shape in shapes.items()
+    }
     small_files = like or _model_folder(path)
     facts = {key: state.get(key) for key in ("zero_stage", "world_size", "precision")}
     return Source(path, "checkpoint of a run", tensors, int(state["step"]), small_files, facts)
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of parameters, which a checkpoint keeps as text."""
-    texts = {**state["trainable_parameters"], **state["frozen_parameters"]}
+    """Shapes of parameters and buffers, which a checkpoint keeps as text."""
+    kinds = ("trainable_parameters", "frozen_parameters", "buffers")
+    texts = {name: text for kind in kinds for name, text in state[kind].items()}
     return {
         name: tuple(int(size) for size in text.strip("()").split(",") if size.strip())
         for name, text in texts.items()
@@ -72,24 +79,22 @@ def _collect(file: Path, pieces: dict[str, list[tuple[Place, Any]]]) -> None:
 
 
 def _joined(
-    path: Path, name: str, pieces: list[tuple[Place, Any]], shape: tuple[int, ...] | None
+    path: Path, name: str, pieces: list[tuple[Place, Any]], shape: tuple[int, ...]
 ) -> Stored:
     """One tensor of its pieces; where ranks hold the same elements the first one's are read."""
     places, at = [], 0
-    for place, _ in pieces:
+    for place, _ in sorted(pieces, key=lambda piece: piece[0][:2]):
         if place.begin <= at < place.end or (place.begin == at == place.end):
             skip = at - place.begin
             offset = place.offset + skip * pieces[0][1].itemsize
             places.append(Place(at, place.end, place.file, offset))
             at = place.end
-    # A buffer's shape is not in the checkpoint.
-    stored = Stored(pieces[0][1], shape or (at,), tuple(places)) if pieces else None
-    if stored is None or at != stored.size or len({dtype for _, dtype in pieces}) > 1:
+    if at != math.prod(shape) or len({dtype for _, dtype in pieces}) != 1:
         raise ValueError(
-            f"{path}: {name} must be whole in one dtype, got elements up to {at} of "
-            f"{shape}; take another checkpoint"
+            f"{path}: {name} must be whole and of one dtype, got elements up to {at} of {shape}; "
+            "take another checkpoint"
         )
-    return stored
+    return Stored(pieces[0][1], shape, tuple(places))
 
 
 def _model_folder(path: Path) -> Path | None:
