@@ -116,6 +116,7 @@ def run(config: PackedConfig) -> None:
         sharded_init,
     )
     from triptych_core.evaluate import evaluate_if_due
+    from triptych_core.expert import make_expert_place
     from triptych_core.launch import launch, shutdown
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
@@ -130,6 +131,7 @@ def run(config: PackedConfig) -> None:
     from triptych_data.ledger import Ledger
     from triptych_data.loader import PackLoader
     from triptych_data.processor import Processor
+    from triptych_models.experts import ExpertGroup
     from triptych_models.export import export
     from triptych_models.families import build_model
     from triptych_models.freeze import count_parameters, parameter_parts
@@ -141,6 +143,7 @@ def run(config: PackedConfig) -> None:
 
     runtime = launch(config.run)
     mesh = make_mesh(config.parallel, runtime)
+    place = make_expert_place(config.parallel, runtime)
     config, chosen = settle(config, plan)
 
     # Data: shards → packs of whole documents, the same global stream on any number of ranks; those
@@ -169,9 +172,12 @@ def run(config: PackedConfig) -> None:
 
     # Model: born in pieces under ZeRO-3, filled part by part.
     dtype = compute_dtype(config.engine)
+    experts = ExpertGroup(place.group, place.size, place.rank, place.mark)
     with sharded_init(config.engine, runtime.world_size):
         gather = gather_parameters(config.engine)
-        model = build_model(config.model, dtype=dtype, gather=gather, sequence=sequence)
+        model = build_model(
+            config.model, dtype=dtype, gather=gather, sequence=sequence, experts=experts
+        )
     model.check_processor(processor)
     model.set_checkpointing(config.engine.checkpointing)
     model.set_mlp_chunks(config.engine.mlp_chunks)
@@ -198,7 +204,7 @@ def run(config: PackedConfig) -> None:
             max_new_tokens=config.evaluation.max_new_tokens,
             eos_token_id=processor.eos_token_id,
             pad_token_id=processor.pad_token_id,
-            synced=config.engine.stage == 3,
+            synced=config.engine.stage == 3 or place.size > 1,
         )
         return [processor.decode(row) for row in tokens]
 

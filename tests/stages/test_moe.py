@@ -8,17 +8,24 @@ with the experts divided otherwise.
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import deepspeed  # noqa: F401  once, and not on every rank
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tests.models import tiny
 from tests.models.tiny import document
 from tests.ranks import run_ranks
+from tests.stages.test_pretrain import make_documents, make_text_model_dir, metrics, overrides
+from tests.tiny import ROOT
 
 SEQ_LEN = 64
 LOSSES = {"aux_loss": 0.2, "z_loss": 0.05, "aux_over": "document"}
@@ -214,3 +221,135 @@ def test_divided_experts_give_the_gradients_of_one_rank(folder, reference, world
                 # A weight's gradient may be tiny beside the rest, as in test_parity.
                 scale = max(wanted[name].norm().item(), 1e-4 * figures["grad_norm"])
                 assert error <= 1e-5 * scale, f"{run}: {name} off by {error / scale:.1e}"
+
+
+def moe_stage() -> ModuleType:
+    sys.path.insert(0, str(ROOT / "stages"))
+    import moe
+
+    return moe
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("moe-stage")
+    make_text_model_dir(path / "model")
+    config = json.loads((path / "model/config.json").read_text())
+    config |= {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+    config |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    (path / "model/config.json").write_text(json.dumps(config))
+    make_documents(path / "data", 40)
+    make_documents(path / "heldout", 5)
+    return path
+
+
+def words_for(workspace: Path, run_dir: Path, ranks: int, *more: str) -> list[str]:
+    settings = overrides(workspace, run_dir, "evaluation.max_questions=0", "log.every=2")
+    return [*settings, f"engine.gradient_accumulation_steps={2 // ranks}", *more]
+
+
+def run_stage(words: list[str]) -> None:
+    from triptych_core.config import load_config
+
+    stage = moe_stage()
+    stage.main(load_config(stage.MoEStageConfig, None, words))
+
+
+@pytest.fixture(scope="module")
+def finished(workspace) -> Path:
+    """Four steps of one rank, with a checkpoint after the second."""
+    words = words_for(workspace, workspace / "one", 1, "engine.zero.stage=0", "checkpoint.keep=9")
+    run_ranks(run_stage, 1, words)
+    return workspace / "one"
+
+
+def check_same(found: Path, wanted: Path) -> None:
+    """Figures of the last two steps, held-out loss, and the weights in the export."""
+    for ours, theirs in zip(metrics(found)[2:], metrics(wanted)[2:], strict=True):
+        for name in ("loss", "grad_norm", "balance_loss", "z_loss", "num_targets", "flops"):
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-5), name
+    assert metrics(found)[-1]["expert_load"] == metrics(wanted)[-1]["expert_load"]
+    ours, theirs = (
+        [json.loads(line) for line in (run / "evaluation.jsonl").open()] for run in (found, wanted)
+    )
+    assert ours[-1]["heldout_loss"] == pytest.approx(theirs[-1]["heldout_loss"], rel=2e-5)
+    ours, theirs = (load_file(run / "export/model.safetensors") for run in (found, wanted))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=2e-5)
+
+
+def test_the_stage_with_divided_experts_ends_like_one_rank(workspace, finished):
+    words = ["engine.zero.stage=3", "parallel.expert=2", "checkpoint.keep=9"]
+    two = workspace / "two"
+    run_ranks(run_stage, 2, words_for(workspace, two, 2, *words))
+    check_same(two, finished)
+    assert [len(line.get("expert_load", ())) for line in metrics(two)] == [0, 2, 0, 2]
+    stock = AutoModelForCausalLM.from_pretrained(two / "export")
+    assert stock.config.num_experts == 4
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_run_goes_on_with_experts_divided_otherwise(workspace, finished, stage):
+    run_dir = workspace / f"divided-{stage}"
+    copy_until_step_2(finished, run_dir)
+    more = [f"engine.zero.stage={stage}", "parallel.expert=2", "checkpoint.keep=9"]
+    words = words_for(workspace, run_dir, 2, *more)
+    run_ranks(run_stage, 2, words)
+    check_same(run_dir, finished)
+    check_same_state(run_dir, finished)
+
+
+def copy_until_step_2(source: Path, target: Path) -> None:
+    shutil.copytree(source, target)
+    shutil.rmtree(target / "checkpoints/step-000004")
+    shutil.rmtree(target / "export")
+
+
+def check_same_state(found: Path, wanted: Path) -> None:
+    """Of stacked experts, as one rank would read them that has them all."""
+    from triptych_core.payload import Payloads, Stretch
+
+    ours, theirs = (
+        Payloads(sorted((run / "checkpoints/step-000004").glob("rank-*.safetensors")))
+        for run in (found, wanted)
+    )
+    name = "hf.model.layers.1.mlp.experts.gate_up_proj"
+    for kind in ("master", "exp_avg", "exp_avg_sq"):
+        values = [torch.empty(4 * 32 * 48) for _ in (ours, theirs)]
+        for payloads, value in zip((ours, theirs), values, strict=True):
+            payloads.fill(Stretch(name, kind, 0, value))
+        torch.testing.assert_close(*values, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "world_size", "message"),
+    [
+        (["parallel.expert=3"], 3, "must divide the model's 4 experts"),
+        (["parallel.expert=2"], 1, r"parallel\.expert: must divide the number of ranks \(1\)"),
+        (["parallel.expert=2", "engine.zero.stage=1"], 1, r"engine\.zero\.stage: must be 0 or 3"),
+        (["parallel.expert=2", "optim.name=muon"], 1, r"optim\.name: must be adamw"),
+        (["parallel.expert=2", "engine.checkpointing=auto"], 1, "must be 1 for a plan"),
+        (["engine.mlp_chunks=2"], 1, "must be 1 with experts"),
+    ],
+)
+def test_what_cannot_be_is_refused(workspace, words, world_size, message):
+    words = words_for(workspace, workspace / "refused", 1, "engine.zero.stage=0", *words)
+    with pytest.raises(RuntimeError, match=message):
+        run_ranks(run_stage, world_size, words)
+
+
+def test_a_dense_model_is_refused(tmp_path):
+    make_text_model_dir(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"model.path: must hold a mixture of experts"):
+        run_stage(words_for(tmp_path, tmp_path / "run", 1))
+
+
+def test_the_shipped_configuration_is_read():
+    from triptych_core.config import load_config
+
+    stage = moe_stage()
+    config = load_config(stage.MoEStageConfig, ROOT / "stages/configs/moe_tiny.yaml")
+    assert config.model.moe is not None
+    assert (config.model.moe.aux_loss, config.model.moe.aux_over) == (0.01, "row")
