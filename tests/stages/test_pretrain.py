@@ -38,13 +38,13 @@ def make_text_model_dir(path: Path) -> Path:
 
 
 def make_documents(path: Path, count: int) -> Path:
-    """Shards of documents of 5 to 230 tokens."""
+    """Shards of documents of 5 to 130 tokens."""
     from triptych_data.shards import write_shards
 
     generator = np.random.default_rng(count)
     words = ("a", "small", "boat", "saw", "the", "sea", "digit", "is", "one", "two.\n")
     lines = [
-        json.dumps({"text": " ".join(generator.choice(words, size=2 + 13 * (i % 8)))})
+        json.dumps({"text": " ".join(generator.choice(words, size=2 + 7 * (i % 8)))})
         for i in range(count)
     ]
     path.mkdir(parents=True)
@@ -79,6 +79,7 @@ def overrides(workspace: Path, run_dir: Path, *more: str) -> list[str]:
         f"data.shards=[{workspace / 'data/shards'}]",
         f"data.seq_len={SEQ_LEN}",
         "data.num_workers=0",
+        "data.balance_group=1",  # packs of cut and of short documents one after the other
         "engine.precision=fp32",
         "engine.zero.bucket_size=5000",
         "engine.zero.persistence_threshold=0",
@@ -146,7 +147,8 @@ def plain_loop(
     from triptych_data.processor import Processor
 
     stock, documents = stock_start(workspace), document_tokens(workspace)
-    data = DataConfig(shards=[str(workspace / "data/shards")], seq_len=SEQ_LEN, num_workers=0)
+    shards = [str(workspace / "data/shards")]
+    data = DataConfig(shards=shards, seq_len=SEQ_LEN, num_workers=0, balance_group=1)
     processor = Processor.from_directory(workspace / "model")
     loader = PackLoader(data, processor, rank=0, world_size=1)
     stream = iter(loader)
@@ -154,7 +156,7 @@ def plain_loop(
     others = [p for p in stock.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
-    losses, norms = [], []
+    losses, norms, ends, cuts = [], [], 0, 0
     for line in lines:
         packs = [next(stream)["sample_ids"] for _ in range(2)]
         places = [loader.plan.pieces.locate(piece) for pack in packs for piece in pack]
@@ -162,6 +164,8 @@ def plain_loop(
         loss = sum(summed_loss(stock, *piece) for piece in pieces)
         targets = sum(min(SEQ_LEN, len(tokens) - 1 - begin) for tokens, begin, _ in pieces)
         assert targets == line["num_targets"]
+        ends += sum(len(tokens) <= begin + length for tokens, begin, length in pieces)
+        cuts += sum(begin > 0 for _, begin, _ in pieces)
         optimizer.zero_grad()
         (loss / targets).backward()
         losses.append(loss.item() / targets)
@@ -169,6 +173,7 @@ def plain_loop(
         for group in optimizer.param_groups:
             group["lr"] = line["lr"]
         optimizer.step()
+    assert ends > 4 and cuts > 4, "the packs must show both"
     return stock, losses, norms
 
 
