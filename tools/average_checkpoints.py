@@ -35,6 +35,7 @@ OPTIONS_OF_METHODS = {
     "task-arithmetic": ("base", "weights", "normalize", "scale"),
     "ties": ("base", "weights", "normalize", "scale", "density"),
     "slerp": ("position",),
+    "greedy": ("evaluate", "lower_is_better"),
 }
 FOLDER = click.Path(path_type=Path)
 EPILOG = (
@@ -59,6 +60,8 @@ EPILOG = (
 @click.option("--scale", default=1.0, help="task-arithmetic, ties: of what is added to the base")
 @click.option("--density", default=0.2, help="ties: share of each difference's elements kept")
 @click.option("--position", default=0.5, help="slerp: from the first input, 0, to the second, 1")
+@click.option("--evaluate", help="greedy: a command that prints a folder's score last; {} is it")
+@click.option("--lower-is-better", is_flag=True, help="greedy: the score is a loss")
 @click.option("--last", type=click.IntRange(min=1), help="take the newest so many inputs")
 @click.option("--spacing", type=click.IntRange(min=1), help="take inputs so many steps apart")
 @click.option("--window", type=click.IntRange(min=1), help="take those of the newest so many steps")
@@ -90,11 +93,14 @@ def average(ctx: click.Context, inputs: tuple[Path, ...], dry_run: bool, **optio
     refuse_strays(
         options["method"], [o for o in options if ctx.get_parameter_source(o) is not default]
     )
+    from triptych_core.averaging.greedy import choose, clean_up
     from triptych_core.averaging.job import prepare, run
     from triptych_core.averaging.request import Request, make_job
 
     options["threads"] = options["threads"] or min(8, 2 * (os.cpu_count() or 1))
     job = make_job(Request(inputs, **options), shlex.join(sys.argv[1:]))
+    if options["method"] == "greedy" and not dry_run:
+        job = choose(job, options["evaluate"], options["lower_is_better"], say)
     plan, notes = prepare(job)
     for note in notes:
         say(f"note: {note}")
@@ -104,6 +110,7 @@ def average(ctx: click.Context, inputs: tuple[Path, ...], dry_run: bool, **optio
         return
     with click.progressbar(length=plan.bytes_to_write, file=sys.stderr) as bar:
         facts = run(job, plan, notes, say, bar.update)
+    clean_up(job)
     rate = (facts["bytes_read"] + facts["bytes_written"]) / max(facts["seconds"], 1e-9)
     click.echo(
         f"{job.output}: {size(facts['bytes_written'])} in {facts['seconds']:.1f} s, "
@@ -126,9 +133,10 @@ def refuse_strays(method: str, given: list[str]) -> None:
     known = {option for options in OPTIONS_OF_METHODS.values() for option in options}
     for option in given:
         if option in known and option not in OPTIONS_OF_METHODS[method]:
+            spelt = option.replace("_", "-")
             fits = [name for name, options in OPTIONS_OF_METHODS.items() if option in options]
             raise ValueError(
-                f"--{option}: must come with --method {' or '.join(fits)}, got it with {method}; "
+                f"--{spelt}: must come with --method {' or '.join(fits)}, got it with {method}; "
                 "choose the method too"
             )
     if "copy_from" in given and "exclude" not in given:

@@ -41,6 +41,7 @@ class Job:
         threads: at most.
         whole_digests: SHA-256 of the whole inputs in averaging.json.
         words: how it was asked for, for averaging.json.
+        trials: those of a greedy soup, for averaging.json.
     """
 
     sources: list[Source]
@@ -52,6 +53,7 @@ class Job:
     threads: int = 4
     whole_digests: bool = False
     words: str = ""
+    trials: tuple[dict[str, Any], ...] = ()
 
 
 def prepare(job: Job) -> tuple[Plan, list[str]]:
@@ -105,6 +107,7 @@ def run(
             "like": str(job.like.resolve()) if job.like else None,
             "inputs": describe_inputs(plan, job.whole_digests),
             "notes": notes,
+            **({"trials": job.trials} if job.trials else {}),
             "output": {shard.file: {"bytes": shard.num_bytes} for shard in plan.shards},
             "max_shard_bytes": job.max_shard_bytes,
             "started": started.isoformat(timespec="seconds"),

@@ -39,10 +39,11 @@ def open_own_checkpoint(path: Path, like: Path | None = None, check: bool = Fals
     if damage is not None:
         raise ValueError(f"{damage}; a checkpoint must be whole to be averaged, take another")
     state = read_json(path / "state.json")
-    if state.get("parallel.tensor", 1) != 1:
+    cut = state.get("parallel.tensor", 1)
+    if cut != 1:
         raise ValueError(
-            f"{path}: must be of a run with parallel.tensor=1, got {state['parallel.tensor']}, where "
-            "weights are stored as they are cut; average the exports of such runs"
+            f"{path}: must be of a run with parallel.tensor=1, got {cut}: there weights are stored "
+            "as they are cut; average the exports of such runs"
         )
     shapes = _shapes(state)
     pieces: dict[str, list[tuple[Place, Any]]] = defaultdict(list)

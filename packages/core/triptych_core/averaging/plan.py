@@ -20,7 +20,9 @@ from triptych_core.averaging.stored import Source
 SUMS = {"linear": 1, "slerp": 1, "task-arithmetic": 2, "ties": 4}  # accumulators of a method
 # Elements a thread works on: larger ones leave the caches, smaller ones ask the disk too often.
 _MOST_ELEMENTS, _LEAST_ELEMENTS = 1 << 20, 1 << 12
-_RESERVE = 64 << 20  # for Python's own objects while it runs
+# Beside the rooms: Python's objects while it runs, and what torch 2.14 takes when it is torn down,
+# 128 MiB measured.
+_RESERVE = 192 << 20
 _ENDS = 1 << 16
 
 

@@ -13,6 +13,7 @@ from triptych_core.averaging.stored import Source
 
 _RECIPES: dict[str, Method] = {
     "uniform": "linear",
+    "greedy": "linear",
     "weighted": "linear",
     "ema": "linear",
     "window": "linear",
@@ -37,6 +38,8 @@ class Request:
     scale: float = 1.0
     density: float = 0.2
     position: float = 0.5
+    evaluate: str | None = None
+    lower_is_better: bool = False
     last: int | None = None
     spacing: int | None = None
     window: int | None = None
@@ -103,6 +106,26 @@ def _check_numbers(request: Request) -> None:
         raise ValueError(
             f"--base: must be given for {request.method}, got none; name what the inputs were "
             "tuned from"
+        )
+    if request.method == "greedy":
+        if request.evaluate is None:
+            raise ValueError(
+                "--evaluate: must be given for greedy, got none; name a command that prints a score"
+            )
+        if request.copy_from:
+            raise ValueError(
+                f"--copy-from: must not come with greedy, which chooses its inputs, got "
+                f"{request.copy_from}; leave it out"
+            )
+    if request.module_weights and request.method in ("greedy", "slerp"):
+        raise ValueError(
+            "--module-weights: must come with a method that weighs inputs, got it with "
+            f"{request.method}; choose another method"
+        )
+    if request.method == "ties" and min(request.weights or (1,)) < 0:
+        raise ValueError(
+            f"--weights: must not be negative for ties, got {min(request.weights or ())}; take "
+            "task-arithmetic to subtract"
         )
     if request.method == "weighted" and request.weights is None:
         raise ValueError("--weights: must be given for weighted, got none; one for each input")

@@ -141,6 +141,7 @@ def _reference(recipe: Recipe, terms: Terms, inputs: list[Tensor]) -> tuple[Tens
         addends = [weight * x for weight, x in zip(terms.weights, inputs, strict=True)]
         return _sum(addends), _sum([addend.abs() for addend in addends])
     base, *others = inputs
+    unsure = torch.zeros_like(base, dtype=torch.bool)
     changes = [x - base for x in others]
     if recipe.method == "ties":
         changes = [
@@ -151,11 +152,15 @@ def _reference(recipe: Recipe, terms: Terms, inputs: list[Tensor]) -> tuple[Tens
     size = base.abs() + abs(recipe.scale) * _sum([addend.abs() + base.abs() for addend in addends])
     total = _sum(addends)
     if recipe.method == "ties":
-        agrees = [change.sign() == total.sign() for change in changes]
+        signed = total
+        agrees = [change.sign() == signed.sign() for change in changes]
         counts = _sum([w * agree for w, agree in zip(terms.weights, agrees, strict=True)])
         total = _sum([a * agree for a, agree in zip(addends, agrees, strict=True)])
         total = torch.where(total == 0, 0, total / counts)
-    return base + recipe.scale * total, size
+        # Rounding to fp32 may choose the sign of a sum that is all but zero.
+        sizes = _sum([addend.abs() for addend in addends])
+        unsure = (sizes > 0) & (signed.abs() <= 1e-5 * sizes)
+    return base + recipe.scale * total, size.masked_fill(unsure, torch.inf)
 
 
 def _sum(tensors: list[Tensor]) -> Tensor:
