@@ -277,10 +277,18 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_damage_named(firsts, capfd
     said = capfd.readouterr().out
     assert said.count(f"{damaged}: is damaged") == 1
     assert f"goes on from {damaged.parent.parent / f'step-{SAVED:06d}'}, the newest" in said
-    for folder_ in (run_dir / "checkpoints").iterdir():
-        (folder_ / "manifest.json").unlink()
+    for manifest in (run_dir / "checkpoints").glob("*/manifest.json"):
+        manifest.unlink()
     with pytest.raises(RuntimeError, match=r"run\.dir: must have a whole checkpoint to go on from"):
-        run_ranks(resumed, 2, kind, source, run_dir)
+        run_ranks(look_for_whole, 1, run_dir)
+
+
+def look_for_whole(run_dir: Path) -> None:
+    from triptych_core.checkpoint_folders import checkpoints
+    from triptych_core.checkpoint_load import newest_whole
+
+    join()
+    newest_whole(checkpoints(run_dir))
 
 
 def resumed(kind: tuple[str, str], layout: tuple[int, int], run_dir: Path) -> list[float]:
@@ -313,3 +321,23 @@ def cannot_write(run_dir: Path) -> str:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     assert len(lines) >= SAVED  # training had gone on
     return str(caught.value)
+
+
+def test_a_rank_may_hold_nothing_but_padding(firsts):
+    """On five ranks the last has no element of vectors of 12."""
+    path, found = firsts
+    kind, source, _ = next(move for move in MOVES if move[1] == (2, 2))
+    for now in run_ranks(loaded, 5, kind, folder(path, kind, source)):
+        wanted = found[kind, source][1]
+        assert now.keys() == wanted.keys()
+        assert all(torch.equal(now[name], tensor) for name, tensor in wanted.items())
+
+
+def loaded(kind: tuple[str, str], run_dir: Path) -> dict[str, Tensor]:
+    from triptych_core.checkpoint_load import load_checkpoint
+
+    config = config_for(run_dir, kind, (3, 1))
+    join()
+    engine = build(config, seed=1)
+    load_checkpoint(engine, config, run_dir / f"checkpoints/step-{SAVED:06d}")
+    return held(engine)
