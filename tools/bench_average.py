@@ -11,6 +11,7 @@ on the disk; memory is the process's largest. OUT_DIR must be on the disk to be 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -48,7 +49,16 @@ def main(
     options: tuple[str, ...],
 ) -> None:
     """Measure in OUT_DIR; OPTIONS after -- go to average_checkpoints.py."""
-    models = [make_model(out_dir / f"model-{n}", shape, layers, n) for n in range(number)]
+    models = [out_dir / f"model-{n}" for n in range(number)]
+    for seed, model in enumerate(models):
+        # In a process of its own: the kernel counts what a parent had as its children's memory.
+        process = multiprocessing.get_context("spawn").Process(
+            target=make_model, args=(model, shape, layers, seed)
+        )
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise click.ClickException(f"{model}: could not be made; see above")
     output = out_dir / "average"
     ours = [sys.executable, TOOL, *models, "--output", output, *options]
     rounds: dict[str, Callable[[], dict[str, float]]] = {
@@ -68,14 +78,14 @@ def main(
     show(found, models, warm)
 
 
-def make_model(path: Path, shape: str, layers: int | None, seed: int) -> Path:
+def make_model(path: Path, shape: str, layers: int | None, seed: int) -> None:
     """A folder with random weights, unless it is there."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if (path / "model.safetensors").is_file():
-        return path
+        return
     shutil.rmtree(path, ignore_errors=True)
     write_qwen3(path, shape)
     config = json.loads((path / "config.json").read_text())
@@ -90,7 +100,6 @@ def make_model(path: Path, shape: str, layers: int | None, seed: int) -> Path:
         for name, parameter in model.named_parameters()
     }
     save_file(weights, path / "model.safetensors", {"format": "pt"})
-    return path
 
 
 def write_recipe(path: Path, models: list[Path]) -> Path:

@@ -52,8 +52,11 @@ def write_folder(
 
 
 def average(output: Path, *inputs: Path, **options: Any) -> dict[str, Tensor]:
-    """The tensors of an average; options are those of a Request."""
-    job = make_job(Request(tuple(inputs), output, **options))
+    """The tensors of an average; options are those of a Request.
+
+    The bound on memory is for a process with nothing else in it, which one of tests is not.
+    """
+    job = make_job(Request(tuple(inputs), output, **{"max_memory": 8 << 30, **options}))
     plan, notes = prepare(job)
     run(job, plan, notes)
     return read_weights(output)
