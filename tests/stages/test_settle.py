@@ -104,10 +104,11 @@ def test_checkpointing_is_chosen_with_the_stage(workspace, peaks):
         assert (plan.chosen.stage, plan.chosen.checkpointing) == (1, way)
 
 
-def test_what_a_stage_forbids_is_not_chosen(workspace):
-    """Compiled layers go with neither ZeRO-3 nor selective checkpointing."""
-    more = ["model.compile=layers", "engine.checkpointing=auto", "plan.gpu_memory_gib=0.0001"]
+def test_what_is_forbidden_is_not_chosen(workspace):
+    """Offloaded states need a stage, MLPs in chunks keep no products."""
+    forbidding = ["engine.zero.offload_optimizer=true", "engine.mlp_chunks=2"]
+    more = [*forbidding, "engine.checkpointing=auto", "plan.gpu_memory_gib=0.0001"]
     plan = planned(words(workspace, "no", *more))
-    assert {c.stage for c in plan.choices} == {0, 1, 2}
+    assert {c.stage for c in plan.choices} == {1, 2, 3}
     assert {c.checkpointing for c in plan.choices} == {"none", "full", "offload"}
     assert plan.chosen is None and "nothing fits" in plan.why()
