@@ -156,6 +156,27 @@ def test_checkpoints_of_any_number_of_ranks(tmp_path, writers):
     verify_output(tmp_path / "out")
 
 
+def test_what_two_ranks_wrote_is_read_once_and_a_gap_is_found(tmp_path):
+    values = torch.arange(10.0)
+    like = write_folder(tmp_path / "like", {"x": values})
+    for begin, message in ((3, None), (6, r"x must be whole .* up to 5 of \(10,\)")):
+        folder = unfinished_folder(tmp_path, begin)
+        make_room(folder, 1)
+        state = {"step": begin, "trainable_parameters": {"x": "(10,)"}}
+        state |= {"frozen_parameters": {}, "buffers": {}}
+        parts = [values[:5], values[begin:]]
+        records = {}
+        for rank, part in enumerate(parts):
+            mine = [Stretch("x", MASTER, begin * rank, part)]
+            records |= write_share(Snapshot(folder, rank, mine, {}, b"", state, 9))
+        path = finish(Snapshot(folder, 0, [], {}, b"", state, 9), records)
+        if message is None:
+            assert_same(read(open_source(path, like)), {"x": values})
+        else:
+            with pytest.raises(ValueError, match=message):
+                open_source(path, like)
+
+
 def test_a_damaged_checkpoint_is_refused(tmp_path):
     tensors = without_empty(weights(1, torch.float32))
     like = write_folder(tmp_path / "like", tensors)

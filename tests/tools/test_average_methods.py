@@ -17,6 +17,7 @@ from torch import Tensor
 from tests.tools.average_folders import average, read_weights, weights, write_folder
 from triptych_core.averaging.coefficients import ema, uniform, weighted, window
 from triptych_core.averaging.plan import resident_bytes
+from triptych_core.averaging.safetensors_file import read_header
 from triptych_core.averaging.verify import verify_output
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -211,6 +212,16 @@ def test_sharded_output_holds_the_same(models, tmp_path):
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     verify_output(tmp_path / "cut")
+
+
+def test_tensors_begin_at_multiples_of_their_elements(tmp_path):
+    tensors = {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.ones(3)}
+    tensors |= {"c": torch.ones(1, dtype=torch.bool), "d": torch.ones(3, dtype=torch.float64)}
+    paths = [write_folder(tmp_path / name, tensors) for name in ("one", "two")]
+    found = average(tmp_path / "out", *paths)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    places = read_header(tmp_path / "out/model.safetensors")[0].values()
+    assert all(stored.places[0].offset % stored.dtype.itemsize == 0 for stored in places)
 
 
 def test_not_finite_results_are_refused(tmp_path):
