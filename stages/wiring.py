@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self, get_args
 from pydantic import Field, model_validator
 
 from triptych_core.config import StageConfig, did_you_mean
-from triptych_data.config import DataConfig
+from triptych_data.config import CostConfig, DataConfig
 from triptych_models.config import ModelConfig, Part
 
 if TYPE_CHECKING:
@@ -52,6 +52,20 @@ class PackedConfig(StageConfig):
             if "seed" not in section.model_fields_set:
                 section.seed = self.run.seed
         return self
+
+
+def settle_cost(config: PackedConfig) -> None:
+    """Let `data.cost` be what this model computes on packs, unless something of it is named."""
+    import torch
+
+    from triptych_models.layout import tower
+    from triptych_models.pack_cost import pack_cost
+    from triptych_models.pretend import build_pretend_model
+
+    if "cost" not in config.data.model_fields_set:
+        model = build_pretend_model(config.model, dtype=torch.float32)
+        ratios = pack_cost(model.flops, images=tower(model.hf) is not None)
+        config.data.cost = CostConfig.model_validate(ratios)
 
 
 def plan(config: PackedConfig) -> "Plan":
@@ -145,6 +159,7 @@ def run(config: PackedConfig) -> None:
     mesh = make_mesh(config.parallel, runtime)
     place = make_expert_place(config.parallel, runtime)
     config, chosen = settle(config, plan)
+    settle_cost(config)
 
     # Data: shards → packs of whole documents, the same global stream on any number of ranks; those
     # that hold a row between them all read it, and each computes its part.

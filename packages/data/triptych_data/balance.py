@@ -9,25 +9,33 @@ from triptych_data.permutation import hashes
 
 class Cost(NamedTuple):
     """Compute per pack: sum of l·(l + linear) over documents of l tokens, plus `vision` times the
-    sum of p·(p + vision_linear) over images and video frames of p patches.
+    sum of p·(p + vision_linear) over images and video frames of p patches, plus `target` for each
+    token that is learnt.
 
     A decoder layer of width d spends 24·d²·l on its matrices and 2·d·l² on causal attention:
     l·(l + 12·d) in units of 2·d. A layer of a vision tower of width e: p·(p + 6·e) in units of
     4·e, attention being over all pairs there. So for d, e and numbers of layers D, E:
-    linear = 12·d, vision_linear = 6·e, vision = 2·e·E / (d·D).
+    linear = 12·d, vision_linear = 6·e, vision = 2·e·E / (d·D). The output layer over V tokens:
+    target = V / D.
     """
 
     linear: int
     vision: float
     vision_linear: int
+    target: int = 0
 
     def of_samples(
-        self, num_tokens: np.ndarray, num_patches: np.ndarray, patch_pairs: np.ndarray
+        self,
+        num_tokens: np.ndarray,
+        num_patches: np.ndarray,
+        patch_pairs: np.ndarray,
+        num_targets: np.ndarray,
     ) -> np.ndarray:
         """Return (N,) int64, exact on every machine; `patch_pairs` are sums of p²."""
         tokens, patches = num_tokens.astype(np.int64), num_patches.astype(np.int64)
         vision = patch_pairs.astype(np.int64) + patches * self.vision_linear
-        return tokens * (tokens + self.linear) + (vision * round(self.vision * 1024) >> 10)
+        language = tokens * (tokens + self.linear) + num_targets.astype(np.int64) * self.target
+        return language + (vision * round(self.vision * 1024) >> 10)
 
 
 def balanced_order(costs: np.ndarray, group: int, key: int) -> np.ndarray:

@@ -54,8 +54,9 @@ class SourceConfig(BaseModel):
 class CostConfig(BaseModel):
     """What packs cost relative to each other, so that ranks get packs that cost alike.
 
-    A document of l tokens costs l·(l + linear), an image or video frame of p patches
-    vision·p·(p + vision_linear). The defaults are those of a 2B model: Qwen3-VL-2B's decoder has 28
+    A document of l tokens, m of them targets, costs l·(l + linear) + m·target, an image or video
+    frame of p patches vision·p·(p + vision_linear). Stages take what their model computes unless
+    something is named here. The defaults are those of a 2B model: Qwen3-VL-2B's decoder has 28
     layers of width 2048, its vision tower 24 of width 1024 (see `balance.Cost`).
     """
 
@@ -73,6 +74,9 @@ class CostConfig(BaseModel):
     )
     vision_linear: int = Field(
         default=6 * 1024, ge=0, description="6 times the width of the vision tower."
+    )
+    target: int = Field(
+        default=0, ge=0, description="Rows of the output layer / layers of the language model."
     )
 
 

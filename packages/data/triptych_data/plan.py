@@ -77,7 +77,7 @@ class Plan:
         )
         self.window = config.window or _default_window(config, self.lengths.num_tokens)
         self._processor = processor
-        self._cost = Cost(config.cost.linear, config.cost.vision, config.cost.vision_linear)
+        self._cost = Cost(**config.cost.model_dump())
         self.mixture = Mixture(
             [self._mix_source(i, source) for i, source in enumerate(self.sources)],
             window=self.window,
@@ -143,7 +143,10 @@ class Plan:
         """Return what samples cost to compute, int64 of the shape of their ids (see `Cost`)."""
         lengths = self.lengths
         return self._cost.of_samples(
-            lengths.num_tokens[samples], lengths.num_patches[samples], lengths.patch_pairs[samples]
+            lengths.num_tokens[samples],
+            lengths.num_patches[samples],
+            lengths.patch_pairs[samples],
+            lengths.num_targets[samples],
         )
 
     def epoch(self, position: int) -> int:
