@@ -4,7 +4,7 @@ No stage itself: a stage says what of this it sets otherwise, and begins it.
 """
 
 from functools import partial
-from typing import TYPE_CHECKING, Self, get_args
+from typing import TYPE_CHECKING, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -52,6 +52,14 @@ class PackedConfig(StageConfig):
             if "seed" not in section.model_fields_set:
                 section.seed = self.run.seed
         return self
+
+
+def settle_compile(config: PackedConfig, *, on_cuda: bool) -> Literal["none", "layers"]:
+    """What model.compile=auto comes to on this device."""
+    if config.model.compile != "auto":
+        return config.model.compile
+    parallel = config.parallel
+    return "layers" if on_cuda and parallel.tensor == parallel.expert == 1 else "none"
 
 
 def settle_cost(config: PackedConfig) -> None:
@@ -156,6 +164,7 @@ def run(config: PackedConfig) -> None:
     from triptych_models.tensor import tensor_cuts
 
     runtime = launch(config.run)
+    config.model.compile = settle_compile(config, on_cuda=runtime.on_cuda)
     mesh = make_mesh(config.parallel, runtime)
     place = make_expert_place(config.parallel, runtime)
     config, chosen = settle(config, plan)

@@ -79,7 +79,7 @@ def test_the_launchers_local_rank_is_accepted():
 def test_help_names_every_key_with_its_default():
     text = render_help(StageConfig)
     assert "optim.lr: float = 0.0001" in text
-    assert "engine.zero.stage: 0|1|2|3|auto = 3" in text
+    assert "engine.zero.stage: 0|1|2|3|auto = 'auto'" in text
 
 
 class Part(BaseModel):

@@ -22,6 +22,7 @@ class Runtime:
 
     rank: int
     world_size: int
+    on_cuda: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -61,6 +62,7 @@ def launch(config: RunConfig) -> Runtime:
     return Runtime(
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
+        on_cuda=accelerator.device_name() == "cuda",
     )
 
 

@@ -100,7 +100,10 @@ def plan_memory(
         phases["backward"] = (
             always | own | {"gathered layers": width * live, "activations": _most(step)}
         )
-        flat = _WIDE * min(SUB_GROUP, -(-biggest // ranks))
+        # Our step reads gradients where they lie (lean_step); DeepSpeed's, which offloading needs,
+        # flattens those of a sub-group again.
+        offloads = engine.zero.offload_optimizer or engine.zero.offload_params
+        flat = _WIDE * min(SUB_GROUP, -(-biggest // ranks)) if offloads else 0
         phases["step"] = always | own | {"flat gradients": flat}
     return MemoryPlan(stage, phases)
 
@@ -117,10 +120,8 @@ def resident(weights: Weights, engine: EngineConfig, *, stage: int, ranks: int) 
         masters = sum(-(-group.numel // parts) for group in weights.groups) * _WIDE
         states = sum(-(-group.numel // parts) * group.state_bytes for group in weights.groups)
         held |= {"masters": masters if has_masters else 0, "optimizer states": states}
-    if stage == 3:
-        held["buckets"] = _WIDE * engine.zero.bucket_size
-        if engine.zero.offload_params:
-            held["weights"] = 0
+    if stage == 3 and engine.zero.offload_params:
+        held["weights"] = 0
     return held
 
 

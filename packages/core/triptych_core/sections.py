@@ -88,7 +88,7 @@ class ZeroConfig(Section):
     """What DeepSpeed partitions over data-parallel ranks."""
 
     stage: Literal[0, 1, 2, 3, "auto"] = Field(
-        3,
+        "auto",
         description="0 nothing, 1 optimizer states, 2 + gradients, 3 + parameters; auto: the "
         "lowest that fits the device by the plan",
     )
@@ -175,8 +175,7 @@ class ParallelConfig(Section):
         1,
         ge=1,
         description="consecutive ranks that divide every layer's experts between them and send "
-        "each other their tokens; must divide the ranks and the experts; with engine.zero.stage 0 "
-        "or 3",
+        "each other their tokens; must divide the ranks and the experts",
     )
 
     @property

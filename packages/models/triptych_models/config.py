@@ -61,9 +61,10 @@ class ModelConfig(BaseModel):
     moe: MoEConfig | None = Field(
         default=None, description="losses of a mixture of experts; only for a model that is one"
     )
-    compile: Literal["none", "layers"] = Field(
-        default="none",
-        description="layers: torch.compile each layer on its own",
+    compile: Literal["auto", "none", "layers"] = Field(
+        default="auto",
+        description="layers: torch.compile each layer on its own; auto: on CUDA, unless layers or "
+        "experts are divided over ranks",
     )
     fuse: bool = Field(
         default=True,
