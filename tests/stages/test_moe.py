@@ -46,12 +46,14 @@ def rows() -> list[dict[str, Any]]:
     return made
 
 
-def build(folder: Path, forced: bool = False, **settings: Any) -> Any:
+def build(
+    folder: Path, forced: bool = False, dtype: torch.dtype = torch.float32, **settings: Any
+) -> Any:
     from triptych_models.config import ModelConfig
     from triptych_models.families import build_model
 
     config = ModelConfig(path=folder, init="random", seed=3, moe=LOSSES)
-    model = build_model(config, dtype=torch.float32, **settings).train()
+    model = build_model(config, dtype=dtype, **settings).train()
     for block in model.blocks() if forced else ():
         block.gate.forward = partial(first_expert, block.gate.forward)
     return model
@@ -117,13 +119,14 @@ def a_step(
     accumulation: int,
     checkpointing: str = "none",
     forced: bool = False,
+    precision: str = "fp32",
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """One step of the real loop: its line of metrics.jsonl, and gradients before clipping."""
     import torch.distributed as dist
 
     from tests.tiny import whole_gradients
     from triptych_core.config import StageConfig, load_config
-    from triptych_core.engine import build_engine, gather_parameters, sharded_init
+    from triptych_core.engine import build_engine, compute_dtype, gather_parameters, sharded_init
     from triptych_core.expert import make_expert_place
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
@@ -134,11 +137,13 @@ def a_step(
     from triptych_models.sequence import SequenceGroup
     from triptych_models.sequence_batch import take_part
 
-    named = "-".join(map(str, (expert, sequence, stage, accumulation, checkpointing, forced)))
+    named = "-".join(
+        map(str, (expert, sequence, stage, accumulation, checkpointing, forced, precision))
+    )
     words = [
         f"run.dir={folder}/run-{runtime.world_size}-{named}",
         "run.steps=1",
-        "engine.precision=fp32",
+        f"engine.precision={precision}",
         f"engine.zero.stage={stage}",
         f"engine.gradient_accumulation_steps={accumulation}",
         "engine.zero.persistence_threshold=100",
@@ -158,6 +163,7 @@ def a_step(
         model = build(
             folder,
             forced,
+            dtype=compute_dtype(config.engine),
             gather=gather_parameters(config.engine),
             sequence=group,
             experts=ExpertGroup(place.group, place.size, place.rank, place.mark),
@@ -194,8 +200,8 @@ def a_step(
         (
             2,
             [
-                *((1, 1, stage, accumulation) for stage in (0, 1, 2, 3) for accumulation in (1, 2)),
-                *((2, 1, stage, accumulation) for stage in (0, 3) for accumulation in (1, 2)),
+                *((1, 1, stage, 1) for stage in (0, 1, 2, 3)),
+                *((2, 1, stage, accumulation) for stage in (0, 1, 2, 3) for accumulation in (1, 2)),
                 (2, 2, 0, 2),
                 (2, 2, 3, 2, "full"),
                 (2, 1, 3, 1, "selective"),
@@ -203,7 +209,15 @@ def a_step(
                 (2, 1, 3, 2, "full", True),
             ],
         ),
-        (4, [(2, 1, 0, 1), (2, 1, 3, 1), (4, 1, 3, 1), (4, 1, 0, 1), (2, 2, 3, 2), (4, 2, 0, 2)]),
+        (
+            4,
+            [
+                *((2, 1, stage, 1) for stage in (0, 1, 2, 3)),
+                *((4, 1, stage, 1) for stage in (0, 2, 3)),
+                (2, 2, 3, 2),
+                (4, 2, 1, 2),
+            ],
+        ),
     ],
 )
 def test_divided_experts_give_the_gradients_of_one_rank(folder, reference, world_size, runs):
@@ -245,7 +259,9 @@ def workspace(tmp_path_factory) -> Path:
 
 
 def words_for(workspace: Path, run_dir: Path, ranks: int, *more: str) -> list[str]:
-    settings = overrides(workspace, run_dir, "evaluation.max_questions=0", "log.every=2")
+    # With a large eps: else Adam's first steps turn on the sign of gradients that are all rounding.
+    settings = overrides(workspace, run_dir, "log.every=2", "optim.eps=1e-3")
+    settings += ["evaluation.max_questions=0"]
     return [*settings, f"engine.gradient_accumulation_steps={2 // ranks}", *more]
 
 
@@ -264,20 +280,20 @@ def finished(workspace) -> Path:
     return workspace / "one"
 
 
-def check_same(found: Path, wanted: Path) -> None:
+def check_same(found: Path, wanted: Path, rel: float = 2e-5) -> None:
     """Figures of the last two steps, held-out loss, and the weights in the export."""
     for ours, theirs in zip(metrics(found)[2:], metrics(wanted)[2:], strict=True):
         for name in ("loss", "grad_norm", "balance_loss", "z_loss", "num_targets", "flops"):
-            assert ours[name] == pytest.approx(theirs[name], rel=2e-5), name
+            assert ours[name] == pytest.approx(theirs[name], rel=rel), name
     assert metrics(found)[-1]["expert_load"] == metrics(wanted)[-1]["expert_load"]
     ours, theirs = (
         [json.loads(line) for line in (run / "evaluation.jsonl").open()] for run in (found, wanted)
     )
-    assert ours[-1]["heldout_loss"] == pytest.approx(theirs[-1]["heldout_loss"], rel=2e-5)
+    assert ours[-1]["heldout_loss"] == pytest.approx(theirs[-1]["heldout_loss"], rel=rel)
     ours, theirs = (load_file(run / "export/model.safetensors") for run in (found, wanted))
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=rel)
 
 
 def test_the_stage_with_divided_experts_ends_like_one_rank(workspace, finished):
@@ -290,7 +306,7 @@ def test_the_stage_with_divided_experts_ends_like_one_rank(workspace, finished):
     assert stock.config.num_experts == 4
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_run_goes_on_with_experts_divided_otherwise(workspace, finished, stage):
     run_dir = workspace / f"divided-{stage}"
     copy_until_step_2(finished, run_dir)
@@ -328,9 +344,13 @@ def check_same_state(found: Path, wanted: Path) -> None:
     [
         (["parallel.expert=3"], 3, "must divide the model's 4 experts"),
         (["parallel.expert=2"], 1, r"parallel\.expert: must divide the number of ranks \(1\)"),
-        (["parallel.expert=2", "engine.zero.stage=1"], 1, r"engine\.zero\.stage: must be 0 or 3"),
-        (["parallel.expert=2", "optim.name=muon"], 1, r"optim\.name: must be adamw"),
-        (["parallel.expert=2", "engine.checkpointing=auto"], 1, "must be 1 for a plan"),
+        (["parallel.expert=2", "engine.zero.stage=auto"], 1, "must be 1 for a plan"),
+        (["parallel.expert=2", "parallel.tensor=2", "engine.zero.stage=1"], 1, "tensor: must be 1"),
+        (
+            ["parallel.expert=2", "engine.zero.stage=3", "engine.zero.offload_optimizer=true"],
+            1,
+            "must not offload",
+        ),
         (["engine.mlp_chunks=2"], 1, "must be 1 with experts"),
     ],
 )
@@ -338,6 +358,18 @@ def test_what_cannot_be_is_refused(workspace, words, world_size, message):
     words = words_for(workspace, workspace / "refused", 1, "engine.zero.stage=0", *words)
     with pytest.raises(RuntimeError, match=message):
         run_ranks(run_stage, world_size, words)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_so_it_does_with_muon(workspace, stage):
+    one, two = workspace / "muon-one", workspace / f"muon-{stage}"
+    more = ["optim.name=muon", "checkpoint.keep=9"]
+    if not one.exists():
+        run_ranks(run_stage, 1, words_for(workspace, one, 1, "engine.zero.stage=0", *more))
+    copy_until_step_2(one, two)
+    more += [f"engine.zero.stage={stage}", "parallel.expert=2"]
+    run_ranks(run_stage, 2, words_for(workspace, two, 2, *more))
+    check_same(two, one, rel=5e-4)  # as two ranks with all experts: Newton-Schulz magnifies
 
 
 def test_a_dense_model_is_refused(tmp_path):

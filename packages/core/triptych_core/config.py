@@ -69,7 +69,7 @@ class StageConfig(Section):
     @model_validator(mode="after")
     def _check_expert(self) -> StageConfig:
         if self.parallel.expert > 1:
-            check_expert(self.parallel, self.engine, self.optim, self.plan)
+            check_expert(self.parallel, self.engine, self.plan)
         return self
 
     @model_validator(mode="after")
@@ -198,7 +198,7 @@ def run_main(main: Callable[[Stage], None], config: Stage) -> None:
     By the rule of the house a `ValueError` raised in our packages is something a user can mend;
     anything else keeps its traceback.
     """
-    if config.run.device == "cpu":
+    if config.run.device == "cpu" or config.plan.show != "no":  # a plan needs no device
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
     try:
         main(config)

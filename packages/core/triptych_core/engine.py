@@ -14,6 +14,7 @@ from torch import nn
 
 from triptych_core.adamw import AdamW
 from triptych_core.config import EngineConfig, OptimConfig
+from triptych_core.expert import announced_experts
 from triptych_core.lean_step import take_lean_steps
 from triptych_core.light import LightEngine
 from triptych_core.muon import Muon
@@ -114,11 +115,12 @@ def build_engine(
         device = torch.device(get_accelerator().current_device_name())
         return LightEngine(model, optimizer, config, optim.max_grad_norm, device)
     layer_numel = _make_leaves(model, layers) if config.stage == 3 else 0
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        config=deepspeed_config(config, optim.max_grad_norm, world_size, layer_numel, tensor),
-    )
+    with announced_experts(model, optimizer.param_groups, config.stage):
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(config, optim.max_grad_norm, world_size, layer_numel, tensor),
+        )
     check_cut(engine, tensor)
     offloads = config.zero.offload_optimizer or config.zero.offload_params
     if config.stage == 3 and not offloads and tensor.size == 1:
