@@ -43,7 +43,11 @@ def run_layer(
     dear is kept). An attention kernel that is no op of torch's dispatcher (flash-attn 4 outside
     torch.compile) is computed again too.
     """
-    if checkpointing == "none" or not torch.is_grad_enabled():
+    if (
+        checkpointing == "none"
+        or not torch.is_grad_enabled()
+        or _has_no_graph(layer, hidden_states)
+    ):
         return layer(hidden_states, **kwargs)
     settings: dict[str, Any] = {}
     if checkpointing == "selective":
@@ -55,6 +59,11 @@ def run_layer(
         kept = store.keep(hidden_states)
         return checkpoint(_run_kept, layer, kept, **settings, **kwargs)
     return checkpoint(layer, hidden_states, **settings, **kwargs)
+
+
+def _has_no_graph(layer: Any, hidden_states: Tensor) -> bool:
+    """Whether nothing is kept anyway: of a frozen layer with nothing that trains before it."""
+    return not hidden_states.requires_grad and not any(p.requires_grad for p in layer.parameters())
 
 
 def _run_kept(layer: Callable[..., Tensor], kept: KeptInput, **kwargs: Any) -> Tensor:

@@ -1,0 +1,174 @@
+"""Alignment: the projector trains as in stock transformers, and the rest costs nothing."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import deepspeed  # noqa: F401  once, and not on every rank
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.models import tiny
+from tests.models.stock import stock_loss, stock_twin
+from tests.ranks import run_ranks
+from tests.stages import one_step
+from tests.stages.test_sequence import build, documents
+from tests.stages.test_sft import metrics, overrides
+from tests.tiny import ROOT, make_model_dir, make_shards
+
+STAGES = (0, 1, 2, 3)
+
+
+def align_stage() -> ModuleType:
+    sys.path.insert(0, str(ROOT / "stages"))
+    import align
+
+    return align
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny.write_model_dir(tmp_path_factory.mktemp("align") / "model", tied=True)
+
+
+def watched_steps(folder: Path, out: Path) -> list[tuple[one_step.Step, dict[str, Any]]]:
+    """A step at each stage, with what of frozen parts there was to see."""
+    import torch.distributed as dist
+
+    from triptych_core import engine as engines
+    from triptych_core.config import RunConfig
+    from triptych_core.launch import launch
+
+    runtime = launch(RunConfig(device="cpu"))
+    build_engine, seen = engines.build_engine, {}
+
+    def watch(model: Any, optimizer: Any, *args: Any) -> Any:
+        engine = build_engine(model, optimizer, *args)
+        backward, step = engine.backward, engine.step
+
+        def look_at_gradients(*args: Any, **kwargs: Any) -> None:
+            backward(*args, **kwargs)
+            frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
+            seen["num_frozen"] = len(frozen)
+            seen["frozen_with_gradient"] = [n for n, p in frozen if p.grad is not None]
+
+        def look_at_states() -> None:
+            step()
+            moments = [s["exp_avg"] for s in optimizer.state.values() if "exp_avg" in s]
+            seen["moments"] = torch.tensor(sum(m.numel() for m in moments))
+            dist.all_reduce(seen["moments"])
+            seen["groups"] = {group["name"] for group in optimizer.param_groups}
+
+        engine.backward, engine.step = look_at_gradients, look_at_states
+        tower = model.hf.model.visual.blocks[-1]
+        tower.register_forward_hook(lambda *of: seen.update(tower_graph=of[-1].requires_grad))
+        return engine
+
+    engines.build_engine = watch
+    steps = []
+    for stage in STAGES:
+        words = ["model.freeze=[vision,language]", "engine.precision=fp32"]
+        words += [f"engine.zero.stage={stage}", "engine.checkpointing=full"]
+        seen.clear()
+        found = one_step.one_step(folder, runtime, out / str(stage), words)
+        steps.append((found, dict(seen)))
+    return steps
+
+
+def test_the_projector_trains_as_in_stock_and_nothing_else_has_gradients(folder, tmp_path):
+    model = build(folder)
+    stock = stock_twin(model)
+    chosen = [document for row in documents()[:2] for document in row]
+    targets = sum(int((document.shift_labels != -100).sum()) for document in chosen)
+    (stock_loss(stock, model, chosen) / targets).backward()
+    wanted = {f"hf.{n}": p.grad for n, p in stock.named_parameters() if "merger" in n}
+    size = sum(gradient.numel() for gradient in wanted.values())
+    norm = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
+    for rank in run_ranks(watched_steps, 2, folder, tmp_path):
+        for stage, (step, seen) in zip(STAGES, rank, strict=True):
+            assert step.gradients.keys() == wanted.keys()
+            for name, gradient in step.gradients.items():
+                error = (gradient.tensor - wanted[name]).norm() / wanted[name].norm()
+                assert error < 1e-5, f"stage {stage}: {name} off by {error:.1e}"
+            assert step.line["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+            assert seen["num_frozen"] > 20
+            assert seen["frozen_with_gradient"] == []
+            assert not seen["tower_graph"]
+            assert seen["groups"] == {"projector/decay", "projector/no_decay"}
+            copies = 2 if stage == 0 else 1
+            spare = 64  # what a flat buffer is filled up with, for equal shares
+            assert copies * size <= seen["moments"] <= copies * size + spare
+
+
+def align(words: list[str]) -> None:
+    from triptych_core.config import load_config
+
+    stage = align_stage()
+    stage.main(load_config(stage.AlignConfig, None, words))
+
+
+def go_on(words: list[str]) -> None:
+    from tests.stages.test_sft import run_stage
+
+    run_stage(words)
+
+
+def test_fine_tuning_goes_on_from_the_export_of_a_resumed_alignment(tmp_path):
+
+    make_model_dir(tmp_path / "model")
+    make_shards(tmp_path / "train", 30, seed=1)
+    make_shards(tmp_path / "heldout", 3, seed=2)
+    run = tmp_path / "aligned"
+    words = [*overrides(tmp_path, run, "run.steps=4", "checkpoint.every=2"), "evaluation.shards=[]"]
+    run_ranks(align, 2, [*words, "engine.zero.stage=3"])
+    whole = load_file(run / "export/model.safetensors")
+    # Frozen parts are in the checkpoint once, and a resume under another stage brings them back.
+    shutil.rmtree(run / "checkpoints/step-000004")
+    run_ranks(align, 1, [*words, "engine.gradient_accumulation_steps=2", "engine.zero.stage=0"])
+    resumed = load_file(run / "export/model.safetensors")
+    model = build_from(tmp_path / "model")
+    for name, value in model.items():
+        if "merger" in name:
+            assert not torch.equal(whole[name], value), name
+            torch.testing.assert_close(resumed[name], whole[name], rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(whole[name], value), name
+            assert torch.equal(resumed[name], value), name
+    lines = metrics(run)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    start = [f"model.path={run / 'export'}", "model.init=pretrained", "run.steps=1"]
+    more = [*overrides(tmp_path, tmp_path / "tuned", *start), "engine.zero.stage=1"]
+    run_ranks(go_on, 1, [*more, "evaluation.shards=[]"])
+    assert metrics(tmp_path / "tuned")[0]["loss"] < lines[0]["loss"]
+
+
+def build_from(folder: Path) -> dict[str, torch.Tensor]:
+    from triptych_models.config import ModelConfig
+    from triptych_models.families import build_model
+
+    config = ModelConfig(path=folder, init="random", seed=0)
+    hf = build_model(config, dtype=torch.float32).hf
+    return {name: value.detach() for name, value in hf.named_parameters()}
+
+
+def test_what_is_no_alignment_is_refused(tmp_path):
+    make_model_dir(tmp_path / "model")
+    words = overrides(tmp_path, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"model\.freeze: must be \[vision, language\]"):
+        align([*words, "model.freeze=[vision]"])
+    text = tiny.write_text_model_dir(tmp_path / "text")
+    with pytest.raises(ValueError, match=r"model\.path: must hold a model with a projector"):
+        align([*words, f"model.path={text}"])
+
+
+def test_the_shipped_configuration_has_the_rate_of_a_fresh_projector():
+    from triptych_core.config import load_config
+
+    config = load_config(align_stage().AlignConfig, ROOT / "stages/configs/align_tiny.yaml")
+    assert config.model.freeze == ["vision", "language"]
+    assert (config.optim.lr, config.optim.weight_decay) == (1e-3, 0.0)
