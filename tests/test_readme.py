@@ -67,3 +67,13 @@ def test_help_runs_without_a_launcher():
         cwd=ROOT,
     )
     assert "optim.lr: float" in result.stdout
+
+
+def test_the_tables_of_combinations_are_those_of_the_tests():
+    from tests.stages.combinations import markdown
+
+    text = (ROOT / "README.md").read_text()
+    found = re.search(r"<!-- combinations -->\n(.*)\n<!-- /combinations -->", text, flags=re.S)
+    assert found, "README.md has no place for them"
+    wanted = markdown()
+    assert found[1] == wanted, "paste what `python -m tests.stages.combinations` prints"

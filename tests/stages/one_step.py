@@ -31,22 +31,16 @@ class Step(NamedTuple):
     masters: dict[str, Part]
 
 
-def on_a_rank(folder: Path, runs: list[list[str]]) -> list[Step | str]:
-    """A step for each configuration, or the ValueError that refuses it."""
+def on_a_rank(folder: Path, out: Path, runs: list[list[str]]) -> list[Step]:
+    """A step of the model in `folder` for each configuration; run folders are made in `out`."""
     from triptych_core.config import RunConfig
     from triptych_core.launch import launch
 
     runtime = launch(RunConfig(device="cpu"))
-    results: list[Step | str] = []
-    for number, words in enumerate(runs):
-        try:
-            results.append(one_step(folder, runtime, number, words))
-        except ValueError as error:
-            results.append(str(error))
-    return results
+    return [one_step(folder, runtime, out / str(i), words) for i, words in enumerate(runs)]
 
 
-def one_step(folder: Path, runtime: Any, number: int, words: list[str]) -> Step:
+def one_step(folder: Path, runtime: Any, run_dir: Path, words: list[str]) -> Step:
     import torch.distributed as dist
 
     from tests.stages.test_sequence import family_of, rows
@@ -65,7 +59,6 @@ def one_step(folder: Path, runtime: Any, number: int, words: list[str]) -> Step:
     from triptych_models.sequence_batch import take_part
     from triptych_models.tensor import tensor_cuts
 
-    run_dir = folder / f"run-{runtime.world_size}-{number}"
     config = load_config(
         sft_stage().SftConfig,
         None,
@@ -74,14 +67,14 @@ def one_step(folder: Path, runtime: Any, number: int, words: list[str]) -> Step:
             "optim.eps=1e-3",  # far from a sign: an error of a gradient stays one of an update
             *("engine.zero.persistence_threshold=0", "engine.zero.bucket_size=5000"),
             *(f"model.path={folder}", "model.init=random", "model.seed=3"),
-            *("data.seq_len=128", "data.shards=[none]"),
+            *("data.seq_len=128", "data.shards=[none]", "model.compile=none"),
             *words,
         ],
     )
     mesh = make_mesh(config.parallel, runtime)
     group = SequenceGroup(mesh.sp_group, mesh.sp_size, mesh.sp_rank)
     if runtime.is_main:
-        run_dir.mkdir()
+        run_dir.mkdir(parents=True)
     with sharded_init(config.engine, runtime.world_size):
         model = build_model(
             config.model,

@@ -1,0 +1,76 @@
+"""Every combination of README's table: a step of it equals the step of one rank that has all.
+
+Loss, clip norm, every gradient and every master after the update, in fp32 to 1e-5; in bf16 as far
+as the other order of its roundings allows. The rows are test_sequence.py's, with images.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import deepspeed  # noqa: F401  once, and not on every rank
+import pytest
+
+from tests.models import tiny
+from tests.ranks import run_ranks
+from tests.stages.combinations import COMPILED, EXACT, MODES, REFUSED, refusal, words
+from tests.stages.one_step import Step, compare, on_a_rank
+from tests.tiny import ROOT
+
+ROUNDING = 3e-2  # of bf16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model with images, 4 query heads and 2 key heads."""
+    return tiny.write_model_dir(tmp_path_factory.mktemp("combinations") / "model", tied=True)
+
+
+@pytest.fixture(scope="module")
+def reference(folder) -> dict[tuple[str, ...], Step]:
+    """By what changes the numbers: a step of one rank on two rows, nothing divided."""
+    kinds = [(), ("muon",), ("states",), ("bf16",)]
+    runs = [
+        [*words("rows", " ".join(("0", *kind))), "engine.gradient_accumulation_steps=2"]
+        for kind in kinds
+    ]
+    (steps,) = run_ranks(on_a_rank, 1, folder, folder / "one", runs)
+    return dict(zip(kinds, steps, strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_equals_that_of_one_rank(folder, reference, mode):
+    world_size = 4 if mode == "both" else 2
+    runs = [words(mode, run) for run in EXACT[mode]]
+    results = run_ranks(on_a_rank, world_size, folder, folder / mode, runs)
+    for run, *by_rank in zip(EXACT[mode], *results, strict=True):
+        kind = tuple(name for name in ("muon", "states", "bf16") if name in run.split())
+        for found in by_rank:
+            compare(found, reference[kind], f"{mode}: {run}", ROUNDING if "bf16" in kind else 1e-5)
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=" ".join)
+def test_what_does_not_go_together_is_refused(case):
+    assert " must " in refusal(*case)
+
+
+def test_compiled_layers_too(folder, reference, tmp_path):
+    (tmp_path / "reference").write_bytes(pickle.dumps(reference[()]))
+    script = ROOT / "tests/stages/compiled_combinations.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [*command, script, folder, tmp_path / "reference"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[:6000]
+    for mode, runs in COMPILED.items():
+        for run in runs:
+            assert done.stdout.count(f"{mode}: {run}: as one rank") == 2
