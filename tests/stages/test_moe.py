@@ -372,6 +372,23 @@ def test_so_it_does_with_muon(workspace, stage):
     check_same(two, one, rel=5e-4)  # as two ranks with all experts: Newton-Schulz magnifies
 
 
+def test_all_experts_on_every_rank_are_planned(workspace, finished):
+    words = words_for(workspace, workspace / "planned", 1, "engine.zero.stage=auto")
+    # Not here: after a backward on fake tensors one cannot fork.
+    [(parameters, stage)] = run_ranks(planned, 1, words)
+    known = json.loads((finished / "run.json").read_text())["parameters"]
+    assert (parameters, stage) == (sum(known.values()), 0)
+
+
+def planned(words: list[str]) -> tuple[int, int]:
+    from triptych_core.config import load_config
+
+    stage = moe_stage()
+    made = stage.plan(load_config(stage.MoEStageConfig, None, words))
+    assert made.chosen is not None
+    return made.parameters, made.chosen.stage
+
+
 def test_a_dense_model_is_refused(tmp_path):
     make_text_model_dir(tmp_path / "model")
     with pytest.raises(ValueError, match=r"model.path: must hold a mixture of experts"):

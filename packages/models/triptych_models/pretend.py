@@ -41,6 +41,23 @@ def _attention_backward_bytes(d_out: Tensor, q: Tensor, k: Tensor, *rest: Any) -
     return 4 * q.numel() + expanded, 0
 
 
+def _experts_bytes(
+    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, *rest: Any
+) -> tuple[int, int]:
+    """What the experts' activations are and what they give, a row for each choice."""
+    hidden, width = down.shape[1:]
+    return weights.numel() * (width + hidden) * x.element_size(), 0
+
+
+def _experts_backward_bytes(
+    d_out: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, *rest: Any
+) -> tuple[int, int]:
+    """Rows of d_out or x, and the gradients of all that lies between gate_up and down."""
+    hidden, width = down.shape[1:]
+    columns = max(hidden + 4 * width, 2 * hidden + 2 * width)
+    return weights.numel() * columns * x.element_size(), 0
+
+
 def _exchange_bytes(x: Tensor, *rest: Any) -> tuple[int, int]:
     """A copy of what is not contiguous."""
     return 0 if x.is_contiguous() else x.numel() * x.element_size(), 0
@@ -60,6 +77,8 @@ def _nothing_on_device(x: Tensor) -> tuple[int, int]:
 WORKSPACES = {
     "triptych::linear_cross_entropy": _loss_bytes,
     "torch_attn::_varlen_attn_backward": _attention_backward_bytes,
+    "triptych::moe_mlp": _experts_bytes,
+    "triptych::moe_mlp_backward": _experts_backward_bytes,
     "triptych::exchange": _exchange_bytes,
     "triptych::to_host": _nothing_on_device,
 }
