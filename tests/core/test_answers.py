@@ -139,9 +139,9 @@ def test_what_cannot_be_scored_is_refused():
     check_question("multiple_choice", ["dog"], ANIMALS, "here")
     with pytest.raises(ValueError, match=r"here: metric must be one of .*got 'anlss'.*anls"):
         check_question("anlss", ["7"], [], "here")
-    with pytest.raises(ValueError, match="answers must be letters or choices .*'horse'"):
+    with pytest.raises(ValueError, match=r"answers must be letters or choices .*'horse'"):
         check_question("multiple_choice", ["horse"], ANIMALS, "here")
-    with pytest.raises(ValueError, match="answers must be letters or choices .*'E'"):
+    with pytest.raises(ValueError, match=r"answers must be letters or choices .*'E'"):
         check_question("multiple_choice", ["E"], ANIMALS, "here")
     with pytest.raises(ValueError, match="at most 26"):
         check_question("multiple_choice", ["A"], ["x"] * 27, "here")

@@ -11,6 +11,11 @@ from triptych_core.config import StageConfig, load_config
 from triptych_core.metrics import Metrics
 from triptych_core.readout import StepRecord
 
+# One grey pixel.
+PIXEL = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
+)
+
 
 @pytest.fixture
 def config(tmp_path) -> StageConfig:
@@ -130,6 +135,20 @@ def test_a_resumed_run_replaces_the_steps_it_takes_again_and_a_torn_line(config)
     assert [(line["step"], line["loss"]) for line in lines(config)] == [(1, 1), (2, 1), (3, 9)]
 
 
+def test_an_evaluation_stands_in_the_line_of_its_step(config):
+    with Metrics(intervals_of(config, 3), rank=0, world_size=1) as metrics:
+        metrics.record_evaluation(0, {"eval/loss": 9.0}, [])  # no line yet
+        for step in (1, 2, 3, 4):
+            metrics.record(record(step))
+            if step % 2 == 0:
+                metrics.record_evaluation(step, {"eval/loss": 2.0 * step, "eval/anls": 0.5}, [])
+    found = lines(config)
+    assert [line["step"] for line in found] == [1, 2, 3, 4]
+    assert [line.get("eval/loss") for line in found] == [None, 4.0, None, 8.0]
+    assert [line.get("eval/anls") for line in found] == [None, 0.5, None, 0.5]
+    assert {"loss", "time"} <= set(found[1])
+
+
 def test_other_ranks_write_nothing(config):
     with Metrics(config, rank=1, world_size=2) as metrics:
         metrics.record(record(1))
@@ -142,4 +161,9 @@ def test_wandb_offline_writes_a_run(config, monkeypatch):
     offline = config.model_copy(update={"log": config.log.model_copy(update={"wandb": "offline"})})
     with Metrics(offline, rank=0, world_size=1) as metrics:
         metrics.record(record(1))
+        images = ["data:image/png;base64," + PIXEL]
+        example = {"key": "a", "question": "all", "prompt": "?", "expected": "7", "answer": "1"}
+        metrics.record_evaluation(1, {"eval/loss": 2.0}, [example | {"images": images}])
+    media = (config.run.dir / "wandb/latest-run").resolve() / "files/media"
+    assert len(list(media.rglob("*.png"))) == len(list(media.rglob("answers*.table.json"))) == 1
     assert list((config.run.dir / "wandb").glob("offline-run-*/*.wandb"))

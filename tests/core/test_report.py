@@ -243,3 +243,31 @@ def test_command_line_without_torch(tmp_path: Path) -> None:
     assert "must hold a metrics.jsonl" in failed.stderr
     check = "import sys, triptych_core.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check]).returncode == 0
+
+
+def test_scores_by_metric_and_source(tmp_path: Path) -> None:
+    def scored(step: int, share: float) -> dict[str, Any]:
+        line = evaluation(step, share, "seven")
+        line["examples"][0] |= {"metric": "anls", "score": share}
+        line["scores"] = [
+            {"metric": "anls", "source": None, "score": share, "count": 400},
+            {"metric": "anls", "source": "<scans>", "score": share / 2, "count": 100},
+        ]
+        return line
+
+    write_lines(tmp_path / "metrics.jsonl", [step_record(1)])
+    write_lines(tmp_path / "evaluation.jsonl", [scored(0, 0.1), scored(1, 0.625)])
+    text = write_report(tmp_path).read_text()
+    Page(text)
+    assert "<th>ANLS</th>" in text
+    assert "<th>– &lt;scans&gt;</th>" in text
+    assert "<b>62.5 %</b>" in text and "<b>31.2 %</b>" in text and ">10.0 %<" in text
+    assert "<b>ANLS 0.62</b>" in text  # neither right nor wrong
+    assert "✗ wrong" not in text
+
+
+def test_exact_match_alone_has_no_second_table(tmp_path: Path) -> None:
+    line = evaluation(1, 0.5, "7")
+    line["scores"] = [{"metric": "exact_match", "source": None, "score": 0.5, "count": 400}]
+    write_lines(tmp_path / "evaluation.jsonl", [line])
+    assert "<th>exact match</th>" not in write_report(tmp_path).read_text()

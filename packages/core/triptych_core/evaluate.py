@@ -1,4 +1,4 @@
-"""Evaluation while or after training: held-out loss, and greedy answers with exact match."""
+"""Evaluation while or after training: held-out loss, and greedy answers with their scores."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from triptych_core.answers import METRICS, check_question, exact_match
 from triptych_core.config import EvaluationConfig, StageConfig, is_due
 from triptych_core.lines import read_lines, write_lines
 from triptych_core.loop import Batch, Part, to_device, whole_row
@@ -26,26 +27,62 @@ class Question(Protocol):
     def kind(self) -> str: ...
     @property
     def expected(self) -> str: ...
+    @property
+    def metric(self) -> str: ...
+    @property
+    def references(self) -> Sequence[str]: ...
+    @property
+    def choices(self) -> Sequence[str]: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def where(self) -> str: ...
 
 
 @dataclass
 class Answer:
-    """A question's answer as given, for scores and for the report."""
+    """A question's answer as given, for scores and for the report.
+
+    `metric` is the question's own, computed on `references`: what is expected, if there are none.
+    """
 
     index: int
     kind: str
     expected: str
     answer: str
+    metric: str = "exact_match"
+    references: Sequence[str] = ()
+    choices: Sequence[str] = ()
+    source: str = ""
 
     @property
     def is_right(self) -> bool:
         """Exact match, up to white space at the ends."""
-        return self.answer.strip() == self.expected.strip()
+        return bool(exact_match(self.answer, self.references or [self.expected]))
+
+    @property
+    def score(self) -> float:
+        """From 0 to 1 by the question's own metric."""
+        return METRICS[self.metric](self.answer, self.references or [self.expected], self.choices)
+
+
+@dataclass
+class Score:
+    """The mean of a metric over the questions that name it, of one source or of all (None)."""
+
+    metric: str
+    source: str | None
+    score: float
+    count: int
 
 
 @dataclass
 class Evaluation:
-    """One evaluation, as a line of `evaluation.jsonl`."""
+    """One evaluation, as a line of `evaluation.jsonl`.
+
+    `exact_match`, `majority` and `counts` are by kind of question and over all of them, whatever
+    their metric; `scores` by the questions' own metric, and `score` the mean over all of those.
+    """
 
     step: int
     heldout_loss: float | None
@@ -53,6 +90,8 @@ class Evaluation:
     majority: dict[str, float]
     counts: dict[str, int]
     examples: list[dict[str, Any]] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
+    score: float | None = None
 
 
 class HeldoutSet(Protocol):
@@ -94,8 +133,8 @@ def evaluate_if_due(
     )
     if dist.get_rank() == 0:
         append_evaluation(config.run.dir, evaluation)
-    scores = "  ".join(f"{kind} {share:.1%}" for kind, share in evaluation.exact_match.items())
-    metrics.note(f"step {step}  held-out loss {evaluation.heldout_loss:.4f}  {scores}")
+    metrics.record_evaluation(step, figures(evaluation), evaluation.examples)
+    metrics.note(f"step {step}  held-out loss {evaluation.heldout_loss:.4f}  {told(evaluation)}")
     metrics.restart_clock()
 
 
@@ -109,10 +148,13 @@ def evaluate(
     part: Part = whole_row,
     tensor: int = 1,
 ) -> Evaluation:
-    """Held-out loss and exact match; every rank takes part and gets the result.
+    """Held-out loss and scores of answers; every rank takes part and gets the result.
 
-    `tensor` consecutive ranks divide the weights between them.
+    `tensor` consecutive ranks divide the weights between them. Raises ValueError, naming the
+    sample, for a question that asks for a metric we do not have.
     """
+    for question in heldout.questions:
+        check_question(question.metric, question.references, question.choices, question.where)
     loss = heldout_loss(engine, map(part, heldout.batches()))
     answers = answer_questions(
         heldout.questions, answer, batch_size=config.batch_size, tensor=tensor
@@ -124,15 +166,20 @@ def evaluate(
         exact_match=score(answers),
         majority=majority_baseline(answers),
         counts=count_kinds(answers),
+        # The same questions each time: how an answer changes shows what is learnt.
         examples=[
             {
                 **heldout.describe(given.index),
                 "question": given.kind,
                 "expected": given.expected,
                 "answer": given.answer,
+                "metric": given.metric,
+                "score": given.score,
             }
             for given in answers[::stride][: config.num_examples]
         ],
+        scores=score_by_metric(answers),
+        score=mean([given.score for given in answers]),
     )
 
 
@@ -174,10 +221,65 @@ def answer_questions(
         # A rank with nothing left repeats a question, to stay in step with the others.
         texts = answer([question.index for question in group or questions[:1]])
         for question, text in zip(group, texts, strict=False):
-            mine.append(Answer(question.index, question.kind, question.expected, text))
+            mine.append(as_answer(question, text))
     gathered: list[list[Answer]] = [[] for _ in range(size * tensor)]
     dist.all_gather_object(gathered, mine)
     return sorted((answer for part in gathered[::tensor] for answer in part), key=lambda a: a.index)
+
+
+def as_answer(question: Question, text: str) -> Answer:
+    """What a question was answered."""
+    return Answer(
+        question.index,
+        question.kind,
+        question.expected,
+        text,
+        question.metric,
+        question.references,
+        question.choices,
+        question.source,
+    )
+
+
+def score_by_metric(answers: Sequence[Answer]) -> list[Score]:
+    """Each metric over its questions, and over those of each source if there are several."""
+    groups: dict[tuple[str, str | None], list[float]] = defaultdict(list)
+    has_sources = len({answer.source for answer in answers}) > 1
+    for answer in answers:
+        groups[answer.metric, None].append(answer.score)
+        if has_sources:
+            groups[answer.metric, answer.source].append(answer.score)
+    order = sorted(groups, key=lambda group: (group[0], group[1] is not None, group[1] or ""))
+    return [
+        Score(metric, source, sum(shares) / len(shares), len(shares))
+        for metric, source in order
+        for shares in [groups[metric, source]]
+    ]
+
+
+def figures(evaluation: Evaluation) -> dict[str, float]:
+    """An evaluation as numbers with names: eval/loss, eval/score, eval/METRIC, eval/METRIC/SOURCE.
+
+    eval/exact_match is over the questions that name no other metric.
+    """
+    known = {"eval/loss": evaluation.heldout_loss, "eval/score": evaluation.score}
+    by_metric = {
+        "/".join(["eval", each.metric, *([each.source] if each.source else [])]): each.score
+        for each in evaluation.scores
+    }
+    return {name: value for name, value in known.items() if value is not None} | by_metric
+
+
+def told(evaluation: Evaluation) -> str:
+    """For a line of the console: exact match by kind, or each metric where there are others."""
+    overall = {each.metric: each.score for each in evaluation.scores if each.source is None}
+    shares = evaluation.exact_match if set(overall) <= {"exact_match"} else overall
+    return "  ".join(f"{name} {share:.1%}" for name, share in shares.items())
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Of any; None of none."""
+    return sum(values) / len(values) if values else None
 
 
 def score(answers: Sequence[Answer]) -> dict[str, float]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
+import os
 import resource
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -51,6 +55,7 @@ class Metrics:
         self._first_step = start_step + 1
         self._progress: Progress | None = None
         self._wandb: Any = None
+        self._last_step: int | None = None  # of the last line written by this run
         if is_main:
             self._open(start_step)
 
@@ -92,6 +97,21 @@ class Metrics:
         self.flush()
         get_accelerator().synchronize()
         self._readout.restart_clock()
+
+    def record_evaluation(
+        self, step: int, figures: dict[str, float], examples: Sequence[dict[str, Any]]
+    ) -> None:
+        """Add an evaluation's numbers to the line of its step, and show it on Weights & Biases.
+
+        Before the first step there is no such line; `evaluation.jsonl` has that one too.
+        """
+        if not self._is_main:
+            return
+        self.flush()
+        if step == self._last_step and figures:
+            _extend_last_line(self._config.run.dir / "metrics.jsonl", figures)
+        if self._wandb is not None:
+            self._wandb.log({**figures, **_wandb_panel(examples)}, step=step)
 
     def flush(self) -> None:
         """Write all steps so far; waits for the device to finish them."""
@@ -141,6 +161,7 @@ class Metrics:
         lines = [self._line(step) for step in steps]
         self._file.write("".join(json.dumps(line) + "\n" for line in lines))
         self._file.flush()
+        self._last_step = lines[-1]["step"]
         if self._wandb is not None:
             for line in lines:
                 self._wandb.log(line, step=line["step"])
@@ -206,6 +227,39 @@ def peak_memory_bytes() -> int:
     if get_accelerator().device_name() == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return int(get_accelerator().max_memory_allocated())
+
+
+def _extend_last_line(path: Path, values: dict[str, float]) -> None:
+    """More keys for the last object of a file of JSON lines, in one write: never half there."""
+    with path.open("r+b", buffering=0) as file:
+        file.seek(-2, os.SEEK_END)
+        assert file.read() == b"}\n", path
+        file.seek(-2, os.SEEK_END)
+        file.write(f", {json.dumps(values)[1:]}\n".encode())
+
+
+def _wandb_panel(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The questions that are kept, as a table, and their images with the answer below each."""
+    import wandb
+
+    if not examples:
+        return {}
+    columns = ["key", "question", "prompt", "expected", "answer", "score"]
+    table = wandb.Table(columns=columns)
+    images = []
+    for example in examples:
+        table.add_data(*(example.get(column) for column in columns))
+        caption = "{prompt} → {answer} (expected: {expected})".format_map(example)
+        # Not in the table: images in lists are not written with it.
+        images += [wandb.Image(_open_image(uri), caption=caption) for uri in example["images"]]
+    return {"eval/answers": table} | ({"eval/images": images} if images else {})
+
+
+def _open_image(uri: str) -> Any:
+    """The image in a data URI, for Weights & Biases, which brings Pillow along."""
+    from PIL import Image
+
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
 
 def _start_wandb(config: StageConfig, mode: Literal["offline", "online"]) -> Any:

@@ -15,6 +15,12 @@ Record = dict[str, Any]
 
 MAX_EXAMPLES = 60  # answers shown, evenly over the types; the file stays small enough to mail
 TOTAL = "all questions"
+NAMES = {
+    "exact_match": "exact match",
+    "anls": "ANLS",
+    "relaxed_accuracy": "relaxed accuracy",
+    "multiple_choice": "multiple choice",
+}
 NOTHING = "(nothing)"
 # Only images inside the file: a report fetches nothing.
 _DATA_IMAGE = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/=]+")
@@ -33,6 +39,8 @@ def draw_evaluation(evaluations: Sequence[Record]) -> Iterator[str]:
         yield f"<p>Held-out loss: {told} (nats per target token).</p>"
     if last.get("exact_match"):
         yield _table(before, last)
+    if _has_own_metrics(last):
+        yield _metrics_table(before, last)
     if last.get("examples"):
         yield _gallery(before, last)
 
@@ -85,6 +93,40 @@ def _table(before: Record | None, last: Record) -> str:
     )
 
 
+def _has_own_metrics(evaluation: Record) -> bool:
+    """Whether there is more to say than exact match over everything."""
+    scores_ = evaluation.get("scores") or []
+    return len(scores_) > 1 or any(each["metric"] != "exact_match" for each in scores_)
+
+
+def _metrics_table(before: Record | None, last: Record) -> str:
+    """Each metric over the questions that name it, and those of each source."""
+    earlier = {(e["metric"], e["source"]): e["score"] for e in (before or {}).get("scores") or []}
+    rows = []
+    for each in last["scores"]:
+        metric, source, share = each["metric"], each["source"], each["score"]
+        name = NAMES.get(metric, metric) if source is None else f"– {source}"
+        cells = [f"{each['count']:,}"]
+        cells += [_percent(earlier.get((metric, source)))] if before else []
+        cells += [f"<b>{_percent(share)}</b>"]
+        numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
+        rows.append(
+            f'<tr class="{"all" if source is None else "one"}"><th>{html.escape(name)}</th>'
+            f'{numbers}<td class="bar">{_bar(share, None)}</td></tr>'
+        )
+    heads = ["Questions"]
+    heads += [f"Before<br>step {before['step']:,}"] if before else []
+    heads += [f"After<br>step {last['step']:,}"]
+    head = "".join(f'<th class="number">{text}</th>' for text in heads)
+    return (
+        '<p class="note">The mean of each question\'s own metric, over all questions that name it '
+        "and by source: ANLS counts nearness from half right on, relaxed accuracy a number within "
+        "5 %, multiple choice the letter or text that an answer means.</p>"
+        f'<div class="card scroll"><table><thead><tr><th>Metric</th>{head}<td></td></tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
 def _percent(share: float | None) -> str:
     return "–" if share is None else f"{share * 100:.1f} %"
 
@@ -114,8 +156,13 @@ def _gallery(before: Record | None, last: Record) -> str:
 
 def _example(example: Record, earlier: str | None) -> str:
     answer, expected = (str(example.get(key) or "") for key in ("answer", "expected"))
-    is_right = answer.strip() == expected.strip()  # as evaluate.Answer.is_right
+    # Files from before questions had scores of their own hold none.
+    score = float(example.get("score", answer.strip() == expected.strip()))
+    is_right = score == 1
     verdict = '<b class="right">✓ right</b>' if is_right else '<b class="wrong">✗ wrong</b>'
+    if 0 < score < 1:
+        metric = str(example.get("metric"))
+        verdict = f"<b>{html.escape(NAMES.get(metric, metric))} {score:.2f}</b>"
     images = "".join(
         f'<img src="{source}" alt="image of the question">'
         for source in example.get("images") or []

@@ -17,11 +17,55 @@ from triptych_data.sample import is_document, media_parts
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A held-out sample seen as a question; `kind` is its `question` key, or "all"."""
+    """A held-out sample seen as a question: what it is asked, and how the answer is scored.
+
+    Of the sample's JSON: `kind` is `question`, or "all"; `metric` and `choices` as they are there,
+    `references` are `answers`, or the last turn's text; `source`, or the name of the shard's
+    folder.
+    """
 
     index: int
     kind: str
     expected: str
+    metric: str
+    references: tuple[str, ...]
+    choices: tuple[str, ...]
+    source: str
+    where: str
+
+
+def ask(index: int, record: dict[str, Any], where: str) -> Asked:
+    """A chat that ends with the assistant's answer, as a question.
+
+    Raises ValueError, beginning with `where`, for fields of another type than a question's.
+    """
+    expected = message_text(record["messages"][-1])
+    metric = record.get("metric", "exact_match")
+    if not isinstance(metric, str):
+        raise ValueError(f"{where}: metric must be a name, got {metric!r}; write it as a string")
+    return Asked(
+        index=index,
+        kind=str(record.get("question", "all")),
+        expected=expected,
+        metric=metric,
+        references=_texts(record, "answers", where) or (expected,),
+        choices=_texts(record, "choices", where),
+        source=str(record.get("source") or Path(where.split(": sample ")[0]).parent.name),
+        where=where,
+    )
+
+
+def _texts(record: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
+    """A field that is a list of strings, or is not there."""
+    if name not in record:
+        return ()
+    texts = record[name]
+    if not isinstance(texts, list) or not texts or not all(isinstance(x, str) for x in texts):
+        raise ValueError(
+            f'{where}: {name} must be a list of strings, got {texts!r}; write "{name}": ["…", …] '
+            "or leave it out"
+        )
+    return tuple(texts)
 
 
 class Heldout:
@@ -50,7 +94,7 @@ class Heldout:
         wanted = [i * count // limit for i in range(limit)] if limit < count else range(count)
         records = ((i, self._shards.read_json(i)) for i in wanted)
         self.questions = [
-            Asked(i, str(record.get("question", "all")), message_text(record["messages"][-1]))
+            ask(i, record, self._shards.where(i))
             for i, record in records
             if not is_document(record) and record["messages"][-1]["role"] == "assistant"
         ]
