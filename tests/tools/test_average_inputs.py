@@ -16,6 +16,7 @@ from torch import Tensor
 from tests.ranks import run_ranks
 from tests.tiny import make_model_dir, make_shards, sft_stage
 from tests.tools.average_folders import CONFIG, average, weights, write_folder
+from triptych_core.averaging.direct import Landing
 from triptych_core.averaging.request import Request, make_job
 from triptych_core.averaging.sources import open_source
 from triptych_core.averaging.stored import Reader, Source
@@ -33,9 +34,9 @@ def read(source: Source) -> dict[str, Tensor]:
     with Reader() as reader:
         reader.open([source])
         return {
-            name: reader.read(
-                stored, 0, stored.size, torch.empty(stored.num_bytes, dtype=torch.uint8)
-            ).reshape(stored.shape)
+            name: reader.read(stored, 0, stored.size, Landing(stored.num_bytes))
+            .clone()
+            .reshape(stored.shape)
             for name, stored in source.tensors.items()
         }
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
+from triptych_core.averaging.direct import Landing
 from triptych_core.averaging.recipe import Recipe
 from triptych_core.averaging.stored import AVERAGED, NAMES_OF_DTYPES, Reader, Source
 
@@ -89,7 +90,7 @@ def _check_equal(sources: list[Source], recipe: Recipe) -> None:
     ]
     if not names:
         return
-    ours, theirs = (torch.empty(_CHUNK, dtype=torch.uint8) for _ in range(2))
+    ours, theirs = (Landing(_CHUNK) for _ in range(2))
     with Reader() as reader:
         reader.open(sources)
         for other in sources[1:]:
@@ -110,8 +111,8 @@ def _is_equal(
     first: Source,
     other: Source,
     name: str,
-    ours: torch.Tensor,
-    theirs: torch.Tensor,
+    ours: Landing,
+    theirs: Landing,
 ) -> bool:
     one, two = first.tensors[name], other.tensors[name]
     step = _CHUNK // one.dtype.itemsize

@@ -1,4 +1,4 @@
-"""Runs a plan: threads read stretches of inputs and write those of the output where they belong."""
+"""Runs a plan: threads fill stretches of the output's files from the same elements of inputs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from typing import NamedTuple
 
 import torch
 
+from triptych_core.averaging.combine import Room
+from triptych_core.averaging.direct import Pages, open_past_cache, write_pages
 from triptych_core.averaging.layout import Shard, Slot
 from triptych_core.averaging.plan import Memory, Plan
 from triptych_core.averaging.stored import Reader
@@ -30,7 +33,7 @@ def write_shards(
     threads_before = torch.get_num_threads()
     torch.set_num_threads(1)  # teams of OpenMP would fight with these threads over the cores
     try:
-        with Reader() as reader:
+        with Reader(past_cache=plan.reads_once) as reader:
             reader.open(plan.sources)
             _run_threads(_Work(plan, memory, folder, reader, progress), memory.threads)
     finally:
@@ -49,18 +52,6 @@ def _run_threads(work: _Work, threads: int) -> None:
         future.result()
 
 
-class _OpenShard:
-    """A shard that is being written."""
-
-    def __init__(self, shard: Shard, folder: Unfinished) -> None:
-        self.shard = shard
-        self.left = len(shard.header) + sum(slot.num_bytes for slot in shard.slots)
-        self.descriptor = os.open(folder.path / shard.file, os.O_RDWR | os.O_CREAT, 0o644)
-        os.truncate(self.descriptor, shard.num_bytes)
-        write_all(self.descriptor, memoryview(shard.header), 0)
-        self.left -= len(shard.header)
-
-
 class _Tensor:
     """An output tensor, whose terms the first thread that needs them finds out."""
 
@@ -74,6 +65,25 @@ class _Tensor:
             if self._terms is None:
                 self._terms = terms_of(plan, self.slot.name, reader)
             return self._terms
+
+
+class _OpenShard:
+    """A shard that is being written."""
+
+    def __init__(self, shard: Shard, folder: Unfinished) -> None:
+        self.shard, self.left = shard, shard.num_bytes
+        path = folder.path / shard.file
+        self.descriptor = open_past_cache(path, os.O_RDWR | os.O_CREAT)
+        os.truncate(self.descriptor, shard.num_bytes)
+
+
+class _Stretch(NamedTuple):
+    """Bytes of a file, and the tensors that have some of them."""
+
+    file: _OpenShard
+    begin: int
+    end: int
+    tensors: list[_Tensor]
 
 
 class _Work:
@@ -90,54 +100,56 @@ class _Work:
 
     def run(self) -> None:
         """What a thread does."""
-        room = self._memory.room()
+        room, pages = self._memory.room(), Pages(self._memory.stretch_bytes)
         try:
             while (stretch := self._next()) is not None:
-                shard, tensor, begin, end = stretch
-                slot = tensor.slot
-                terms = tensor.terms(self._plan, self._reader)
-                made = make_stretch(self._plan, slot, terms, begin, end, self._reader, room)
-                data = made.view(torch.uint8).numpy().data
-                write_all(shard.descriptor, data, slot.offset + begin * slot.dtype.itemsize)
-                self._finish(shard, len(data))
+                self._fill(stretch, room, pages)
+                count = stretch.end - stretch.begin
+                write_pages(stretch.file.descriptor, stretch.begin, count, pages)
+                self._finish(stretch.file, count)
         except BaseException:
             self.stopped = True
             raise
 
-    def _next(self) -> tuple[_OpenShard, _Tensor, int, int] | None:
+    def _fill(self, stretch: _Stretch, room: Room, pages: Pages) -> None:
+        """Header and tensors of a stretch, each where it belongs in the pages."""
+        begin, end = stretch.begin, stretch.end
+        header = stretch.file.shard.header[begin:end]
+        pages.view[: len(header)] = header
+        for tensor in stretch.tensors:
+            slot = tensor.slot
+            first, last = max(begin, slot.offset), min(end, slot.offset + slot.num_bytes)
+            target = pages.tensor[first - begin : last - begin].view(slot.dtype)
+            element = (first - slot.offset) // slot.dtype.itemsize
+            terms = tensor.terms(self._plan, self._reader)
+            make_stretch(self._plan, slot, terms, element, target, self._reader, room)
+
+    def _next(self) -> _Stretch | None:
         with self._lock:
             return None if self.stopped else next(self._stretches, None)
 
-    def _all_stretches(self) -> Iterator[tuple[_OpenShard, _Tensor, int, int]]:
+    def _all_stretches(self) -> Iterator[_Stretch]:
         for shard in self._plan.shards:
             if shard.file in self._folder.done:
                 self._progress(shard.num_bytes)
                 continue
             opened = _OpenShard(shard, self._folder)
-            if opened.left == 0:  # tensors without elements alone
-                self._close(opened)
-            for slot in shard.slots:
-                size = slot.num_bytes // slot.dtype.itemsize
-                tensor = _Tensor(slot)
-                for begin in range(0, size, self._memory.elements):
-                    yield opened, tensor, begin, min(begin + self._memory.elements, size)
+            waiting = [_Tensor(slot) for slot in reversed(shard.slots) if slot.num_bytes]
+            held: list[_Tensor] = []
+            for begin in range(0, shard.num_bytes, self._memory.stretch_bytes):
+                end = min(begin + self._memory.stretch_bytes, shard.num_bytes)
+                held = [t for t in held if t.slot.offset + t.slot.num_bytes > begin]
+                while waiting and waiting[-1].slot.offset < end:
+                    held.append(waiting.pop())
+                yield _Stretch(opened, begin, end, list(held))
 
-    def _finish(self, shard: _OpenShard, count: int) -> None:
+    def _finish(self, file: _OpenShard, count: int) -> None:
         with self._lock:
-            shard.left -= count
+            file.left -= count
             self._progress(count)
-            is_whole = shard.left == 0
+            is_whole = file.left == 0
         if is_whole:
-            self._close(shard)
-
-    def _close(self, shard: _OpenShard) -> None:
-        os.fsync(shard.descriptor)
-        os.close(shard.descriptor)
-        self._folder.mark_done(shard.shard.file)
-
-
-def write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    """Write at a place; a single call may write less than it was given."""
-    while data:
-        count = os.pwrite(descriptor, data, offset)
-        data, offset = data[count:], offset + count
+            os.truncate(file.descriptor, file.shard.num_bytes)  # the last page was written whole
+            os.fsync(file.descriptor)
+            os.close(file.descriptor)
+            self._folder.mark_done(file.shard.file)

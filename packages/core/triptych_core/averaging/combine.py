@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from triptych_core.averaging.direct import Landing
+
 BLOCK = 1 << 16  # elements that stay in a core's cache from one operation to the next
 
 # Elements of an input's stretch by its number, in its dtype; valid until the next call.
@@ -22,21 +24,22 @@ class Room:
 
     Args:
         elements: of a stretch, at most.
-        raw_bytes: of an element of inputs and output, at most.
+        raw_bytes: of an element of the inputs, at most.
         dtype: of accumulation.
         sums: how many accumulators the method needs.
     """
 
     def __init__(self, elements: int, raw_bytes: int, dtype: torch.dtype, sums: int) -> None:
         self.elements = elements
-        self.raw = torch.empty(elements * raw_bytes, dtype=torch.uint8)
+        self.landing = Landing(elements * raw_bytes)
         self._sums = [torch.empty(elements, dtype=dtype) for _ in range(sums)]
         self._scratch = torch.empty(min(BLOCK, elements), dtype=dtype)
 
     @staticmethod
     def bytes_of(elements: int, raw_bytes: int, dtype: torch.dtype, sums: int) -> int:
         """What such a room takes; blocks of flags and histograms come to less than 2 MiB."""
-        return elements * (raw_bytes + sums * dtype.itemsize) + BLOCK * dtype.itemsize + (2 << 20)
+        accumulators = (elements * sums + BLOCK) * dtype.itemsize
+        return Landing.bytes_of(elements * raw_bytes) + accumulators + (2 << 20)
 
     def sums(self, size: int, dtype: torch.dtype) -> list[Tensor]:
         """The accumulators' first `size` elements, in fp32 also if there is room for fp64."""

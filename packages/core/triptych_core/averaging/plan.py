@@ -48,6 +48,11 @@ class Plan:
             for source in (self.sources[number] for number in self.inputs_of(name))
         )
 
+    @property
+    def reads_once(self) -> bool:
+        """Whether each element of the inputs is read once; else the page cache helps."""
+        return self.recipe.method in ("linear", "task-arithmetic")
+
     def inputs_of(self, name: str) -> list[int]:
         """Numbers of the inputs that are read for a tensor."""
         recipe, stored = self.recipe, self.sources[0].tensors[name]
@@ -76,19 +81,34 @@ def make_plan(sources: list[Source], recipe: Recipe, max_shard_bytes: int) -> Pl
 
 @dataclass(frozen=True)
 class Memory:
-    """How many threads, with rooms for how many elements each."""
+    """How many threads, with rooms for how many elements each.
+
+    Args:
+        threads: that work.
+        elements: of a stretch of a file, at most.
+        raw_bytes: of an element of the inputs, at most.
+        least_bytes: of an element of the output, at least.
+        dtype: of accumulation.
+        sums: accumulators.
+    """
 
     threads: int
     elements: int
     raw_bytes: int
+    least_bytes: int
     dtype: torch.dtype
     sums: int
 
     @property
+    def stretch_bytes(self) -> int:
+        """Of a file of the output, whole pages that one thread fills at a time."""
+        return self.elements * self.least_bytes
+
+    @property
     def num_bytes(self) -> int:
-        """Of all rooms."""
+        """Of all rooms, with what they write from."""
         size = Room.bytes_of(self.elements, self.raw_bytes, self.dtype, self.sums)
-        return self.threads * size
+        return self.threads * (size + self.stretch_bytes)
 
     def room(self) -> Room:
         """The memory of a thread."""
@@ -102,22 +122,25 @@ def plan_memory(plan: Plan, max_bytes: int, threads: int) -> Memory:
         ValueError: not even one thread with the smallest stretches does.
     """
     stored = plan.sources[0].tensors.values()
-    dtypes = {s.dtype for s in stored} | {s.dtype for shard in plan.shards for s in shard.slots}
+    dtypes = {s.dtype for s in stored}
     raw_bytes = max(dtype.itemsize for dtype in dtypes)
+    least_bytes = min(slot.dtype.itemsize for shard in plan.shards for slot in shard.slots)
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     sums = SUMS[plan.recipe.method]
     held = resident_bytes()
     for count in range(threads, 0, -1):
         elements = _MOST_ELEMENTS
         while elements >= _LEAST_ELEMENTS:
-            memory = Memory(count, elements, raw_bytes, dtype, sums)
+            memory = Memory(count, elements, raw_bytes, least_bytes, dtype, sums)
             if held + _RESERVE + memory.num_bytes <= max_bytes:
                 # Threads give way before stretches become very small.
                 if elements >= 1 << 16 or count == 1:
                     return memory
                 break
             elements //= 2
-    least = held + _RESERVE + Memory(1, _LEAST_ELEMENTS, raw_bytes, dtype, sums).num_bytes
+    least = (
+        held + _RESERVE + Memory(1, _LEAST_ELEMENTS, raw_bytes, least_bytes, dtype, sums).num_bytes
+    )
     raise ValueError(
         f"--max-memory: must be at least {least / 2**20:.0f}M here, most of it Python with torch, "
         f"got {max_bytes / 2**20:.0f}M; allow more"

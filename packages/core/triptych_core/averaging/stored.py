@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from triptych_core.averaging.direct import Landing, is_cached, open_past_cache, read_pages
+
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -83,16 +85,20 @@ class Reader:
     """Reads elements of stored tensors by threads; holds each file open once.
 
     No memory is mapped: pages of a mapping count as this process's memory once they are touched.
+
+    Args:
+        past_cache: read files past the page cache that are not in it; right for reading once.
     """
 
-    def __init__(self) -> None:
-        self._open: dict[Path, int] = {}
+    def __init__(self, past_cache: bool = False) -> None:
+        self._past_cache = past_cache
+        self._open: dict[Path, tuple[int, bool]] = {}
 
     def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for descriptor in self._open.values():
+        for descriptor, _past in self._open.values():
             os.close(descriptor)
         self._open.clear()
 
@@ -100,32 +106,53 @@ class Reader:
         """Open all files of the inputs, before threads read."""
         for source in sources:
             for file in source.files():
-                if file not in self._open:
-                    self._open[file] = descriptor = os.open(file, os.O_RDONLY)
+                if file in self._open:
+                    continue
+                past = self._past_cache and not is_cached(file)
+                flags = os.O_RDONLY
+                descriptor = open_past_cache(file, flags) if past else os.open(file, flags)
+                if not past:
                     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                self._open[file] = descriptor, past
 
-    def read(self, stored: Stored, begin: int, end: int, into: torch.Tensor) -> torch.Tensor:
-        """Elements `begin` to `end`, in the front of a uint8 buffer that is large enough.
+    def read(self, stored: Stored, begin: int, end: int, landing: Landing) -> torch.Tensor:
+        """Elements `begin` to `end`, in a landing that is large enough; valid until its next use.
 
         Raises:
             ValueError: a file ends before them.
         """
-        width = stored.dtype.itemsize
-        memory = into.numpy().data[: (end - begin) * width]
+        width, size = stored.dtype.itemsize, (end - begin) * stored.dtype.itemsize
         for place in stored.places:
             left, right = max(begin, place.begin), min(end, place.end)
-            if left < right:
-                part = memory[(left - begin) * width : (right - begin) * width]
-                self._fill(place.file, place.offset + (left - place.begin) * width, part)
-        return into[: (end - begin) * width].view(stored.dtype)
+            if left >= right:
+                continue
+            offset = place.offset + (left - place.begin) * width
+            part = landing.joined[(left - begin) * width : (right - begin) * width]
+            descriptor, past = self._open[place.file]
+            if not past:
+                _fill(place.file, descriptor, offset, part)
+                continue
+            landed = read_pages(descriptor, offset, part.numel(), landing.pages)
+            _check_all(place.file, landed.numel(), part.numel())
+            if part.numel() == size and offset % width == 0:
+                return landed.view(stored.dtype)
+            part.copy_(landed)
+        return landing.joined[:size].view(stored.dtype)
 
-    def _fill(self, file: Path, offset: int, part: memoryview) -> None:
-        descriptor = self._open[file]
-        while part:
-            count = os.preadv(descriptor, [part], offset)
-            if count == 0:
-                raise ValueError(
-                    f"{file}: must not change while it is read, got an end at byte {offset}; "
-                    "average again when nothing writes it"
-                )
-            part, offset = part[count:], offset + count
+
+def _fill(file: Path, descriptor: int, offset: int, part: torch.Tensor) -> None:
+    memory, done = part.numpy().data, 0
+    while done < len(memory):
+        count = os.preadv(descriptor, [memory[done:]], offset + done)
+        if count == 0:
+            break
+        done += count
+    _check_all(file, done, len(memory))
+
+
+def _check_all(file: Path, found: int, wanted: int) -> None:
+    if found != wanted:
+        raise ValueError(
+            f"{file}: must not change while it is read, got an end {wanted - found} bytes too early"
+            "; average again when nothing writes it"
+        )

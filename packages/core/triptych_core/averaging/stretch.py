@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from triptych_core.averaging.combine import BLOCK, Load, Room, linear, task_arithmetic, ties
+from triptych_core.averaging.direct import Landing
 from triptych_core.averaging.layout import Slot
 from triptych_core.averaging.plan import Plan
 from triptych_core.averaging.statistics import slerp_weights, ties_threshold
@@ -38,7 +39,7 @@ def terms_of(plan: Plan, name: str, reader: Reader) -> Terms:
     if recipe.method in ("linear", "task-arithmetic"):
         return Terms(None, weights)
     tensors = [source.tensors[name] for source in plan.sources]
-    buffers = [torch.empty(BLOCK * stored.dtype.itemsize, dtype=torch.uint8) for _ in range(2)]
+    buffers = [Landing(BLOCK * stored.dtype.itemsize) for _ in range(2)]
 
     def load(number: int, begin: int, end: int) -> Tensor:
         return reader.read(tensors[number], begin, end, buffers[min(number, 1)])
@@ -51,29 +52,27 @@ def terms_of(plan: Plan, name: str, reader: Reader) -> Terms:
 
 
 def make_stretch(
-    plan: Plan, slot: Slot, terms: Terms, begin: int, end: int, reader: Reader, room: Room
-) -> Tensor:
-    """Elements `begin` to `end` of an output tensor, in its dtype; valid until the next call.
+    plan: Plan, slot: Slot, terms: Terms, begin: int, target: Tensor, reader: Reader, room: Room
+) -> None:
+    """Fill a target with the elements of an output tensor from `begin` on.
 
     Raises:
         ValueError: one is not finite, or is too large for the output's dtype.
     """
-    tensors = [source.tensors[slot.name] for source in plan.sources]
+    tensors, end = [source.tensors[slot.name] for source in plan.sources], begin + target.numel()
     if terms.copied is not None:
-        raw = reader.read(tensors[terms.copied], begin, end, room.raw)
-        return raw if raw.dtype == slot.dtype else raw.to(slot.dtype)
+        target.copy_(reader.read(tensors[terms.copied], begin, end, room.landing))
+        return
     result = combined(
         plan,
         terms,
-        lambda number: reader.read(tensors[number], begin, end, room.raw),
+        lambda number: reader.read(tensors[number], begin, end, room.landing),
         end - begin,
         room,
         tensors[0].dtype,
     )
     _check_finite(result, slot)
-    if result.dtype == slot.dtype:
-        return result
-    return room.raw[: (end - begin) * slot.dtype.itemsize].view(slot.dtype).copy_(result)
+    target.copy_(result)
 
 
 def combined(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from triptych_core.averaging.combine import BLOCK
+from triptych_core.averaging.direct import Landing
 from triptych_core.averaging.hf_folder import open_hf_folder, read_json
 from triptych_core.averaging.job import FACTS
 from triptych_core.averaging.layout import Slot
@@ -93,7 +94,7 @@ def _check_layout(folder: Path, output: Source, plan: Plan) -> None:
 def _check_finite(folder: Path, stored: Stored, slot: Slot, reader: Reader) -> None:
     if not stored.dtype.is_floating_point:
         return
-    buffer = torch.empty((1 << 20) * stored.dtype.itemsize, dtype=torch.uint8)
+    buffer = Landing((1 << 20) * stored.dtype.itemsize)
     for begin in range(0, stored.size, 1 << 20):
         part = reader.read(stored, begin, min(begin + (1 << 20), stored.size), buffer)
         # A sum passes NaN and infinity on, and costs less than a look at every element.
@@ -120,7 +121,7 @@ def _error(
     """Largest error of a stretch, in units of what rounding to fp32 steps and output allows."""
 
     def load(tensor: Stored) -> Tensor:
-        buffer = torch.empty((end - begin) * tensor.dtype.itemsize, dtype=torch.uint8)
+        buffer = Landing((end - begin) * tensor.dtype.itemsize)
         return reader.read(tensor, begin, end, buffer)
 
     inputs = [load(source.tensors[slot.name]) for source in plan.sources]
