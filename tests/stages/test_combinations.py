@@ -33,7 +33,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def reference(folder) -> dict[tuple[str, ...], Step]:
     """By what changes the numbers: a step of one rank on two rows, nothing divided."""
-    kinds = [(), ("muon",), ("states",), ("bf16",)]
+    kinds = [(), ("muon",), ("states",), ("bf16",), ("states", "bf16")]
     runs = [
         [*words("rows", " ".join(("0", *kind))), "engine.gradient_accumulation_steps=2"]
         for kind in kinds
