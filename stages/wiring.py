@@ -44,6 +44,11 @@ class PackedConfig(StageConfig):
                 "model.compile: must be none with parallel.tensor, got layers; its sums over ranks "
                 "break a layer's graph"
             )
+        if self.parallel.expert > 1 and self.model.compile == "layers":
+            raise ValueError(
+                "model.compile: must be none with parallel.expert, got layers; how many tokens "
+                "travel is known in the middle of a layer"
+            )
         return self
 
     @model_validator(mode="after")

@@ -227,8 +227,8 @@ def test_divided_experts_give_the_gradients_of_one_rank(folder, reference, world
         figures, wanted = reference[world_size // sequence * accumulation, rest[1:] == [True]]
         for line, gradients in by_rank:
             for name, value in figures.items():
-                found = torch.tensor(line[name])
-                torch.testing.assert_close(found, torch.tensor(value), rtol=1e-5, atol=0)
+                found, wanted_value = (torch.tensor(v).double() for v in (line[name], value))
+                torch.testing.assert_close(found, wanted_value, rtol=1e-5, atol=0)
             assert gradients.keys() == wanted.keys()
             for name, gradient in gradients.items():
                 error = (gradient - wanted[name]).norm().item()
@@ -306,7 +306,7 @@ def test_the_stage_with_divided_experts_ends_like_one_rank(workspace, finished):
     assert stock.config.num_experts == 4
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2])
 def test_a_run_goes_on_with_experts_divided_otherwise(workspace, finished, stage):
     run_dir = workspace / f"divided-{stage}"
     copy_until_step_2(finished, run_dir)
@@ -352,6 +352,7 @@ def check_same_state(found: Path, wanted: Path) -> None:
             "must not offload",
         ),
         (["engine.mlp_chunks=2"], 1, "must be 1 with experts"),
+        (["parallel.expert=2", "model.compile=layers"], 1, "must be none with parallel.expert"),
     ],
 )
 def test_what_cannot_be_is_refused(workspace, words, world_size, message):
@@ -360,16 +361,21 @@ def test_what_cannot_be_is_refused(workspace, words, world_size, message):
         run_ranks(run_stage, world_size, words)
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_so_it_does_with_muon(workspace, stage):
-    one, two = workspace / "muon-one", workspace / f"muon-{stage}"
-    more = ["optim.name=muon", "checkpoint.keep=9"]
-    if not one.exists():
-        run_ranks(run_stage, 1, words_for(workspace, one, 1, "engine.zero.stage=0", *more))
+@pytest.mark.parametrize(
+    ("word", "stage", "rel"),
+    [
+        ("model.freeze=[experts]", 3, 2e-5),
+        ("optim.name=muon", 0, 5e-4),  # as two ranks with all experts: Newton-Schulz magnifies
+    ],
+)
+def test_so_it_does_with_frozen_experts_and_with_muon(workspace, word, stage, rel):
+    one, two = workspace / f"alone-{stage}", workspace / f"shared-{stage}"
+    more = [word, "checkpoint.keep=9"]
+    run_ranks(run_stage, 1, words_for(workspace, one, 1, "engine.zero.stage=0", *more))
     copy_until_step_2(one, two)
     more += [f"engine.zero.stage={stage}", "parallel.expert=2"]
     run_ranks(run_stage, 2, words_for(workspace, two, 2, *more))
-    check_same(two, one, rel=5e-4)  # as two ranks with all experts: Newton-Schulz magnifies
+    check_same(two, one, rel)
 
 
 def test_all_experts_on_every_rank_are_planned(workspace, finished):

@@ -41,7 +41,7 @@ class FinishedStep:
     grad_norm: float | None
     seconds: float  # from the end of the step before to its own, waiting for data included
     time: float  # since the epoch, when it was queued
-    figures: Mapping[str, Any]  # numbers, and tables as nested lists
+    figures: Mapping[str, Any]  # numbers, and tables of counts as nested lists
 
 
 class Mark:
@@ -168,7 +168,7 @@ def _finish(copy: _Copy) -> list[FinishedStep]:
             grad_norm=next(norms) if isinstance(norm, Tensor) else norm,
             seconds=step.ended.seconds_since(step.began),
             time=step.time,
-            figures={name: value.tolist() for name, value in figures.items()},
+            figures={k: (v.long() if v.dim() else v).tolist() for k, v in figures.items()},
         )
         for step, loss, numbers, figures in zip(
             copy.steps, losses, counts, copy.figures, strict=True
