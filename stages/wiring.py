@@ -172,8 +172,8 @@ def run(config: PackedConfig) -> None:
     config.model.compile = settle_compile(config, on_cuda=runtime.on_cuda)
     mesh = make_mesh(config.parallel, runtime)
     place = make_expert_place(config.parallel, runtime)
+    settle_cost(config)  # first: a configuration that was settled names everything
     config, chosen = settle(config, plan)
-    settle_cost(config)
 
     # Data: shards → packs of whole documents, the same global stream on any number of ranks; those
     # that hold a row between them all read it, and each computes its part.
