@@ -47,11 +47,13 @@ class Curve:
     from_zero: bool = True
     top: float | None = None
     is_noisy: bool = True  # draw a smoothed line over the raw one
+    is_for_all: bool = True  # or of some models alone: then nobody misses it
 
 
 CURVES = [
     Curve("Loss", "nats per target token", "loss", from_zero=False),
     Curve("Gradient norm", "before clipping", "grad_norm", from_zero=False),
+    Curve("Balance of experts", "1 is even", "balance_loss", from_zero=False, is_for_all=False),
     Curve("Learning rate", "", "lr", is_noisy=False),
     Curve("Throughput", "tokens/s", "tokens_per_second"),
     Curve("Model FLOPs utilisation", "% of peak", "mfu", 100, top=100),
@@ -132,7 +134,7 @@ def draw_charts(run: Run) -> tuple[str, list[Record]]:
     for curve in CURVES:
         lines = _lines(curve, run)
         if not lines:
-            missing.append(curve.title)
+            missing += [curve.title] * curve.is_for_all
             continue
         figure, data = _figure(curve, lines)
         figures.append(figure)
