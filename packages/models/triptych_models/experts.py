@@ -105,12 +105,16 @@ class Experts(nn.Module):
         """x (T, H), weights and experts (T, k) → (T, H); in a group all its ranks must call it."""
         if self.group.size == 1:
             return moe_mlp(x, self.gate_up_proj, self.down_proj, weights, experts)
-        order = experts.flatten().argsort(stable=True)  # the choices, expert by expert
+        # The choices (T * k) expert by expert; and of each token's, where they went.
+        order = experts.flatten().argsort(stable=True)
+        slots = torch.empty_like(order)
+        slots[order] = torch.arange(len(order), device=order.device)
         way = _Way.of(experts, self.num_experts, self.group)
-        rows = way.there(x.index_select(0, order // experts.shape[1]))
-        once = rows.new_ones(len(rows), 1, dtype=weights.dtype)
+        rows = way.there(_Spread.apply(x, order, slots.view(experts.shape)))
+        # Weighted where the experts are: what they give need not wait for the backward.
+        once = way.there(weights.flatten().index_select(0, order)[:, None])
         given = way.back(moe_mlp(rows, self.gate_up_proj, self.down_proj, once, way.local[:, None]))
-        return _combine(given, order, weights).to(x.dtype)
+        return _Collect.apply(given, order, slots.view(experts.shape))
 
 
 class MoEBlock(nn.Module):
@@ -163,12 +167,39 @@ class _Way:
         return exchange(rows, self.receives, self.sends, self.group)
 
 
-def _combine(given: Tensor, order: Tensor, weights: Tensor) -> Tensor:
-    """Rows (T * k, H) in the order of the choices `order` sorts, weighted and summed: (T, H)."""
-    slots = torch.empty_like(order)
-    slots[order] = torch.arange(len(order), device=order.device)
-    total: Any = 0
-    for choice, weight in zip(slots.view(weights.shape).unbind(1), weights.unbind(1), strict=True):
-        picked = given.index_select(0, choice)
-        total = total + picked.to(weight.dtype) * weight[:, None]
-    return total
+class _Spread(torch.autograd.Function):
+    """Tokens x (T, H) → their rows (T * k, H), in the order of the choices; slots (T, k)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, slots: Tensor) -> Tensor:
+        ctx.save_for_backward(order, slots)
+        return _rows(x, order, slots)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _tokens(grad, ctx.saved_tensors[1]), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """The other way: rows (T * k, H) → the sum (T, H) of each token's, in fp32, rounded once.
+
+    Each token picks up its own: the same bits each time, as index_add on a GPU does not give.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, slots: Tensor) -> Tensor:
+        ctx.save_for_backward(order, slots)
+        return _tokens(rows, slots)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _rows(grad, *ctx.saved_tensors), None, None
+
+
+def _rows(x: Tensor, order: Tensor, slots: Tensor) -> Tensor:
+    return x.index_select(0, order // slots.shape[1])
+
+
+def _tokens(rows: Tensor, slots: Tensor) -> Tensor:
+    picked = rows.index_select(0, slots.flatten()).view(*slots.shape, -1)  # (T, k, H)
+    return picked.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32)).to(rows.dtype)
