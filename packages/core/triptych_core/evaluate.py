@@ -153,31 +153,44 @@ def evaluate(
     `tensor` consecutive ranks divide the weights between them. Raises ValueError, naming the
     sample, for a question that asks for a metric we do not have.
     """
-    for question in heldout.questions:
-        check_question(question.metric, question.references, question.choices, question.where)
+    check_questions(heldout.questions)
     loss = heldout_loss(engine, map(part, heldout.batches()))
     answers = answer_questions(
         heldout.questions, answer, batch_size=config.batch_size, tensor=tensor
     )
     stride = max(1, len(answers) // max(1, config.num_examples))
+    # The same questions each time: how an answer changes shows what is learnt.
+    examples = [
+        {
+            **heldout.describe(given.index),
+            "question": given.kind,
+            "expected": given.expected,
+            "answer": given.answer,
+            "metric": given.metric,
+            "score": given.score,
+        }
+        for given in answers[::stride][: config.num_examples]
+    ]
+    return summarize(step, loss, answers, examples)
+
+
+def check_questions(questions: Sequence[Question]) -> None:
+    """Raise ValueError, naming the sample, for one whose metric is not ours or cannot be had."""
+    for question in questions:
+        check_question(question.metric, question.references, question.choices, question.where)
+
+
+def summarize(
+    step: int, loss: float | None, answers: Sequence[Answer], examples: list[dict[str, Any]]
+) -> Evaluation:
+    """The numbers of all answers."""
     return Evaluation(
         step=step,
         heldout_loss=loss,
         exact_match=score(answers),
         majority=majority_baseline(answers),
         counts=count_kinds(answers),
-        # The same questions each time: how an answer changes shows what is learnt.
-        examples=[
-            {
-                **heldout.describe(given.index),
-                "question": given.kind,
-                "expected": given.expected,
-                "answer": given.answer,
-                "metric": given.metric,
-                "score": given.score,
-            }
-            for given in answers[::stride][: config.num_examples]
-        ],
+        examples=examples,
         scores=score_by_metric(answers),
         score=mean([given.score for given in answers]),
     )
