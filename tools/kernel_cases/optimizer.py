@@ -30,7 +30,10 @@ def adamw_case(
             copies = [None, *(torch.zeros_like(p, dtype=HALF) for p in params[1:])]
             more = {**OPTIONS, "step": 3, "grad_scale": scale.to(params[0].dtype), "copies": copies}
             op(params, held[n : 2 * n], *moments, **more)
-            return *params, *moments[0], *moments[1], *copies[1:]
+            # A copy is its own parameter's rounding; another's may lie on the other side of a tie.
+            rounded = zip(copies[1:], params[1:], strict=True)
+            kept = [1.0 + (copy != p.to(HALF)) for copy, p in rounded]
+            return *params, *moments[0], *moments[1], *kept
 
         return call
 
