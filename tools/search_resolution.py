@@ -162,7 +162,7 @@ def identity(
 def open_search(out: Path, wanted: dict[str, Any], rank: int) -> None:
     """Begin or go on in `out`. Raises ValueError if another search has been there."""
     path = out / "search.json"
-    stored = json.loads(path.read_text()) if path.is_file() else wanted
+    stored = read_json(path) or wanted
     if stored != wanted:
         name = next(key for key in wanted if stored.get(key) != wanted[key])
         raise ValueError(
@@ -219,7 +219,7 @@ def once(out: Path, split: str, point: Point, evaluate: Callable[[], Result]) ->
 
     path = out / "points" / f"{split}-{point.name}.json"
     is_main = dist.get_rank() == 0
-    found: list[Any] = [json.loads(path.read_text()) if is_main and path.is_file() else None]
+    found: list[Any] = [read_json(path) if is_main else None]
     dist.broadcast_object_list(found, src=0)
     if found[0] is None:
         found[0] = evaluate()
@@ -227,6 +227,16 @@ def once(out: Path, split: str, point: Point, evaluate: Callable[[], Result]) ->
             write_json(path, found[0])
     result: Result = found[0]
     return result
+
+
+def read_json(path: Path) -> Any:
+    """What an earlier run wrote; None if there is no such file."""
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: must be JSON as it was written, got {error}; delete the file"
+        ) from error
 
 
 def choose(results: dict[Point, Result], by: str) -> Point:

@@ -115,6 +115,10 @@ def test_finished_points_are_not_run_again(place: Path, out: Path) -> None:
     added = {path.name for path in (out / "points").iterdir()} - {path.name for path in before}
     assert {"dev-256-2048.json", "dev-1024-2048.json"} <= added
     assert added - {"test-1024-4096.json"} == {"dev-256-2048.json", "dev-1024-2048.json"}
+    whole = kept.read_text()
+    kept.write_text(whole[:100])
+    assert "dev-1024-4096.json: must be JSON" in run_ranks(run_commands, 1, words(place))[0][0]
+    kept.write_text(whole)
 
 
 def test_splits_that_share_a_sample_are_refused(place: Path, tmp_path: Path) -> None:
