@@ -19,6 +19,7 @@ from typing import Any
 
 from triptych_core.report_chart import Line, draw_chart, short, smooth
 from triptych_core.report_evaluation import TOTAL, draw_evaluation, scores
+from triptych_core.report_experts import draw_experts
 
 Record = dict[str, Any]
 
@@ -72,7 +73,7 @@ def write_report(run_dir: Path | str) -> Path:
     run = read_run(Path(run_dir))
     charts, hover = draw_charts(run)
     body = [_header(run), _numbers(run), _facts(run), charts]
-    body += [*draw_evaluation(run.evaluations), _config(run)]
+    body += [*draw_experts(run.steps), *draw_evaluation(run.evaluations), _config(run)]
     template = Template(Path(__file__).with_name("report_template.html").read_text("utf-8"))
     page = template.substitute(
         title=html.escape(f"{run.name} · Triptych"),
