@@ -52,6 +52,24 @@ class PackedConfig(StageConfig):
         return self
 
     @model_validator(mode="after")
+    def _check_lora(self) -> Self:
+        if self.model.lora is None:
+            return self
+        for key, value, wanted in (
+            ("model.freeze", self.model.freeze, []),
+            ("model.compile", self.model.compile == "layers", False),
+            ("parallel.tensor", self.parallel.tensor, 1),
+            ("parallel.expert", self.parallel.expert, 1),
+        ):
+            if value != wanted:
+                said = "layers" if key == "model.compile" else value
+                raise ValueError(
+                    f"{key}: must be left out with model.lora, got {said}; all of the base is "
+                    "frozen, and its layers are neither compiled nor cut"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _share_seed(self) -> Self:
         for section in (self.model, self.data):
             if "seed" not in section.model_fields_set:
@@ -64,6 +82,8 @@ def settle_compile(config: PackedConfig, *, on_cuda: bool) -> Literal["none", "l
     if config.model.compile != "auto":
         return config.model.compile
     parallel = config.parallel
+    if config.model.lora is not None:
+        return "none"
     return "layers" if on_cuda and parallel.tensor == parallel.expert == 1 else "none"
 
 
@@ -163,6 +183,7 @@ def run(config: PackedConfig) -> None:
     from triptych_models.families import build_model
     from triptych_models.freeze import count_parameters, parameter_parts
     from triptych_models.generate import generate
+    from triptych_models.lora import add_adapters, export_adapter
     from triptych_models.matrices import matrix_shapes
     from triptych_models.sequence import SequenceGroup
     from triptych_models.sequence_batch import take_part
@@ -207,6 +228,8 @@ def run(config: PackedConfig) -> None:
         model = build_model(
             config.model, dtype=dtype, gather=gather, sequence=sequence, experts=experts
         )
+    if config.model.lora is not None:
+        add_adapters(model, config.model.lora, config.model.seed, gather)
     model.check_processor(processor)
     model.set_checkpointing(config.engine.checkpointing)
     model.set_mlp_chunks(config.engine.mlp_chunks)
@@ -262,13 +285,23 @@ def run(config: PackedConfig) -> None:
                 start_step=start_step,
                 on_step=on_step,
             )
-    if config.export:
+    lora, read = config.model.lora, read_parameters(config.engine)
+    if config.export and lora is not None:
+        export_adapter(
+            model.hf,
+            lora,
+            config.run.dir / "adapter",
+            config.model.path,
+            gather=read,
+            is_main=runtime.is_main,
+        )
+    if config.export and (lora is None or lora.merge):
         export(
             model.hf,
             config.run.dir / "export",
             config.model.path,
             dtype=dtype,
-            gather=read_parameters(config.engine),
+            gather=read,
             is_main=runtime.is_main,
             overwrite=True,  # this run's own, from before it was continued
         )

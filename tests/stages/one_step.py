@@ -54,6 +54,7 @@ def one_step(folder: Path, runtime: Any, run_dir: Path, words: list[str]) -> Ste
     from triptych_core.tensor import TensorCuts
     from triptych_models.families import build_model
     from triptych_models.freeze import parameter_parts
+    from triptych_models.lora import add_adapters
     from triptych_models.matrices import matrix_shapes
     from triptych_models.sequence import SequenceGroup
     from triptych_models.sequence_batch import take_part
@@ -82,6 +83,9 @@ def one_step(folder: Path, runtime: Any, run_dir: Path, words: list[str]) -> Ste
             gather=gather_parameters(config.engine),
             sequence=group,
         )
+    if config.model.lora is not None:
+        gather = gather_parameters(config.engine)
+        add_adapters(model, config.model.lora, config.model.seed, gather)
     model.set_checkpointing(config.engine.checkpointing)
     model.set_mlp_chunks(config.engine.mlp_chunks)
     part_of = parameter_parts(model).__getitem__

@@ -36,6 +36,30 @@ class MoEConfig(BaseModel):
     )
 
 
+class LoraConfig(BaseModel):
+    """Adapters beside linear layers (LoRA, DoRA), through peft; all of the base stays as it is."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rank: int = Field(default=16, ge=1, description="of what is added to a weight")
+    alpha: float = Field(default=32.0, gt=0, description="what is added is times alpha / rank")
+    dropout: float = Field(
+        default=0.0, ge=0, le=0, description="0: layers that are computed again keep no generators"
+    )
+    targets: list[str] = Field(
+        default_factory=lambda: ["language"],
+        min_length=1,
+        description="linear layers that get one: all of a part (vision, projector, language) but "
+        "the output layer, or those whose names end in it, e.g. q_proj",
+    )
+    dora: bool = Field(
+        default=False, description="also a magnitude for each row of a weight (arXiv 2402.09353)"
+    )
+    merge: bool = Field(
+        default=True, description="also export the whole model, adapters merged into its weights"
+    )
+
+
 class ModelConfig(BaseModel):
     """Which model to build, where its weights come from and what of it trains."""
 
@@ -60,6 +84,9 @@ class ModelConfig(BaseModel):
     )
     moe: MoEConfig | None = Field(
         default=None, description="losses of a mixture of experts; only for a model that is one"
+    )
+    lora: LoraConfig | None = Field(
+        default=None, description="train adapters instead of the parts themselves"
     )
     compile: Literal["auto", "none", "layers"] = Field(
         default="auto",
@@ -94,6 +121,11 @@ class ModelConfig(BaseModel):
         if self.moe is not None and "experts" not in parts:
             raise ValueError(
                 f"model.moe: must be left out for a model without experts, got {self.path}"
+            )
+        if self.lora is not None and "experts" in parts:
+            raise ValueError(
+                f"model.lora: must be left out for a mixture of experts, got {self.path}; "
+                "take a dense model"
             )
         if set(parts) <= set(self.freeze):
             raise ValueError("model.freeze: must leave a part to train, got all; name fewer")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .expert_weights import tensors_to_store
+from .lora import adapted_layers, adapter_parameters, merged_weight
 from .weights import Gather, own_parameters, whole
 
 COPIED = (
@@ -52,16 +54,33 @@ def export(
         partial.mkdir(parents=True)
         copy_configs(source_dir, partial, dtype)
     writer = ShardWriter(partial, max_shard_bytes) if is_main else None
-    for module, own in own_parameters(hf):
-        with gather(list(own.values())):
-            for name, tensor in tensors_to_store(module, own):
-                if writer is not None:
-                    writer.add(name, tensor.to("cpu", dtype, copy=True))
+    for name, tensor in stored_tensors(hf, gather):
+        if writer is not None:
+            writer.add(name, tensor.to("cpu", dtype, copy=True))
     if writer is not None:
         writer.finish()
         if out_dir.exists():
             shutil.rmtree(out_dir)
         partial.rename(out_dir)
+
+
+def stored_tensors(hf: nn.Module, gather: Gather) -> Iterator[tuple[str, Tensor]]:
+    """All tensors under the names of a directory, whole until the next is asked for.
+
+    Adapters are merged into the weights they are beside, in fp32.
+    """
+    adapted = {id(layer.base_layer): layer for _, layer in adapted_layers(hf)}
+    adapters = {id(p) for layer in adapted.values() for p in adapter_parameters(layer).values()}
+    for module, own in own_parameters(hf):
+        if any(id(parameter) in adapters for parameter in own.values()):
+            continue
+        layer = adapted.get(id(module))
+        beside = [] if layer is None else list(adapter_parameters(layer).values())
+        with gather([*own.values(), *beside]):
+            for name, tensor in tensors_to_store(module, own):
+                if layer is not None and name.endswith(".weight"):
+                    tensor = merged_weight(layer)
+                yield name.replace(".base_layer.", "."), tensor
 
 
 def copy_configs(source_dir: Path, out_dir: Path, dtype: torch.dtype) -> None:

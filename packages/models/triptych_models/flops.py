@@ -22,11 +22,15 @@ class Work(NamedTuple):
 
 
 def qwen3_flops(
-    config: PretrainedConfig, batch: Mapping[str, Any], trainable: Collection[str]
+    config: PretrainedConfig,
+    batch: Mapping[str, Any],
+    trainable: Collection[str],
+    *,
+    adapted: bool = False,
 ) -> float:
     """Forward + backward FLOPs of a batch of text alone; see qwen3_vl_flops."""
     trains = "language" in trainable
-    return language_flops(config, batch, weight=trains, inputs=trains)
+    return language_flops(config, batch, weight=trains and not adapted, inputs=trains)
 
 
 def qwen3_moe_flops(
@@ -53,14 +57,19 @@ def qwen3_moe_flops(
 
 
 def qwen3_vl_flops(
-    config: PretrainedConfig, batch: Mapping[str, Any], trainable: Collection[str]
+    config: PretrainedConfig,
+    batch: Mapping[str, Any],
+    trainable: Collection[str],
+    *,
+    adapted: bool = False,
 ) -> float:
     """Forward + backward FLOPs of a batch (its cu_seqlens and image_grid_thw on the host).
 
     trainable names the parts with parameters that train. Backward costs a weight gradient
     (1 × forward) where the part trains and an input gradient (1 × forward; attention 2 ×) where
     something that trains lies before. A frozen part with nothing trainable before it is forward
-    only.
+    only. If what trains is adapters, no weight gradients of the parts are counted, and not the
+    adapters themselves.
     """
     grid = batch.get("image_grid_thw")
     grids = [] if grid is None else [tuple(int(n) for n in row) for row in grid]
@@ -71,12 +80,13 @@ def qwen3_vl_flops(
     vision_trains = "vision" in trainable
     projector_trains = "projector" in trainable
     into_projector = vision_trains or projector_trains  # it begins with a norm of its own
+    weights = set() if adapted else trainable
     return (
-        with_backward(embed, weight=vision_trains, inputs=False)  # pixels need no gradient
-        + with_backward(tower, weight=vision_trains, inputs=vision_trains)
-        + with_backward(projector, weight=projector_trains, inputs=into_projector)
+        with_backward(embed, weight="vision" in weights, inputs=False)  # pixels need no gradient
+        + with_backward(tower, weight="vision" in weights, inputs=vision_trains)
+        + with_backward(projector, weight="projector" in weights, inputs=into_projector)
         + language_flops(
-            config.text_config, batch, weight="language" in trainable, inputs=bool(trainable)
+            config.text_config, batch, weight="language" in weights, inputs=bool(trainable)
         )
     )
 

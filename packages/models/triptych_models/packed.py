@@ -14,6 +14,7 @@ from triptych_kernels import fuse
 
 from .attention import PACKED, register
 from .checkpointing import Checkpointing, run_layer
+from .config import LoraConfig
 from .head import LossHead
 from .layout import decoder, text_config
 from .mlp_chunks import chunk_mlp
@@ -61,6 +62,7 @@ class PackedModel(nn.Module):
         self.is_compiled = False
         self.input_store = InputStore()
         self.sequence = ALONE
+        self.lora: LoraConfig | None = None  # see triptych_models.lora
 
     @classmethod
     def from_directory(cls, path: Path, *, dtype: torch.dtype, fused: bool = True) -> Self:
@@ -84,7 +86,8 @@ class PackedModel(nn.Module):
 
     def fingerprint(self) -> dict[str, Any]:
         """What the weights mean: config.json, less what does not change a number."""
-        return _without(self.hf.config.to_diff_dict(), IMMATERIAL)
+        adapters = {} if self.lora is None else {"lora": self.lora.model_dump(exclude={"merge"})}
+        return _without(self.hf.config.to_diff_dict(), IMMATERIAL) | adapters
 
     def check_processor(self, processor: Any) -> None:
         """Raise ValueError unless the data's processor makes what this model expects.
@@ -182,9 +185,11 @@ class PackedModel(nn.Module):
                 hidden_states = after_layer(index, hidden_states)
         return language.norm(hidden_states)
 
-    def _run_layer(
-        self, layer: Callable[..., Tensor], hidden_states: Tensor, **kwargs: Any
-    ) -> Tensor:
+    def _run_layer(self, layer: nn.Module, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        if not hidden_states.requires_grad and any(p.requires_grad for p in layer.parameters()):
+            # The first thing that trains. DeepSpeed 0.19.8's ZeRO-3 reduces a leaf's gradients in a
+            # full backward hook (stage3.py), which comes before them if no input needs one.
+            hidden_states = hidden_states.detach().requires_grad_(torch.is_grad_enabled())
         checkpointing = self.checkpointing if self.training else "none"
         if checkpointing == "selective" and self.is_compiled:
             checkpointing = "none"  # the compiler does it, within its budget

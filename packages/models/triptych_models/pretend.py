@@ -18,6 +18,7 @@ from .config import ModelConfig
 from .families import build_shell
 from .freeze import freeze
 from .layout import tower
+from .lora import add_adapters
 from .packed import PackedModel
 from .sequence import ALONE, SequenceGroup
 from .sequence_batch import take_part
@@ -92,8 +93,10 @@ def build_pretend_model(
     """The model of `build_model` on the meta device: config.json is read, weights are not."""
     with torch.device("meta"):
         model = build_shell(config, dtype=dtype)
-    model.set_sequence(sequence)
-    freeze(model, config.freeze)
+        model.set_sequence(sequence)
+        freeze(model, config.freeze)
+        if config.lora is not None:
+            add_adapters(model, config.lora, config.seed)
     return model.train()
 
 

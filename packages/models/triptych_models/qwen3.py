@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, Qwen3ForCausalLM
 
 from .flops import qwen3_flops
+from .lora import adapter_flops
 from .packed import PackedModel
 from .read_config import read_config
 
@@ -50,7 +51,10 @@ class Qwen3(PackedModel):
 
     def flops(self, batch: Mapping[str, Any]) -> float:
         """Forward and backward FLOPs of one packed row; see triptych_models.flops."""
-        return qwen3_flops(self.hf.config, batch, self.trainable_parts())
+        parts, adapted = self.trainable_parts(), self.lora is not None
+        return qwen3_flops(self.hf.config, batch, parts, adapted=adapted) + adapter_flops(
+            self, batch
+        )
 
     def check_processor(self, processor: Any) -> None:
         """Raise ValueError unless the data's processor makes text alone, of ids that are known."""

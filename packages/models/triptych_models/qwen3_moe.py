@@ -1,6 +1,6 @@
 """Qwen3-MoE (text alone) as a packed-sequence module with its losses inside."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MethodType
 from typing import Any, Self
@@ -132,7 +132,7 @@ class Qwen3MoE(Qwen3):
 
     def _run_layer(
         self,
-        layer: Callable[..., Any],
+        layer: nn.Module,
         hidden_states: Tensor,
         *,
         segments: Segments | None = None,

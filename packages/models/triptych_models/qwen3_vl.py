@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, Qwen3VLForConditionalGeneration
 
 from .attention import pack_vision_attention
 from .flops import qwen3_vl_flops
+from .lora import adapter_flops
 from .packed import PackedModel, compile_forward
 from .read_config import read_config
 from .sequence import exchange_features
@@ -154,7 +155,10 @@ class Qwen3VL(PackedModel):
 
     def flops(self, batch: Mapping[str, Any]) -> float:
         """Forward and backward FLOPs of one packed row; see triptych_models.flops."""
-        return qwen3_vl_flops(self.hf.config, batch, self.trainable_parts())
+        parts, adapted = self.trainable_parts(), self.lora is not None
+        return qwen3_vl_flops(self.hf.config, batch, parts, adapted=adapted) + adapter_flops(
+            self, batch
+        )
 
     def dummy_image(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """A black image that makes one token: grid (1, 3) on the host, uint8 patches on device."""
