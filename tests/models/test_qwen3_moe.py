@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeForCausalLM
 from tests.models import tiny
 from triptych_models.checkpointing import Checkpointing
 from triptych_models.config import ModelConfig
+from triptych_models.experts import ExpertGroup
 from triptych_models.export import export
-from triptych_models.families import build_model
+from triptych_models.families import build_model, build_shell
 from triptych_models.freeze import count_parameters
 from triptych_models.generate import generate
 from triptych_models.matrices import matrix_shapes
@@ -264,3 +265,5 @@ def test_what_cannot_be_is_refused(build: Build, tmp_path: Path) -> None:
     dense = tiny.write_text_model_dir(tmp_path / "dense")
     with pytest.raises(ValueError, match=r"model.moe: must be left out for a model without"):
         ModelConfig(path=dense, moe={}).check_path()
+    with pytest.raises(ValueError, match=r"parallel.expert: must be 1 for a model without experts"):
+        build_shell(ModelConfig(path=dense), dtype=torch.float32, experts=ExpertGroup(size=2))
