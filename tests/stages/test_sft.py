@@ -82,6 +82,9 @@ def test_a_run_leaves_what_the_readme_says(finished):
     assert [e["step"] for e in evaluations] == [0, 6]
     assert evaluations[1]["heldout_loss"] < evaluations[0]["heldout_loss"]
     assert set(evaluations[1]["exact_match"]) == {"kind 0", "kind 1"}
+    assert lines[-1]["eval/loss"] == evaluations[1]["heldout_loss"]
+    assert lines[-1]["eval/score"] == evaluations[1]["score"]
+    assert not any("eval/loss" in line for line in lines[:-1])
     assert [p.name for p in sorted((finished / "checkpoints").iterdir())] == [
         "step-000003",
         "step-000006",
