@@ -118,7 +118,7 @@ def average(ctx: click.Context, inputs: tuple[Path, ...], dry_run: bool, **optio
     )
 
 
-@click.command("average_checkpoints.py verify", context_settings={"show_default": True})
+@click.command(context_settings={"show_default": True})
 @click.argument("folder", type=FOLDER)
 @click.option("--full", is_flag=True, help="compare all elements, not a stretch of each tensor")
 def verify(folder: Path, full: bool) -> None:
@@ -194,7 +194,16 @@ def main() -> None:
     """Run the command; a user's mistake ends in one line."""
     is_verify = sys.argv[1:2] == ["verify"]
     try:
-        (verify if is_verify else average)(sys.argv[2:] if is_verify else sys.argv[1:])
+        if is_verify:
+            verify.main(sys.argv[2:], "average_checkpoints.py verify", standalone_mode=False)
+        else:
+            average.main(sys.argv[1:], standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        say("interrupted; the same command goes on")
+        sys.exit(130)
     except (ValueError, OSError) as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
