@@ -55,6 +55,8 @@ def test_logits_are_the_dense_models(
     assert not any(info.values()), info
     found = [i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")]
     assert found == sparse
+    config = json.loads((out / "config.json").read_text())
+    assert (config["num_experts"], config["num_experts_per_tok"]) == (4, 2)
     wanted = logits(Qwen3ForCausalLM.from_pretrained(dense))
     torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-5)
     assert (out / "tokenizer.json").read_bytes() == (dense / "tokenizer.json").read_bytes()

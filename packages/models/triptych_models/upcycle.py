@@ -87,7 +87,9 @@ def moe_config(dense: Qwen3Config, recipe: Recipe) -> dict[str, Any]:
         decoder_sparse_step=1,
         norm_topk_prob=True,  # or copies would not add up to the MLP
     )
-    return dict(config.to_diff_dict())
+    tree = dict(config.to_diff_dict())
+    # Under the name that published folders have, and everything reads; it changes by release.
+    return tree | {"num_experts": tree.pop("num_local_experts", recipe.num_experts)}
 
 
 def tensors(
