@@ -4,7 +4,8 @@ Every token of a document but the first is a target, except those of media in it
 assistant's turns. Plain documents longer than `data.seq_len` are cut into pieces of it. From random
 weights (`model.init=random`) or continued from a Hugging Face directory. The learning rate stays
 where it is after warm-up and falls only in the last `schedule.decay_steps` (WSD), so that a run
-without them can be gone on from. Held-out shards are scored by their loss alone.
+without them can be gone on from. Held-out shards are scored by their loss alone. `model.lora`
+trains adapters instead, as in stages/sft.py.
 
     triptych-data shard documents.jsonl shards/
     deepspeed stages/pretrain.py --config stages/configs/pretrain_tiny.yaml data.shards=[shards]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 from tests.models import tiny
 from tests.models.stock import stock_loss, stock_twin
 from tests.ranks import run_ranks
-from tests.stages import one_step
+from tests.stages import one_step, test_sequence
 from tests.stages.test_sequence import build, documents
 from tests.stages.test_sft import metrics, overrides
 from tests.tiny import ROOT, make_model_dir, make_shards
@@ -105,6 +104,16 @@ def test_the_projector_trains_as_in_stock_and_nothing_else_has_gradients(folder,
             assert copies * size <= seen["moments"] <= copies * size + spare
 
 
+def test_a_first_layer_trains_behind_frozen_embeddings(tmp_path, monkeypatch):
+    """DeepSpeed's ZeRO-3 needs a gradient of its input to know when its weights' are there."""
+    folder = tiny.write_moe_model_dir(tmp_path / "model", tied=True)
+    monkeypatch.setattr(test_sequence, "family_of", lambda path: "qwen3")  # rows of text alone
+    words = ["model.freeze=[language]", "engine.precision=fp32"]
+    runs = [[*words, f"engine.zero.stage={stage}"] for stage in (0, 3)]
+    ((wanted, found),) = run_ranks(one_step.on_a_rank, 1, folder, tmp_path / "out", runs)
+    one_step.compare(found, wanted, "stage 3")
+
+
 def align(words: list[str]) -> None:
     from triptych_core.config import load_config
 
@@ -118,27 +127,21 @@ def go_on(words: list[str]) -> None:
     run_stage(words)
 
 
-def test_fine_tuning_goes_on_from_the_export_of_a_resumed_alignment(tmp_path):
+def test_fine_tuning_goes_on_from_the_export(tmp_path):
 
     make_model_dir(tmp_path / "model")
     make_shards(tmp_path / "train", 30, seed=1)
     make_shards(tmp_path / "heldout", 3, seed=2)
     run = tmp_path / "aligned"
-    words = [*overrides(tmp_path, run, "run.steps=4", "checkpoint.every=2"), "evaluation.shards=[]"]
+    words = [*overrides(tmp_path, run, "run.steps=3"), "evaluation.shards=[]"]
     run_ranks(align, 2, [*words, "engine.zero.stage=3"])
     whole = load_file(run / "export/model.safetensors")
-    # Frozen parts are in the checkpoint once, and a resume under another stage brings them back.
-    shutil.rmtree(run / "checkpoints/step-000004")
-    run_ranks(align, 1, [*words, "engine.gradient_accumulation_steps=2", "engine.zero.stage=0"])
-    resumed = load_file(run / "export/model.safetensors")
     model = build_from(tmp_path / "model")
     for name, value in model.items():
         if "merger" in name:
             assert not torch.equal(whole[name], value), name
-            torch.testing.assert_close(resumed[name], whole[name], rtol=1e-4, atol=1e-5)
         else:
             assert torch.equal(whole[name], value), name
-            assert torch.equal(resumed[name], value), name
     lines = metrics(run)
     assert lines[-1]["loss"] < lines[0]["loss"]
     start = [f"model.path={run / 'export'}", "model.init=pretrained", "run.steps=1"]
