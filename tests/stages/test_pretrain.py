@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from tests.ranks import run_ranks
 from tests.stages import test_parity as parity
@@ -139,7 +140,7 @@ def summed_loss(stock: Any, tokens: list[int], begin: int = 0, length: int = 10*
 
 
 def plain_loop(
-    workspace: Path, lines: list[dict[str, Any]]
+    workspace: Path, run_dir: Path, lines: list[dict[str, Any]]
 ) -> tuple[Any, list[float], list[float]]:
     """The same documents, cut alike, through stock transformers and torch's AdamW, unpacked."""
     from triptych_data.config import DataConfig
@@ -147,8 +148,8 @@ def plain_loop(
     from triptych_data.processor import Processor
 
     stock, documents = stock_start(workspace), document_tokens(workspace)
-    shards = [str(workspace / "data/shards")]
-    data = DataConfig(shards=shards, seq_len=SEQ_LEN, num_workers=0, balance_group=1)
+    # What the run's packs were balanced by is settled from its model.
+    data = DataConfig.model_validate(yaml.safe_load((run_dir / "config.yaml").read_text())["data"])
     processor = Processor.from_directory(workspace / "model")
     loader = PackLoader(data, processor, rank=0, world_size=1)
     stream = iter(loader)
@@ -188,7 +189,7 @@ def check_against_plain_loop(workspace: Path, run_dir: Path) -> None:
     from safetensors.torch import load_file
 
     lines = metrics(run_dir)
-    stock, losses, norms = plain_loop(workspace, lines)
+    stock, losses, norms = plain_loop(workspace, run_dir, lines)
     assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-5)
     assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-4)
     start = load_file(workspace / "start/model.safetensors")
