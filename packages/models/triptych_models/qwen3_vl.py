@@ -7,6 +7,7 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PretrainedConfig, Qwen3VLForConditionalGeneration
 
 from .attention import pack_vision_attention
@@ -166,7 +167,9 @@ class Qwen3VL(PackedModel):
         m = vision.spatial_merge_size
         patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         pixels = torch.zeros(m * m, patch_dim, dtype=torch.uint8, device=device)
-        return torch.tensor([[1, m, m]]), pixels
+        with unset_fake_temporarily():  # read on the host, also where a plan runs on fake tensors
+            grid = torch.tensor([[1, m, m]])
+        return grid, pixels
 
     def _image_features(
         self, pixel_values: Tensor, grid_thw: Tensor, cu_seqlens: Tensor, max_seqlen: int
