@@ -87,7 +87,8 @@ def whole_gradients(engine: Any) -> dict[str, torch.Tensor]:
     light = engine.gradients() if engine.zero_optimization_stage() == 0 else None
     whole = safe_get_full_grad if light is None else light.get
     return {
-        name: _of_all_holders(p, whole(p).clone()) for name, p in engine.module.named_parameters()
+        name: _of_all_holders(p, whole(p).clone())
+        for name, p in engine.module.named_parameters()
         if p.requires_grad
     }
 
