@@ -248,7 +248,13 @@ def write_slow_input(folder: Path) -> Path:
 def start_shard(source: Path, output: Path) -> subprocess.Popen[str]:
     command = [Path(sys.executable).parent / "triptych-data", "shard", source, output]
     options = ["--samples-per-shard", "5", "--workers", "2", "--shuffle"]
-    return subprocess.Popen([*command, *options], text=True, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [*command, *options],
+        text=True,
+        stderr=subprocess.PIPE,
+        # Whatever runs the tests in the background may have had Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def bytes_of(path: Path) -> int:

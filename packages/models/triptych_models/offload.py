@@ -87,7 +87,7 @@ class KeptInput:
             self._here.requires_grad_(self._requires_grad)
 
 
-@torch.library.custom_op("triptych::to_host", mutates_args=())
+@torch.library.custom_op("triptych_models::to_host", mutates_args=())
 def to_host(x: Tensor) -> Tensor:
     """A copy of x in host memory, made without waiting; pinned, so that it can be."""
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type != "cpu")

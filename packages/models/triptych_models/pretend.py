@@ -80,11 +80,11 @@ WORKSPACES = {
     "torch_attn::_varlen_attn_backward": _attention_backward_bytes,
     "triptych::moe_mlp": _experts_bytes,
     "triptych::moe_mlp_backward": _experts_backward_bytes,
-    "triptych::exchange": _exchange_bytes,
-    "triptych::to_host": _nothing_on_device,
+    "triptych_models::exchange": _exchange_bytes,
+    "triptych_models::to_host": _nothing_on_device,
 }
 # What ops send to other ranks.
-CROSSINGS = {"triptych::exchange": _exchange_crosses}
+CROSSINGS = {"triptych_models::exchange": _exchange_crosses}
 
 
 def build_pretend_model(

@@ -43,7 +43,7 @@ def check_heads(num_heads: int, size: int) -> None:
         )
 
 
-@torch.library.custom_op("triptych::exchange", mutates_args=())
+@torch.library.custom_op("triptych_models::exchange", mutates_args=())
 def exchange(x: Tensor, sends: Sequence[int], receives: Sequence[int], group: str) -> Tensor:
     """All-to-all of rows: sends[i] of x's rows go to rank i, receives[i] come from it, in order.
 
