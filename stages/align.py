@@ -16,11 +16,11 @@ import sys
 from typing import Self
 
 from pydantic import Field, model_validator
-from wiring import PackedConfig, plan, run
+from wiring import PackedConfig, plan, require_part, run
 
 from triptych_core.config import parse_args, run_main
 from triptych_core.sections import OptimConfig
-from triptych_models.config import PARTS, ModelConfig, Part
+from triptych_models.config import ModelConfig, Part
 
 __all__ = ["AlignConfig", "main", "plan"]
 
@@ -59,12 +59,9 @@ class AlignConfig(PackedConfig):
 
 def main(config: AlignConfig) -> None:
     """Train the projector, evaluate, export."""
-    family = config.model.find_family()
-    if "projector" not in PARTS[family]:
-        raise ValueError(
-            f"model.path: must hold a model with a projector, got {config.model.path} ({family}); "
-            "make one with tools/assemble_vlm.py"
-        )
+    require_part(
+        config, "projector", "a model with a projector", "make one with tools/assemble_vlm.py"
+    )
     run(config)
 
 

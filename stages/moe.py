@@ -16,11 +16,11 @@ import sys
 from typing import Self
 
 from pydantic import Field, model_validator
-from wiring import PackedConfig, plan, run
+from wiring import PackedConfig, plan, require_part, run
 
 from triptych_core.config import parse_args, run_main
 from triptych_core.sections import OptimConfig
-from triptych_models.config import PARTS, MoEConfig
+from triptych_models.config import MoEConfig
 
 __all__ = ["MoEStageConfig", "main", "plan"]
 
@@ -45,12 +45,9 @@ class MoEStageConfig(PackedConfig):
 
 def main(config: MoEStageConfig) -> None:
     """Train routers, experts and the rest, evaluate, export."""
-    family = config.model.find_family()
-    if "experts" not in PARTS[family]:
-        raise ValueError(
-            f"model.path: must hold a mixture of experts, got {config.model.path} ({family}); "
-            "make one of it with tools/upcycle_moe.py"
-        )
+    require_part(
+        config, "experts", "a mixture of experts", "make one of it with tools/upcycle_moe.py"
+    )
     run(config)
 
 

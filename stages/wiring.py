@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from triptych_core.config import StageConfig, did_you_mean
 from triptych_data.config import CostConfig, DataConfig
-from triptych_models.config import ModelConfig, Part
+from triptych_models.config import PARTS, ModelConfig, Part
 
 if TYPE_CHECKING:
     from triptych_core.plan import Plan
@@ -75,6 +75,15 @@ class PackedConfig(StageConfig):
             if "seed" not in section.model_fields_set:
                 section.seed = self.run.seed
         return self
+
+
+def require_part(config: PackedConfig, part: Part, what: str, remedy: str) -> None:
+    """Raise ValueError unless the model's family has this part, which a stage is about."""
+    family = config.model.find_family()
+    if part not in PARTS[family]:
+        raise ValueError(
+            f"model.path: must hold {what}, got {config.model.path} ({family}); {remedy}"
+        )
 
 
 def settle_compile(config: PackedConfig, *, on_cuda: bool) -> Literal["none", "layers"]:

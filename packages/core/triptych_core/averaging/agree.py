@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -23,31 +24,21 @@ def check_agreement(sources: list[Source], recipe: Recipe) -> None:
     first = sources[0]
     for other in sources[1:]:
         _check_names(first, other)
-        common = first.tensors
-        _refuse(
-            other,
-            "have the shapes",
-            (
-                f"{name} {list(other.tensors[name].shape)} not {list(stored.shape)}"
-                for name, stored in common.items()
-                if other.tensors[name].shape != stored.shape
-            ),
-            first,
-            "average models of one architecture and vocabulary",
-        )
-        _refuse(
-            other,
-            "have the dtypes",
-            (
-                f"{name} {_name(other.tensors[name].dtype)} not {_name(stored.dtype)}"
-                for name, stored in common.items()
-                if other.tensors[name].dtype != stored.dtype
-            ),
-            first,
-            "save both in one dtype",
+        one = "average models of one architecture and vocabulary"
+        _check_each(first, other, "shapes", lambda tensor: list(tensor.shape), one)
+        _check_each(
+            first, other, "dtypes", lambda tensor: _name(tensor.dtype), "save both in one dtype"
         )
     _check_floats(first, recipe)
     _check_equal(sources, recipe)
+
+
+def _check_each(
+    first: Source, other: Source, what: str, read: Callable[[Any], Any], remedy: str
+) -> None:
+    pairs = ((name, read(other.tensors[name]), read(own)) for name, own in first.tensors.items())
+    found = (f"{name} {given} not {wanted}" for name, given, wanted in pairs if given != wanted)
+    _refuse(other, f"have the {what}", found, first, remedy)
 
 
 def _check_names(first: Source, other: Source) -> None:
