@@ -59,10 +59,12 @@ def test_a_killed_and_resumed_run_loses_and_repeats_nothing(workspace):
     )
     trainer = multiprocessing.get_context("fork").Process(target=train_apart, args=(words,))
     trainer.start()
-    killed_at = wait_for_line(run_dir / "metrics.jsonl", 9, trainer)
+    ledgers = [run_dir / f"ledger/rank-0000{rank}.jsonl" for rank in (0, 1)]
+    for path in (run_dir / "metrics.jsonl", *ledgers):  # ranks may be a step apart
+        killed_at = wait_for_line(path, 9, trainer)
     os.killpg(trainer.pid, signal.SIGKILL)
     trainer.join()
-    before = [read_ledger(run_dir / f"ledger/rank-0000{rank}.jsonl") for rank in (0, 1)]
+    before = [read_ledger(path) for path in ledgers]
     assert killed_at < STEPS and all(len(lines) >= 9 for lines in before)
 
     run_ranks(run_stage, 2, words)
@@ -76,7 +78,7 @@ def test_a_killed_and_resumed_run_loses_and_repeats_nothing(workspace):
     assert sum(line["bad_samples"] for line in metrics(run_dir)) == found.holes
     # Steps taken twice, before the kill and after, took the same samples.
     for rank, lines in enumerate(before):
-        after = read_ledger(run_dir / f"ledger/rank-0000{rank}.jsonl")
+        after = read_ledger(ledgers[rank])
         assert lines == after[: len(lines)]
 
 
