@@ -13,7 +13,7 @@ from triptych_data.config import CostConfig, DataConfig
 from triptych_models.config import PARTS, ModelConfig, Part
 
 if TYPE_CHECKING:
-    from triptych_core.plan import Plan
+    from triptych_core.plan.plan import Plan
 
 
 class PackedConfig(StageConfig):
@@ -112,9 +112,9 @@ def settle_cost(config: PackedConfig) -> None:
 
 def plan(config: PackedConfig) -> "Plan":
     """What a step needs and how long it takes, from config.json alone."""
-    from triptych_core.engine import compute_dtype
-    from triptych_core.optim import parameter_groups
-    from triptych_core.plan import plan_run, tracer, weights_of
+    from triptych_core.engine.build import compute_dtype
+    from triptych_core.optim.groups import parameter_groups
+    from triptych_core.plan.plan import plan_run, tracer, weights_of
     from triptych_models.freeze import parameter_parts
     from triptych_models.matrices import matrix_shapes
     from triptych_models.pretend import (
@@ -158,34 +158,34 @@ def run(config: PackedConfig) -> None:
     """Wire data, model and engine together, train, evaluate, export; or show the plan."""
     config.model.check_path(config.optim.lr_by_part)
     if config.plan.show != "no":
-        from triptych_core.plan import show_plan
+        from triptych_core.plan.plan import show_plan
 
         show_plan(plan(config), config.plan)
         return
     # Not at the top: the configuration is checked before torch is imported.
-    from triptych_core.checkpoint import Saver, resume
-    from triptych_core.engine import (
+    from triptych_core.checkpoint.saver import Saver, resume
+    from triptych_core.engine.build import (
         build_engine,
         compute_dtype,
         gather_parameters,
         read_parameters,
         sharded_init,
     )
-    from triptych_core.evaluate import evaluate_if_due
-    from triptych_core.expert import make_expert_place
+    from triptych_core.engine.recompiles import RecompileWatch
+    from triptych_core.evaluation.evaluate import evaluate_if_due
     from triptych_core.launch import launch, shutdown
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
-    from triptych_core.optim import build_optimizer, parameter_groups
-    from triptych_core.parallel import make_mesh
-    from triptych_core.postmortem import suggest_remedy
-    from triptych_core.recompiles import RecompileWatch
+    from triptych_core.optim.groups import build_optimizer, parameter_groups
+    from triptych_core.parallel.expert import make_expert_place
+    from triptych_core.parallel.mesh import make_mesh
+    from triptych_core.parallel.tensor import TensorCuts
+    from triptych_core.plan.postmortem import suggest_remedy
+    from triptych_core.plan.settle import settle
     from triptych_core.run import close_run, describe_run, open_run
-    from triptych_core.settle import settle
-    from triptych_core.tensor import TensorCuts
     from triptych_data.heldout import Heldout
-    from triptych_data.ledger import Ledger
     from triptych_data.loader import PackLoader
+    from triptych_data.plan.ledger import Ledger
     from triptych_data.processor import Processor
     from triptych_models.experts import ExpertGroup
     from triptych_models.export import export

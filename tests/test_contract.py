@@ -11,7 +11,7 @@ from triptych_core.loop import HOST_KEYS, LABEL_KEYS
 from triptych_data.config import DataConfig
 from triptych_data.loader import PackLoader
 from triptych_data.processor import Processor
-from triptych_data.shards import write_shards
+from triptych_data.shards.write import write_shards
 from triptych_models.config import ModelConfig
 from triptych_models.families import build_shell
 from triptych_models.qwen3 import Qwen3
@@ -87,7 +87,7 @@ def test_shapes_and_types_are_those_of_the_readme(batches):
 
 
 def test_minus_100_is_ignored_everywhere():
-    from triptych_data.chat import IGNORE_INDEX
+    from triptych_data.text.chat import IGNORE_INDEX
     from triptych_kernels import linear_cross_entropy
 
     default = inspect.signature(linear_cross_entropy).parameters["ignore_index"].default

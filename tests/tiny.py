@@ -66,7 +66,7 @@ def make_chats(path: Path, count: int, seed: int = 0) -> Path:
 
 def make_shards(path: Path, count: int, seed: int = 0) -> Path:
     """Shards of `make_chats`."""
-    from triptych_data.shards import write_shards
+    from triptych_data.shards.write import write_shards
 
     write_shards(make_chats(path / "raw", count, seed), path / "shards", samples_per_shard=7)
     return path / "shards"

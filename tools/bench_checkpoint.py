@@ -35,9 +35,9 @@ SAVES = 3
 def main(
     billions: float, width: int, tokens: int, stage: int, folder: Path, local_rank: int
 ) -> None:
-    from triptych_core.checkpoint_save import take_snapshot, write_snapshot
+    from triptych_core.checkpoint.host_copy import HostCopy
+    from triptych_core.checkpoint.save import take_snapshot, write_snapshot
     from triptych_core.config import StageConfig, load_config
-    from triptych_core.host_copy import HostCopy
     from triptych_core.launch import launch, shutdown
 
     words = [f"run.dir={folder}", f"engine.zero.stage={stage}", "checkpoint.keep=1"]
@@ -82,8 +82,8 @@ def main(
 
 
 def build(config: Any, world_size: int, layers: int, width: int) -> Any:
-    from triptych_core.engine import build_engine, compute_dtype, sharded_init
-    from triptych_core.optim import build_optimizer, parameter_groups
+    from triptych_core.engine.build import build_engine, compute_dtype, sharded_init
+    from triptych_core.optim.groups import build_optimizer, parameter_groups
 
     with sharded_init(config.engine, world_size):
         model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
@@ -116,8 +116,8 @@ def agree(is_done: bool) -> bool:
 
 def reload(engine: Any, config: Any) -> tuple[float, float]:
     """Seconds to find the newest whole checkpoint, and to load it."""
-    from triptych_core.checkpoint_folders import checkpoints
-    from triptych_core.checkpoint_load import load_checkpoint, newest_whole
+    from triptych_core.checkpoint.folders import checkpoints
+    from triptych_core.checkpoint.load import load_checkpoint, newest_whole
 
     begin = time.perf_counter()
     path = newest_whole(checkpoints(config.run.dir))

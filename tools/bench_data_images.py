@@ -20,7 +20,7 @@ import torch
 from bench_data_read import HEIGHT, WIDTH, photographs
 from PIL import Image
 
-from triptych_data.images import ImageRules, decode_image, encode_image, image_grid
+from triptych_data.media.images import ImageRules, decode_image, encode_image, image_grid
 
 MEAN = STD = np.full(3, 0.5, dtype=np.float32)
 RULES = {

@@ -21,9 +21,9 @@ from PIL import Image
 
 from triptych_data.config import DataConfig
 from triptych_data.loader import PackLoader
-from triptych_data.pool import start_server
 from triptych_data.processor import Processor
-from triptych_data.shards import write_shards
+from triptych_data.shards.write import write_shards
+from triptych_data.workers.pool import start_server
 
 MODEL = Path(__file__).parents[1] / "stages" / "configs" / "qwen3_vl_tiny"
 DEPTHS = (0, 10**4, 10**7)

@@ -20,9 +20,9 @@ import click
 import numpy as np
 
 from triptych_data.config import DataConfig
-from triptych_data.lengths import Lengths
-from triptych_data.permutation import permute, stream_key
-from triptych_data.plan import Plan, PlanSource
+from triptych_data.plan.lengths import Lengths
+from triptych_data.plan.permutation import permute, stream_key
+from triptych_data.plan.plan import Plan, PlanSource
 
 RANKS = 8
 DEPTHS = (0, 10**7, 10**9)

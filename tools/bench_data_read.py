@@ -23,9 +23,9 @@ import click
 import numpy as np
 from PIL import Image
 
-from triptych_data import local
-from triptych_data.reader import Shards
-from triptych_data.shards import write_shards
+from triptych_data.shards.reader import Shards
+from triptych_data.shards.write import write_shards
+from triptych_data.storage import local
 
 WIDTH, HEIGHT = 512, 384
 Reader = Callable[[], int]

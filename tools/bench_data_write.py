@@ -17,8 +17,8 @@ import webdataset
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from triptych_data.reshard import reshard
-from triptych_data.shards import write_shards
+from triptych_data.shards.reshard import reshard
+from triptych_data.shards.write import write_shards
 
 SHARD_SIZE = 64_000_000
 ANSWER = "A number among many others. "

@@ -172,7 +172,7 @@ def run_variant(
     """Take the steps in this process."""
     from triptych_core.config import StageConfig, load_config
     from triptych_core.launch import launch, shutdown
-    from triptych_core.parallel import make_mesh
+    from triptych_core.parallel.mesh import make_mesh
     from triptych_models.config import ModelConfig
     from triptych_models.sequence import SequenceGroup
 
@@ -211,7 +211,7 @@ def run_variant(
 
 def build(settings: Any, engine: Any, world_size: int, sequence: Any) -> Any:
     """The model, filled where it is: the stages draw on the host, the same on any device."""
-    from triptych_core.engine import compute_dtype, gather_parameters, sharded_init
+    from triptych_core.engine.build import compute_dtype, gather_parameters, sharded_init
     from triptych_models.families import build_shell
     from triptych_models.weights import own_parameters
 
@@ -261,10 +261,10 @@ def make_batches(model: Any, seq_len: int, *, seed: int, **shape: Any) -> Iterat
 
 def train_ours(model: Any, batches: Any, *, config: Any, runtime: Any, watch: Any) -> None:
     """The loop and the engine of the stages."""
-    from triptych_core.engine import build_engine
+    from triptych_core.engine.build import build_engine
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
-    from triptych_core.optim import build_optimizer, parameter_groups
+    from triptych_core.optim.groups import build_optimizer, parameter_groups
     from triptych_models.freeze import parameter_parts
     from triptych_models.matrices import matrix_shapes
     from triptych_models.sequence_batch import take_part

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from rich.progress import Progress
 
-    from triptych_core.evaluate import Answer
+    from triptych_core.evaluation.evaluate import Answer
 
 Result = dict[str, Any]
 ROUND = 64  # rows are as long as the longest sample, and this makes lengths come again
@@ -98,7 +98,12 @@ def evaluate_split(
     """
     import torch.distributed as dist
 
-    from triptych_core.evaluate import answer_questions, check_questions, heldout_loss, summarize
+    from triptych_core.evaluation.evaluate import (
+        answer_questions,
+        check_questions,
+        heldout_loss,
+        summarize,
+    )
     from triptych_data.heldout import Heldout
 
     processor = open_processor(loaded, settings)
@@ -163,8 +168,8 @@ def open_processor(loaded: Loaded, settings: Settings) -> Any:
 
 def longest_sample(shards: Sequence[str], processor: Any) -> int:
     """Tokens of the longest sample, rounded up."""
-    from triptych_data.lengths import sample_lengths
-    from triptych_data.reader import Shards
+    from triptych_data.plan.lengths import sample_lengths
+    from triptych_data.shards.reader import Shards
 
     longest = int(sample_lengths(Shards.open(shards), processor).num_tokens.max(initial=1))
     return -(-longest // ROUND) * ROUND
@@ -226,7 +231,7 @@ def total_cost(meter: Meter) -> dict[str, float]:
 
 def settings_of(loaded: Loaded, settings: Settings) -> Result:
     """What the numbers depend on, bounds as they came to be."""
-    from triptych_data.media_rules import IMAGE_FILE, read_image_rules
+    from triptych_data.media.rules import IMAGE_FILE, read_image_rules
 
     bounds = {"min_pixels": settings.min_pixels, "max_pixels": settings.max_pixels}
     if (loaded.path / IMAGE_FILE).exists():

@@ -6,7 +6,7 @@ import html
 import math
 from typing import Any
 
-from triptych_core.report_chart import Axis, choose_axis, log_axis, short
+from triptych_core.report.chart import Axis, choose_axis, log_axis, short
 
 WIDTH, HEIGHT = 720, 420
 LEFT, RIGHT, TOP, BOTTOM = 70, 540, 40, 360

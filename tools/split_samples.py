@@ -17,7 +17,7 @@ def check_disjoint(dev: Sequence[str], test: Sequence[str]) -> None:
 
     Keys do not tell: every writer begins at 0. Both splits are read once.
     """
-    from triptych_data.reader import Shards
+    from triptych_data.shards.reader import Shards
 
     dev_shards, test_shards = Shards.open(dev), Shards.open(test)
     in_dev = dict(zip((i.fingerprint for i in dev_shards.indexes), dev_shards.paths, strict=True))
@@ -42,7 +42,7 @@ def check_disjoint(dev: Sequence[str], test: Sequence[str]) -> None:
 
 def identity_of_shards(paths: Sequence[str]) -> str:
     """Of their indexes, which hold checksums of all bytes."""
-    from triptych_data.reader import Shards
+    from triptych_data.shards.reader import Shards
 
     return Shards.open(paths).fingerprint
 

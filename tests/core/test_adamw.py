@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from triptych_core.adamw import AdamW
 from triptych_core.config import OptimConfig
-from triptych_core.muon import Muon
-from triptych_core.optim import build_optimizer
-from triptych_core.shards import Matrix, Piece, Shard
+from triptych_core.optim.adamw import AdamW
+from triptych_core.optim.groups import build_optimizer
+from triptych_core.optim.muon import Muon
+from triptych_core.optim.shards import Matrix, Piece, Shard
 
 OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8}
 SHAPES = [(8, 6), (6,), (1, 5)]

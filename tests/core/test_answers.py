@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from triptych_core.answers import (
+from triptych_core.evaluation.answers import (
     METRICS,
     anls,
     check_question,

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from triptych_core.checkpoint_folders import checkpoints, make_room, retire, unfinished_folder
-from triptych_core.checkpoint_save import Snapshot, finish, write_share
-from triptych_core.fragments import _share
-from triptych_core.host_copy import HostCopy
-from triptych_core.manifest import find_damage, find_loss
-from triptych_core.payload import Payloads, Stretch, write_payload
+from triptych_core.checkpoint.folders import checkpoints, make_room, retire, unfinished_folder
+from triptych_core.checkpoint.fragments import _share
+from triptych_core.checkpoint.host_copy import HostCopy
+from triptych_core.checkpoint.manifest import find_damage, find_loss
+from triptych_core.checkpoint.payload import Payloads, Stretch, write_payload
+from triptych_core.checkpoint.save import Snapshot, finish, write_share
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8, torch.float16]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import run_ranks
-from triptych_core.evaluate import (
+from triptych_core.evaluation.evaluate import (
     Answer,
     Evaluation,
     Score,

@@ -32,8 +32,8 @@ def wanted() -> Tensor:
 
 def exchanged(style: str, max_elements: int) -> tuple[Tensor, Tensor, list[Any], list[int]]:
     """This rank's stretch after the exchange, what it should be, the plan, and its own work."""
-    from triptych_core.exchange import plan_exchanges
-    from triptych_core.shards import Shard, _Cut, _cut
+    from triptych_core.optim.exchange import plan_exchanges
+    from triptych_core.optim.shards import Shard, _Cut, _cut
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
     run, target = run_of_matrices(), wanted()
@@ -90,8 +90,8 @@ def test_every_matrix_is_worked_on_whole_exactly_once(style, world_size, max_ele
 
 
 def test_whole_matrices_stay_where_they_are(monkeypatch):
-    from triptych_core.exchange import plan_exchanges
-    from triptych_core.shards import Matrix, Piece, Shard
+    from triptych_core.optim.exchange import plan_exchanges
+    from triptych_core.optim.shards import Matrix, Piece, Shard
 
     matrices = tuple(Matrix((2, 2), (Piece(0, 0, 4, 4 * n),)) for n in range(2))
     flat = torch.arange(8.0)
@@ -101,8 +101,8 @@ def test_whole_matrices_stay_where_they_are(monkeypatch):
 
 
 def test_equal_pieces_are_dealt_out_by_their_cost():
-    from triptych_core.exchange import _choose
-    from triptych_core.shards import Matrix, Piece
+    from triptych_core.optim.exchange import _choose
+    from triptych_core.optim.shards import Matrix, Piece
 
     def halves(rows: int, columns: int) -> Matrix:
         half = rows * columns // 2

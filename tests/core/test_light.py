@@ -44,9 +44,9 @@ def rows(rank: int, micro_step: int) -> Tensor:
 def build(net: Net, *words: str) -> Any:
     import torch.distributed as dist
 
-    from triptych_core.engine import build_engine
+    from triptych_core.engine.build import build_engine
     from triptych_core.launch import launch
-    from triptych_core.optim import build_optimizer, parameter_groups
+    from triptych_core.optim.groups import build_optimizer, parameter_groups
 
     config = load_config(StageConfig, None, ["run.device=cpu", "optim.lr=1e-2", *words])
     launch(config.run)
@@ -59,7 +59,7 @@ def build(net: Net, *words: str) -> Any:
 def sums(micro_steps: int, bucket: int) -> dict[str, Tensor]:
     import torch.distributed as dist
 
-    from triptych_core import gradient_sums
+    from triptych_core.engine import gradient_sums
 
     gradient_sums.GradientSums.__init__.__defaults__ = (bucket,)
     net = make_net()

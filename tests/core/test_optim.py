@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from triptych_core.config import OptimConfig, StageConfig, load_config
-from triptych_core.optim import build_optimizer, parameter_groups, set_learning_rate
+from triptych_core.optim.groups import build_optimizer, parameter_groups, set_learning_rate
 
 
 def model() -> nn.ModuleDict:

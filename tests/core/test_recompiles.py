@@ -35,7 +35,7 @@ class Layer(nn.Module):
 
 def compiled_run(sizes: list[int]) -> list[list[tuple[str, str]]]:
     """News after each step of a compiled layer on rows of these sizes."""
-    from triptych_core.recompiles import RecompileWatch
+    from triptych_core.engine.recompiles import RecompileWatch
 
     layer = Layer()
     layer.compile(backend="eager", dynamic=False)
@@ -59,8 +59,8 @@ def said(sizes: list[int], path: str) -> None:
     import contextlib
 
     from triptych_core.config import RunConfig
+    from triptych_core.engine.recompiles import RecompileWatch
     from triptych_core.launch import launch
-    from triptych_core.recompiles import RecompileWatch
 
     launch(RunConfig(device="cpu"))
     layer = Layer()

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from triptych_core.report import write_report
-from triptych_core.report_chart import MAX_POINTS, choose_axis, short, smooth, thin
-from triptych_core.report_evaluation import interval, scores
+from triptych_core.report.chart import MAX_POINTS, choose_axis, short, smooth, thin
+from triptych_core.report.evaluation import interval, scores
+from triptych_core.report.page import write_report
 
 PIXEL = "data:image/png;base64,iVBORw0KGgo="
 
@@ -235,13 +235,13 @@ def test_scores_over_all_questions_weigh_by_number() -> None:
 
 
 def test_command_line_without_torch(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "triptych_core.report"]
+    command = [sys.executable, "-m", "triptych_core.report.page"]
     done = subprocess.run([*command, make_run(tmp_path)], capture_output=True, text=True)
     assert done.stdout.strip() == str(tmp_path / "report.html")
     failed = subprocess.run([*command, tmp_path / "none"], capture_output=True, text=True)
     assert failed.returncode == 1
     assert "must hold a metrics.jsonl" in failed.stderr
-    check = "import sys, triptych_core.report; sys.exit('torch' in sys.modules)"
+    check = "import sys, triptych_core.report.page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check]).returncode == 0
 
 

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from triptych_core.report_experts import draw_experts
+from triptych_core.report.experts import draw_experts
 
 
 def test_the_last_table_is_shown_layer_by_layer() -> None:

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from triptych_core.config import ScheduleConfig
-from triptych_core.schedule import lr_scale
+from triptych_core.optim.schedule import lr_scale
 
 
 def scales(steps: int = 100, **settings) -> list[float]:

@@ -65,11 +65,11 @@ def reads_of_steps(path: Path, stage: int, optimizer: str) -> Counter[tuple[str,
     import torch.distributed as dist
 
     from triptych_core.config import RunConfig, StageConfig, load_config
-    from triptych_core.engine import build_engine, sharded_init
+    from triptych_core.engine.build import build_engine, sharded_init
     from triptych_core.launch import launch
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
-    from triptych_core.optim import build_optimizer, parameter_groups
+    from triptych_core.optim.groups import build_optimizer, parameter_groups
     from triptych_models.matrices import matrix_shapes
 
     launch(RunConfig(device="cpu"))

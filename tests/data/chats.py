@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from triptych_data.shards import ShardReport, write_shards
+from triptych_data.shards.write import ShardReport, write_shards
 
 
 def encoded_image(

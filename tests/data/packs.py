@@ -8,7 +8,7 @@ from typing import Any
 from tests.data.chats import encoded_image, write_jsonl
 from triptych_data.config import DataConfig
 from triptych_data.processor import Processor
-from triptych_data.shards import write_shards
+from triptych_data.shards.write import write_shards
 
 MODEL = Path(__file__).parents[2] / "stages" / "configs" / "qwen3_vl_tiny"
 WORDS = ("a", "cat", "sat", "on", "the", "mat", "saw", "one", "small", "boat", "at", "sea")

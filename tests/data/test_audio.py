@@ -7,8 +7,8 @@ from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncod
 
 from tests.data.chats import encoded_image
 from tests.data.media import clip, sound
-from triptych_data import clips
-from triptych_data.audio import (
+from triptych_data.media import clips
+from triptych_data.media.audio import (
     AudioRules,
     audio_frames,
     audio_tokens,
@@ -18,7 +18,7 @@ from triptych_data.audio import (
     mel_filters,
     resample,
 )
-from triptych_data.probe import probe_media
+from triptych_data.media.probe import probe_media
 
 FILES = {
     "wav": {},

@@ -6,9 +6,9 @@ from pydantic import ValidationError
 from tests.data.chats import encoded_image
 from tests.data.packs import MODEL, tiny_processor
 from tests.data.test_images import photo, save
-from triptych_data.augment import draw_quality, vary_jpeg
-from triptych_data.images import decode_image
-from triptych_data.media_config import JpegConfig
+from triptych_data.media.augment import draw_quality, vary_jpeg
+from triptych_data.media.config import JpegConfig
+from triptych_data.media.images import decode_image
 from triptych_data.processor import Processor
 from triptych_data.sample import RawSample
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tools.bench_data_plan import balance, make_plan, reference_lengths
-from triptych_data.balance import Cost, balanced_order
+from triptych_data.plan.balance import Cost, balanced_order
 
 COSTS = np.random.default_rng(0).lognormal(0, 1, 1000).astype(np.float64)
 

@@ -3,7 +3,7 @@ import torch
 
 from tests.data.packs import tiny_processor, write_mixture
 from triptych_data.batch import collate
-from triptych_data.reader import Shards
+from triptych_data.shards.reader import Shards
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.data.packs import MODEL
-from triptych_data.chat import ChatTokenizer, MediaTokens, shift_targets
+from triptych_data.text.chat import ChatTokenizer, MediaTokens, shift_targets
 
 TEMPLATE = (MODEL / "chat_template.jinja").read_text()
 

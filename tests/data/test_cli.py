@@ -16,10 +16,10 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from tests.data.chats import chat, encoded_image, make_shards, write_chats, write_jsonl
-from triptych_data.cli import main
-from triptych_data.index import index_paths
-from triptych_data.reader import Shards
-from triptych_data.survey import survey
+from triptych_data.cli.main import main
+from triptych_data.look.survey import survey
+from triptych_data.shards.index import index_paths
+from triptych_data.shards.reader import Shards
 
 MODEL = Path(__file__).parents[2] / "stages" / "configs" / "qwen3_vl_tiny"
 
@@ -221,7 +221,7 @@ def test_a_real_process_starts_without_torch(tmp_path):
     source = write_chats(tmp_path, count=4)
     code = f"""
 import sys
-from triptych_data.cli import main
+from triptych_data.cli.main import main
 for arguments in (["--help"], ["shard", {str(source)!r}, "s"], ["index", "s"], ["inspect", "s"]):
     main(arguments, standalone_mode=False)
     light = arguments == ["--help"]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.data.chats import make_shards
-from triptych_data.index import index_paths, read_index
-from triptych_data.reader import Shards
-from triptych_data.verify import verify_shards
+from triptych_data.shards.index import index_paths, read_index
+from triptych_data.shards.reader import Shards
+from triptych_data.shards.verify import verify_shards
 
 TRIALS = 1000
 Files = dict[Path, bytes]

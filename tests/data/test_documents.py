@@ -12,18 +12,18 @@ from transformers import AutoTokenizer
 from tests.data.chats import chat, encoded_image, write_jsonl
 from tests.data.packs import MODEL, tiny_processor
 from triptych_data.batch import collate
-from triptych_data.cli import main
+from triptych_data.cli.main import main
 from triptych_data.config import DataConfig
 from triptych_data.heldout import Heldout
-from triptych_data.index import MediaColumns
-from triptych_data.lengths import Lengths, sample_lengths
 from triptych_data.loader import PackLoader
-from triptych_data.mapping import Mapping
-from triptych_data.pieces import cut_documents, is_document
+from triptych_data.plan.lengths import Lengths, sample_lengths
+from triptych_data.plan.pieces import cut_documents, is_document
 from triptych_data.processor import Processor
-from triptych_data.reader import Shards
 from triptych_data.sample import RawSample, check_sample, parse_record
-from triptych_data.shards import write_shards
+from triptych_data.shards.index import MediaColumns
+from triptych_data.shards.mapping import Mapping
+from triptych_data.shards.reader import Shards
+from triptych_data.shards.write import write_shards
 
 TEXT = "A small boat at sea.\n\nIt saw <|im_start|> and <|image_pad|>: é 漢字 👍"
 

@@ -8,13 +8,13 @@ import pytest
 from tests.data.chats import chat, encoded_image, write_jsonl
 from tests.data.packs import tiny_config, tiny_processor, write_mixture
 from triptych_data.faults import WINDOW, BadSample, Faults, Hole, reason_of
-from triptych_data.index import write_index
-from triptych_data.lengths import sample_lengths
 from triptych_data.loader import PackLoader, eval_batches
-from triptych_data.reader import Shards
+from triptych_data.plan.lengths import sample_lengths
 from triptych_data.sample import RawSample
-from triptych_data.scan import build_index
-from triptych_data.shards import write_shards
+from triptych_data.shards.index import write_index
+from triptych_data.shards.reader import Shards
+from triptych_data.shards.scan import build_index
+from triptych_data.shards.write import write_shards
 
 COUNT = 40
 SIDE = 64, 48

@@ -9,7 +9,7 @@ from transformers import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from tests.data.chats import encoded_image
-from triptych_data.images import ImageRules, decode_image, encode_image, image_grid, patchify
+from triptych_data.media.images import ImageRules, decode_image, encode_image, image_grid, patchify
 
 RULES = ImageRules(14, 2, 2, 56 * 56, 28 * 28 * 64)
 SMALL = ImageRules(8, 2, 2, 1024, 16384)

@@ -10,11 +10,11 @@ import pytest
 import webdataset
 
 from tests.data.chats import chat, encoded_image, make_shards
-from triptych_data.index import DTYPES, IndexDamage, index_paths, read_index, write_index
-from triptych_data.reader import Shards
 from triptych_data.sample import dump_json
-from triptych_data.scan import build_index
-from triptych_data.tar import BLOCK, END, header, padded, walk
+from triptych_data.shards.index import DTYPES, IndexDamage, index_paths, read_index, write_index
+from triptych_data.shards.reader import Shards
+from triptych_data.shards.scan import build_index
+from triptych_data.shards.tar import BLOCK, END, header, padded, walk
 
 
 def stored_chat(num_images: int = 0) -> bytes:

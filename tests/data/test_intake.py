@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from tests.data.chats import chat, encoded_image, write_jsonl
-from triptych_data.checked import Checked
-from triptych_data.intake import BAD, MEASURES, Intake, Rejected, reason
-from triptych_data.mapping import Mapping
+from triptych_data.shards.checked import Checked
+from triptych_data.shards.intake import BAD, MEASURES, Intake, Rejected, reason
+from triptych_data.shards.mapping import Mapping
+from triptych_data.shards.tarwriter import cut, span_bytes
 from triptych_data.sources.kinds import find_inputs, open_inputs
-from triptych_data.tarwriter import cut, span_bytes
 
 WIDTH = len(MEASURES)
 

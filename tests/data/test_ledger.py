@@ -8,8 +8,8 @@ import pytest
 
 from tests.data.packs import tiny_config, tiny_processor, write_mixture
 from triptych_data.faults import Hole
-from triptych_data.ledger import Ledger, audit, read_ledger
 from triptych_data.loader import PackLoader
+from triptych_data.plan.ledger import Ledger, audit, read_ledger
 from triptych_data.prepare import Place
 
 
@@ -139,7 +139,7 @@ def test_the_command_prints_and_fails_where_something_is_wrong(shards, tmp_path)
     train(shards, tmp_path, 20)
 
     def run(*words):
-        command = [sys.executable, "-m", "triptych_data.ledger", str(tmp_path), *words]
+        command = [sys.executable, "-m", "triptych_data.plan.ledger", str(tmp_path), *words]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout
 

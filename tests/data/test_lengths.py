@@ -6,11 +6,11 @@ import pytest
 
 from tests.data.chats import chat, encoded_image, write_jsonl
 from tests.data.packs import MODEL, tiny_processor, write_mixture
-from triptych_data import lengths as module
-from triptych_data.lengths import Lengths, check_refused, fitting_samples, sample_lengths
+from triptych_data.plan import lengths as module
+from triptych_data.plan.lengths import Lengths, check_refused, fitting_samples, sample_lengths
 from triptych_data.processor import Processor
-from triptych_data.reader import Shards
-from triptych_data.shards import write_shards
+from triptych_data.shards.reader import Shards
+from triptych_data.shards.write import write_shards
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from tests.data.packs import MODEL, tiny_config, tiny_processor, write_mixture
 from triptych_data.loader import PackLoader, eval_batches
 from triptych_data.processor import Processor
-from triptych_data.reader import Shards
+from triptych_data.shards.reader import Shards
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ from click.testing import CliRunner
 from tests.data.chats import encoded_image, write_jsonl
 from tests.data.media import clip, sound
 from tests.data.packs import MODEL, tiny_processor
-from triptych_data.cli import main
-from triptych_data.index import index_paths, write_index
-from triptych_data.preview import build_page
-from triptych_data.reader import Shards
-from triptych_data.scan import build_index
-from triptych_data.shards import write_shards
-from triptych_data.survey import as_text, survey
+from triptych_data.cli.main import main
+from triptych_data.look.preview import build_page
+from triptych_data.look.survey import as_text, survey
+from triptych_data.shards.index import index_paths, write_index
+from triptych_data.shards.reader import Shards
+from triptych_data.shards.scan import build_index
+from triptych_data.shards.write import write_shards
 
 ANSWER = {"role": "assistant", "content": "A boat."}
 
@@ -112,7 +112,7 @@ def test_preview_shows_frames_and_plays_sounds(shards):
 
 
 def _videos(shards):
-    from triptych_data.probe import probe_media
+    from triptych_data.media.probe import probe_media
 
     return [probe_media(data, "video", "x") for data in shards.read(0).media[:2]]
 

@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from triptych_data.mixture import MixSource, Mixture
+from triptych_data.plan.mixture import MixSource, Mixture
 
 
 def mix(*sources, **options):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from triptych_data.ordered import AHEAD, in_order
+from triptych_data.workers.ordered import AHEAD, in_order
 
 PARENT = os.getpid()
 

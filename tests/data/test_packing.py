@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from triptych_data.packing import Budget, Packs, pack_lengths, split_packs
+from triptych_data.plan.packing import Budget, Packs, pack_lengths, split_packs
 
 
 def bins(lengths, capacity, budgets=()):

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from triptych_data.permutation import hashes, permute, stream_key
+from triptych_data.plan.permutation import hashes, permute, stream_key
 
 KEY = stream_key(7, "order of samples", "shards")
 SIZES = [*range(1, 70), 127, 128, 129, 251, 1021, 4095, 4096, 4097, 10_007, 65_535, 65_536, 65_537]

@@ -7,8 +7,8 @@ import pytest
 
 from tools.bench_data_plan import make_plan as make_reference_plan
 from triptych_data.config import DataConfig
-from triptych_data.lengths import Lengths
-from triptych_data.plan import Plan, PlanSource
+from triptych_data.plan.lengths import Lengths
+from triptych_data.plan.plan import Plan, PlanSource
 
 SIZES = [(200,), (100, 30, 77), (1,), (64,), (65, 1)]
 

@@ -4,7 +4,7 @@ import torch
 from transformers import AutoConfig, Qwen3VLModel
 
 from tests.data.packs import MODEL
-from triptych_data.positions import mrope_positions
+from triptych_data.media.positions import mrope_positions
 
 
 @pytest.fixture(scope="module")

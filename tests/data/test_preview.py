@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 
 from tests.data.chats import chat, encoded_image, make_shards, write_jsonl
-from triptych_data.preview import build_page
-from triptych_data.reader import Shards
-from triptych_data.shards import write_shards
+from triptych_data.look.preview import build_page
+from triptych_data.shards.reader import Shards
+from triptych_data.shards.write import write_shards
 
 MODEL = Path(__file__).parents[2] / "stages" / "configs" / "qwen3_vl_tiny"
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from tests.data.chats import encoded_image
-from triptych_data.probe import MediaInfo, probe_image
+from triptych_data.media.probe import MediaInfo, probe_image
 
 
 @pytest.mark.parametrize("decode", [True, False])

@@ -9,8 +9,8 @@ import torch
 from tests.data.chats import encoded_image
 from tests.data.packs import MODEL, tiny_processor, write_mixture
 from triptych_data.processor import Processor
-from triptych_data.reader import Shards
 from triptych_data.sample import RawSample
+from triptych_data.shards.reader import Shards
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tests.data.chats import make_shards
-from triptych_data import reader
-from triptych_data.index import read_index
-from triptych_data.reader import OPEN_FILES, Shards, find_shards
+from triptych_data.shards import reader
+from triptych_data.shards.index import read_index
+from triptych_data.shards.reader import OPEN_FILES, Shards, find_shards
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import pytest
 import webdataset
 
 from tests.data.chats import chat, encoded_image, make_shards, write_jsonl
-from triptych_data.index import index_paths
-from triptych_data.reader import Shards
-from triptych_data.reshard import reshard
-from triptych_data.scan import build_index, index_or_verify
-from triptych_data.shards import write_shards
+from triptych_data.shards.index import index_paths
+from triptych_data.shards.reader import Shards
+from triptych_data.shards.reshard import reshard
+from triptych_data.shards.scan import build_index, index_or_verify
+from triptych_data.shards.write import write_shards
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ import pytest
 from tests.data.chats import chat, write_jsonl
 from tests.data.packs import WORDS, tiny_config, tiny_processor
 from triptych_data.loader import PackLoader
-from triptych_data.shards import write_shards
+from triptych_data.shards.write import write_shards
 
 COUNTS = {"big": 150, "small": 40}
 KINDS = {

@@ -10,13 +10,13 @@ import pytest
 import webdataset
 
 from tests.data.chats import chat, encoded_image, make_shards
-from triptych_data import scan
-from triptych_data.index import index_paths, read_index, write_index
-from triptych_data.reader import Shards
 from triptych_data.sample import dump_json
-from triptych_data.scan import build_index, index_or_verify, index_shards
-from triptych_data.storage import Storage
-from triptych_data.verify import verify_shards
+from triptych_data.shards import scan
+from triptych_data.shards.index import index_paths, read_index, write_index
+from triptych_data.shards.reader import Shards
+from triptych_data.shards.scan import build_index, index_or_verify, index_shards
+from triptych_data.shards.verify import verify_shards
+from triptych_data.storage.open import Storage
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 

@@ -8,9 +8,9 @@ import pytest
 import webdataset
 
 from tests.data.chats import chat, encoded_image, make_shards, write_chats, write_jsonl
-from triptych_data.reader import Shards
-from triptych_data.shards import check_records, write_shards
-from triptych_data.tar import END
+from triptych_data.shards.reader import Shards
+from triptych_data.shards.tar import END
+from triptych_data.shards.write import check_records, write_shards
 
 
 def contents(folder: Path) -> dict[str, bytes]:

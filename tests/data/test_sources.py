@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from tests.data.chats import chat, encoded_image, write_jsonl
-from triptych_data.mapping import Mapping
-from triptych_data.reader import Shards
-from triptych_data.shards import write_shards
+from triptych_data.shards.mapping import Mapping
+from triptych_data.shards.reader import Shards
+from triptych_data.shards.write import write_shards
 from triptych_data.sources.kinds import find_inputs, open_inputs
 
 pyarrow = pytest.importorskip("pyarrow")

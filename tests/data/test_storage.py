@@ -13,14 +13,14 @@ import pytest
 
 from tests.data.chats import make_shards
 from tests.data.webserver import serving
-from triptych_data import local
-from triptych_data.cache import BlockCache
 from triptych_data.config import DataConfig
-from triptych_data.local import MappedFile, PlainFile, open_local
-from triptych_data.locate import expand_braces, find_shards
-from triptych_data.reader import Shards
-from triptych_data.remote import Patience, shown
-from triptych_data.storage import Storage
+from triptych_data.shards.locate import expand_braces, find_shards
+from triptych_data.shards.reader import Shards
+from triptych_data.storage import local
+from triptych_data.storage.cache import BlockCache
+from triptych_data.storage.local import MappedFile, PlainFile, open_local
+from triptych_data.storage.open import Storage
+from triptych_data.storage.remote import Patience, shown
 
 PATIENCE = Patience(attempts=3, timeout=0.3, backoff=0.01)
 

@@ -10,17 +10,17 @@ from PIL import Image
 
 from tests.data.chats import chat, make_shards, write_jsonl
 from tests.data.packs import write_mixture
-from triptych_data.cli import main
+from triptych_data.cli.main import main
 from triptych_data.config import DataConfig
-from triptych_data.forecast import Forecast, forecast, imbalance
 from triptych_data.loader import open_sources
-from triptych_data.mixing import counts_at
-from triptych_data.mixture import MixSource, Mixture
-from triptych_data.plot import plot
-from triptych_data.reader import Shards
-from triptych_data.shards import write_shards
+from triptych_data.look.forecast import Forecast, forecast, imbalance
+from triptych_data.look.plot import plot
+from triptych_data.look.survey import survey
+from triptych_data.plan.mixing import counts_at
+from triptych_data.plan.mixture import MixSource, Mixture
+from triptych_data.shards.reader import Shards
+from triptych_data.shards.write import write_shards
 from triptych_data.stage_config import open_processor, read_stage
-from triptych_data.survey import survey
 
 MODEL = Path(__file__).parents[2] / "stages" / "configs" / "qwen3_vl_tiny"
 

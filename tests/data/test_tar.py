@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from triptych_data import tar as tar_module
-from triptych_data.tar import BLOCK, DIRECTORY, END, FILE, header, padded, read_entries, walk
+from triptych_data.shards import tar as tar_module
+from triptych_data.shards.tar import BLOCK, DIRECTORY, END, FILE, header, padded, read_entries, walk
 
 
 def a_tar(path: Path, members: list[tarfile.TarInfo], tar_format: int = tarfile.GNU_FORMAT) -> Path:

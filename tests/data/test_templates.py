@@ -9,12 +9,12 @@ from transformers import AutoTokenizer
 
 from tests.data.model_folders import FAMILIES, TEMPLATES, family_folder, model_folder
 from tests.data.packs import MODEL
-from triptych_data.chat import ChatTokenizer, MediaTokens
-from triptych_data.chat_config import ChatConfig
-from triptych_data.preview import pieces
+from triptych_data.look.preview import pieces
 from triptych_data.processor import Processor
 from triptych_data.sample import RawSample
-from triptych_data.template import ChatTemplate, read_template
+from triptych_data.text.chat import ChatTokenizer, MediaTokens
+from triptych_data.text.chat_config import ChatConfig
+from triptych_data.text.template import ChatTemplate, read_template
 
 DAY = "2026-01-02"
 

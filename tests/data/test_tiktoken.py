@@ -10,13 +10,13 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.data.packs import MODEL
-from triptych_data.chat import ChatTokenizer
-from triptych_data.chat_config import ChatConfig
-from triptych_data.encoder import CLOSE, OPEN, HuggingFaceEncoder, anchor
 from triptych_data.processor import Processor
-from triptych_data.template import read_template
-from triptych_data.tiktoken_encoder import TiktokenEncoder, UnlikeTokenizerError
-from triptych_data.tiktoken_proof import check_equal, proof_key
+from triptych_data.text.chat import ChatTokenizer
+from triptych_data.text.chat_config import ChatConfig
+from triptych_data.text.encoder import CLOSE, OPEN, HuggingFaceEncoder, anchor
+from triptych_data.text.template import read_template
+from triptych_data.text.tiktoken_encoder import TiktokenEncoder, UnlikeTokenizerError
+from triptych_data.text.tiktoken_proof import check_equal, proof_key
 
 pytest.importorskip("tiktoken")
 
@@ -210,7 +210,7 @@ def test_require_names_the_reason_and_if_equal_goes_on(tmp_path, monkeypatch, ca
 def test_a_proof_is_taken_over_by_copies(monkeypatch):
     processor = Processor.from_directory(MODEL, chat=REQUIRED)
     proof = processor._chat.text.tiktoken_proof
-    monkeypatch.setattr("triptych_data.text_tokenizer.check_equal", _fail)
+    monkeypatch.setattr("triptych_data.text.text_tokenizer.check_equal", _fail)
     copy = pickle.loads(pickle.dumps(processor))
     assert copy._chat.text.tiktoken_proof == proof
     with pytest.raises(AssertionError, match="proven again"):

@@ -14,8 +14,8 @@ from transformers.models.llava_onevision.processing_llava_onevision import (
 )
 
 from tests.data.test_images import photo, save
-from triptych_data.images import decode_image
-from triptych_data.tiling import (
+from triptych_data.media.images import decode_image
+from triptych_data.media.tiling import (
     TilingRules,
     best_resolution,
     encode_tiles,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from triptych_data.transport import LoadError, memory_file, receive, send
+from triptych_data.workers.transport import LoadError, memory_file, receive, send
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 
 from tests.data.chats import make_shards
 from tests.data.webserver import serving
-from triptych_data.index import index_paths, read_index
-from triptych_data.verify import VerifyReport, verify_shards
+from triptych_data.shards.index import index_paths, read_index
+from triptych_data.shards.verify import VerifyReport, verify_shards
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ from transformers import AutoProcessor
 from tests.data.chats import encoded_image
 from tests.data.media import clip, decoded, picture, sound
 from tests.data.packs import MODEL, tiny_processor
-from triptych_data import clips
-from triptych_data.index import MediaColumns
-from triptych_data.media_config import VideoConfig
-from triptych_data.media_rules import read_video_rules
-from triptych_data.probe import probe_media
+from triptych_data.media import clips
+from triptych_data.media.config import VideoConfig
+from triptych_data.media.probe import probe_media
+from triptych_data.media.rules import read_video_rules
+from triptych_data.media.video import VideoRules, encode_video, frame_rate, video_layout
 from triptych_data.processor import Processor
 from triptych_data.sample import RawSample, media_parts
-from triptych_data.video import VideoRules, encode_video, frame_rate, video_layout
+from triptych_data.shards.index import MediaColumns
 
 RULES = VideoRules(8, 2, 2, 4096, 524288, 2, 4, 768)
 FILES = {

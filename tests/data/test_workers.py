@@ -14,8 +14,8 @@ import torch
 from tests.data import works
 from tests.data.packs import MODEL, write_mixture
 from tests.ranks import run_ranks
-from triptych_data.pool import Job, run_workers, start_server
-from triptych_data.server import DUMP_SIGNAL
+from triptych_data.workers.pool import Job, run_workers, start_server
+from triptych_data.workers.server import DUMP_SIGNAL
 
 
 def run(work, num_workers=1, *, prefetch=2, timeout=60.0):

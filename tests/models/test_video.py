@@ -9,7 +9,7 @@ from tests.data.media import clip, decoded
 from tests.data.packs import MODEL, tiny_processor
 from tests.models.stock import stock_twin
 from triptych_data.batch import collate
-from triptych_data.images import decode_image
+from triptych_data.media.images import decode_image
 from triptych_data.sample import RawSample, media_parts
 from triptych_models.config import ModelConfig
 from triptych_models.families import build_model

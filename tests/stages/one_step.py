@@ -46,12 +46,17 @@ def one_step(folder: Path, runtime: Any, run_dir: Path, words: list[str]) -> Ste
     from tests.stages.test_sequence import family_of, rows
     from tests.tiny import sft_stage, whole_gradients
     from triptych_core.config import load_config
-    from triptych_core.engine import build_engine, compute_dtype, gather_parameters, sharded_init
+    from triptych_core.engine.build import (
+        build_engine,
+        compute_dtype,
+        gather_parameters,
+        sharded_init,
+    )
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
-    from triptych_core.optim import build_optimizer, parameter_groups
-    from triptych_core.parallel import make_mesh
-    from triptych_core.tensor import TensorCuts
+    from triptych_core.optim.groups import build_optimizer, parameter_groups
+    from triptych_core.parallel.mesh import make_mesh
+    from triptych_core.parallel.tensor import TensorCuts
     from triptych_models.families import build_model
     from triptych_models.freeze import parameter_parts
     from triptych_models.lora import add_adapters

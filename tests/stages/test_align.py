@@ -39,8 +39,8 @@ def watched_steps(folder: Path, out: Path) -> list[tuple[one_step.Step, dict[str
     """A step at each stage, with what of frozen parts there was to see."""
     import torch.distributed as dist
 
-    from triptych_core import engine as engines
     from triptych_core.config import RunConfig
+    from triptych_core.engine import build as engines
     from triptych_core.launch import launch
 
     runtime = launch(RunConfig(device="cpu"))

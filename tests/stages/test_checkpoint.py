@@ -83,14 +83,14 @@ def build(config: Any, seed: int) -> Any:
     """Engine and model, with the weights of a seed."""
     import torch.distributed as dist
 
-    from triptych_core.engine import (
+    from triptych_core.engine.build import (
         build_engine,
         compute_dtype,
         gather_parameters,
         read_parameters,
         sharded_init,
     )
-    from triptych_core.optim import build_optimizer, parameter_groups
+    from triptych_core.optim.groups import build_optimizer, parameter_groups
     from triptych_models.matrices import matrix_shapes
 
     world_size = dist.get_world_size()
@@ -148,7 +148,7 @@ def go_on(engine: Any, config: Any, stream: Stream, start: int) -> list[float]:
     """Train to the end with checkpoints; the losses on record."""
     import torch.distributed as dist
 
-    from triptych_core.checkpoint import Saver
+    from triptych_core.checkpoint.saver import Saver
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
 
@@ -211,8 +211,8 @@ def second_runs(path: Path, moves: list[Any]) -> dict[Any, Any]:
     """Go on from other layouts' checkpoints: what is held before the next step, and losses."""
     import torch.distributed as dist
 
-    from triptych_core.checkpoint import resume
-    from triptych_core.checkpoint_load import load_checkpoint
+    from triptych_core.checkpoint.load import load_checkpoint
+    from triptych_core.checkpoint.saver import resume
 
     rank, world_size = join()
     results = {}
@@ -284,15 +284,15 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_damage_named(firsts, capfd
 
 
 def look_for_whole(run_dir: Path) -> None:
-    from triptych_core.checkpoint_folders import checkpoints
-    from triptych_core.checkpoint_load import newest_whole
+    from triptych_core.checkpoint.folders import checkpoints
+    from triptych_core.checkpoint.load import newest_whole
 
     join()
     newest_whole(checkpoints(run_dir))
 
 
 def resumed(kind: tuple[str, str], layout: tuple[int, int], run_dir: Path) -> list[float]:
-    from triptych_core.checkpoint import resume
+    from triptych_core.checkpoint.saver import resume
 
     config = config_for(run_dir, kind, layout)
     stream = Stream(*join())
@@ -334,7 +334,7 @@ def test_a_rank_may_hold_nothing_but_padding(firsts):
 
 
 def loaded(kind: tuple[str, str], run_dir: Path) -> dict[str, Tensor]:
-    from triptych_core.checkpoint_load import load_checkpoint
+    from triptych_core.checkpoint.load import load_checkpoint
 
     config = config_for(run_dir, kind, (3, 1))
     join()

@@ -17,7 +17,7 @@ RANKS, STEPS = 4, 16
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory) -> Path:
     """A model folder, and shards of which every second chat is images and the others text."""
-    from triptych_data.shards import write_shards
+    from triptych_data.shards.write import write_shards
 
     path = tmp_path_factory.mktemp("mixed")
     make_model_dir(path / "model")

@@ -110,7 +110,7 @@ def copy_until_step_2(source: Path, target: Path) -> None:
 
 def check_same_state(found: Path, wanted: Path) -> None:
     """Of stacked experts, as one rank would read them that has them all."""
-    from triptych_core.payload import Payloads, Stretch
+    from triptych_core.checkpoint.payload import Payloads, Stretch
 
     ours, theirs = (
         Payloads(sorted((run / "checkpoints/step-000004").glob("rank-*.safetensors")))

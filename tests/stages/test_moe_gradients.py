@@ -118,12 +118,17 @@ def a_step(
 
     from tests.tiny import whole_gradients
     from triptych_core.config import StageConfig, load_config
-    from triptych_core.engine import build_engine, compute_dtype, gather_parameters, sharded_init
-    from triptych_core.expert import make_expert_place
+    from triptych_core.engine.build import (
+        build_engine,
+        compute_dtype,
+        gather_parameters,
+        sharded_init,
+    )
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
-    from triptych_core.optim import build_optimizer, parameter_groups
-    from triptych_core.parallel import make_mesh
+    from triptych_core.optim.groups import build_optimizer, parameter_groups
+    from triptych_core.parallel.expert import make_expert_place
+    from triptych_core.parallel.mesh import make_mesh
     from triptych_models.experts import ExpertGroup
     from triptych_models.freeze import parameter_parts
     from triptych_models.sequence import SequenceGroup

@@ -99,7 +99,7 @@ def config_of(run_dir: Path, *overrides: str) -> Any:
 
 def reference(config: Any, packs_per_step: int) -> tuple[list[float], dict[str, Tensor]]:
     """Losses and final weights of a plain loop: autograd, clip, the kernels' Muon on one rank."""
-    from triptych_core.schedule import lr_scale
+    from triptych_core.optim.schedule import lr_scale
     from triptych_kernels import Muon
 
     model = Toy(fused=False).fill()
@@ -141,8 +141,13 @@ def build(config: Any) -> Any:
     """Engine and model as a stage wires them."""
     import torch.distributed as dist
 
-    from triptych_core.engine import build_engine, compute_dtype, gather_parameters, sharded_init
-    from triptych_core.optim import build_optimizer, parameter_groups
+    from triptych_core.engine.build import (
+        build_engine,
+        compute_dtype,
+        gather_parameters,
+        sharded_init,
+    )
+    from triptych_core.optim.groups import build_optimizer, parameter_groups
     from triptych_kernels import newton_schulz
     from triptych_models.matrices import matrix_shapes
 
@@ -161,7 +166,7 @@ def trained(run_dir: Path, overrides: list[str]) -> tuple[list[float], dict[str,
     import torch.distributed as dist
     from deepspeed.utils import safe_get_full_fp32_param
 
-    from triptych_core.checkpoint import Saver, resume
+    from triptych_core.checkpoint.saver import Saver, resume
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
 

@@ -32,7 +32,7 @@ def workspace(tmp_path_factory) -> Path:
 
 def encoded(workspace: Path) -> tuple[Any, list[Any]]:
     from triptych_data.processor import Processor
-    from triptych_data.reader import Shards
+    from triptych_data.shards.reader import Shards
 
     processor = Processor.from_directory(workspace / "model")
     shards = Shards.open([workspace / "data/shards"])
@@ -88,10 +88,10 @@ def gradients_of_a_step(
     from deepspeed.utils import get_z3_leaf_modules, safe_get_full_grad
 
     from triptych_core.config import StageConfig, load_config
-    from triptych_core.engine import build_engine, gather_parameters, sharded_init
+    from triptych_core.engine.build import build_engine, gather_parameters, sharded_init
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
-    from triptych_core.optim import build_optimizer, parameter_groups
+    from triptych_core.optim.groups import build_optimizer, parameter_groups
     from triptych_data.batch import collate
     from triptych_models.config import ModelConfig
     from triptych_models.families import build_model

@@ -28,10 +28,15 @@ def engine_bytes(
     import torch.distributed as dist
 
     from triptych_core.config import StageConfig, load_config
-    from triptych_core.engine import build_engine, compute_dtype, gather_parameters, sharded_init
-    from triptych_core.memory_plan import resident
-    from triptych_core.optim import build_optimizer, parameter_groups
-    from triptych_core.plan import weights_of
+    from triptych_core.engine.build import (
+        build_engine,
+        compute_dtype,
+        gather_parameters,
+        sharded_init,
+    )
+    from triptych_core.optim.groups import build_optimizer, parameter_groups
+    from triptych_core.plan.memory import resident
+    from triptych_core.plan.plan import weights_of
     from triptych_models.config import ModelConfig
     from triptych_models.families import build_model
     from triptych_models.freeze import parameter_parts
@@ -117,7 +122,7 @@ def test_weights_masters_and_states_are_those_of_a_real_engine(
 
 
 def traced(model: Any, checkpointing: str) -> Any:
-    from triptych_core.memory_trace import trace_micro_step
+    from triptych_core.plan.trace import trace_micro_step
 
     model.set_checkpointing(checkpointing)
     batch = real_batch(model, 1024)

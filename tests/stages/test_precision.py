@@ -46,11 +46,16 @@ def train_all(workspace: Path) -> dict[str, dict[str, Any]]:
 def train_one(workspace: Path, name: str, words: list[str]) -> dict[str, Any]:
     """Train a few steps; losses, and how far masters are from plain AdamW on the same gradients."""
     from triptych_core.config import StageConfig, load_config
-    from triptych_core.engine import build_engine, compute_dtype, gather_parameters, sharded_init
+    from triptych_core.engine.build import (
+        build_engine,
+        compute_dtype,
+        gather_parameters,
+        sharded_init,
+    )
     from triptych_core.launch import launch
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
-    from triptych_core.optim import build_optimizer, parameter_groups
+    from triptych_core.optim.groups import build_optimizer, parameter_groups
     from triptych_data.config import DataConfig
     from triptych_data.loader import PackLoader
     from triptych_data.processor import Processor

@@ -17,7 +17,7 @@ import yaml
 from tests.ranks import run_ranks
 from tests.stages import test_parity as parity
 from tests.tiny import ROOT, make_model_dir, make_shards
-from triptych_data.ledger import audit, read_ledger
+from triptych_data.plan.ledger import audit, read_ledger
 
 SHIPPED = ROOT / "stages/configs/qwen3_tiny"
 SEQ_LEN = 64
@@ -40,7 +40,7 @@ def make_text_model_dir(path: Path) -> Path:
 
 def make_documents(path: Path, count: int) -> Path:
     """Shards of documents of 5 to 130 tokens."""
-    from triptych_data.shards import write_shards
+    from triptych_data.shards.write import write_shards
 
     generator = np.random.default_rng(count)
     words = ("a", "small", "boat", "saw", "the", "sea", "digit", "is", "one", "two.\n")
@@ -344,7 +344,7 @@ def planned(words: list[str]) -> tuple[int, int]:
 
 def test_the_loss_of_real_text_falls_on_the_tiny_config(tmp_path):
     from triptych_core.config import load_config
-    from triptych_data.shards import write_shards
+    from triptych_data.shards.write import write_shards
 
     pages = sorted(p for p in ROOT.glob("*.md") if p.name != "AGENTS.md")
     lines = [json.dumps({"text": page.read_text()}) for page in pages]

@@ -132,11 +132,11 @@ def a_step(
 
     from tests.tiny import whole_gradients
     from triptych_core.config import StageConfig, load_config
-    from triptych_core.engine import build_engine, gather_parameters, sharded_init
+    from triptych_core.engine.build import build_engine, gather_parameters, sharded_init
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
-    from triptych_core.optim import build_optimizer, parameter_groups
-    from triptych_core.parallel import make_mesh
+    from triptych_core.optim.groups import build_optimizer, parameter_groups
+    from triptych_core.parallel.mesh import make_mesh
     from triptych_models.freeze import parameter_parts
     from triptych_models.sequence import SequenceGroup
     from triptych_models.sequence_batch import take_part
@@ -232,7 +232,7 @@ def hidden_states(folder: Path, batches: list[dict[str, Any]]) -> list[torch.Ten
     """Of this rank's part of each row, in eval mode."""
     from triptych_core.config import RunConfig
     from triptych_core.launch import launch
-    from triptych_core.parallel import make_mesh
+    from triptych_core.parallel.mesh import make_mesh
     from triptych_core.sections import ParallelConfig
     from triptych_models.sequence import SequenceGroup
     from triptych_models.sequence_batch import take_part
@@ -261,7 +261,7 @@ def test_what_a_document_says_does_not_reach_others_on_any_rank(folders):
 def test_the_stage_runs_as_on_one_rank(tmp_path):
     from tests.stages.test_sft import metrics, overrides, run_stage
     from tests.tiny import make_model_dir, make_shards
-    from triptych_data.ledger import audit
+    from triptych_data.plan.ledger import audit
 
     make_model_dir(tmp_path / "model")
     make_shards(tmp_path / "train", 14, seed=1)
@@ -312,8 +312,8 @@ def planned_and_real(folder: Path) -> list[tuple[Any, Any]]:
     """A micro-step of this rank as it is, and as the plan sees the first rank's."""
     from triptych_core.config import RunConfig
     from triptych_core.launch import launch
-    from triptych_core.memory_trace import trace_micro_step
-    from triptych_core.parallel import make_mesh
+    from triptych_core.parallel.mesh import make_mesh
+    from triptych_core.plan.trace import trace_micro_step
     from triptych_core.sections import ParallelConfig
     from triptych_models.config import ModelConfig
     from triptych_models.pretend import (
@@ -372,7 +372,7 @@ def test_a_run_goes_on_whoever_shares_its_rows(tmp_path):
     """Two ranks a row, then a row each, then four ranks and two rows: as one rank all along."""
     from tests.stages.test_sft import metrics, overrides, run_stage
     from tests.tiny import make_model_dir, make_shards
-    from triptych_data.ledger import audit
+    from triptych_data.plan.ledger import audit
 
     make_model_dir(tmp_path / "model")
     make_shards(tmp_path / "train", 30, seed=1)

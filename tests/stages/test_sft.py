@@ -16,7 +16,7 @@ import yaml
 
 from tests.ranks import run_ranks
 from tests.tiny import ROOT, make_model_dir, make_shards, sft_stage
-from triptych_data.ledger import audit
+from triptych_data.plan.ledger import audit
 
 CONFIGS = sorted((ROOT / "stages/configs").glob("*.yaml"))
 

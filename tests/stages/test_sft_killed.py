@@ -14,9 +14,9 @@ import pytest
 from tests.ranks import run_ranks
 from tests.stages.test_sft import metrics, overrides, run_stage
 from tests.tiny import make_model_dir, make_shards
-from triptych_data.ledger import audit, read_ledger
 from triptych_data.loader import PackLoader
-from triptych_data.reader import Shards
+from triptych_data.plan.ledger import audit, read_ledger
+from triptych_data.shards.reader import Shards
 from triptych_models.families import build_model
 
 STEPS = 24

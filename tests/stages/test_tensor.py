@@ -50,7 +50,7 @@ def exported(path: Path, run: str) -> dict[str, torch.Tensor]:
 
 
 def test_the_stage_runs_as_on_one_rank_and_goes_on_from_its_checkpoint(workspace):
-    from triptych_data.ledger import audit
+    from triptych_data.plan.ledger import audit
 
     cut = ["parallel.tensor=2", "engine.zero.stage=1", "engine.checkpointing=full"]
     run_ranks(run_stage, 2, words(workspace, "two", 2, *cut))
@@ -96,10 +96,10 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(workspace, settings, worl
 
 def cut_by_other_names(folder: Path, change: dict[str, Any]) -> None:
     from triptych_core.config import RunConfig, StageConfig, load_config
-    from triptych_core.engine import build_engine
+    from triptych_core.engine.build import build_engine
     from triptych_core.launch import launch
-    from triptych_core.optim import build_optimizer, parameter_groups
-    from triptych_core.tensor import TensorCuts
+    from triptych_core.optim.groups import build_optimizer, parameter_groups
+    from triptych_core.parallel.tensor import TensorCuts
     from triptych_models.config import ModelConfig
     from triptych_models.families import build_model
     from triptych_models.tensor import tensor_cuts

@@ -14,7 +14,7 @@ from transformers import AutoProcessor, Qwen3ForCausalLM, Qwen3VLForConditionalG
 from tests.tiny import ROOT, make_model_dir, make_shards
 from triptych_data.batch import collate
 from triptych_data.processor import Processor
-from triptych_data.reader import Shards
+from triptych_data.shards.reader import Shards
 from triptych_models.config import ModelConfig
 from triptych_models.export import export
 from triptych_models.families import build_model

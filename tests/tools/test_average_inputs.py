@@ -21,10 +21,10 @@ from triptych_core.averaging.request import Request, make_job
 from triptych_core.averaging.sources import open_source
 from triptych_core.averaging.stored import Reader, Source
 from triptych_core.averaging.verify import verify_output
-from triptych_core.checkpoint_folders import make_room, unfinished_folder
-from triptych_core.checkpoint_save import Snapshot, finish, write_share
-from triptych_core.fragments import _share
-from triptych_core.payload import FROZEN, MASTER, Stretch
+from triptych_core.checkpoint.folders import make_room, unfinished_folder
+from triptych_core.checkpoint.fragments import _share
+from triptych_core.checkpoint.payload import FROZEN, MASTER, Stretch
+from triptych_core.checkpoint.save import Snapshot, finish, write_share
 
 LARGE, SMALL = "model.embed.weight", "model.layers.0.norm.weight"
 

@@ -39,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(path: Path, count: int, fields: list[dict[str, Any]], seed: int = 0) -> Path:
     """Shards of chats with more fields, taken in turn."""
-    from triptych_data.shards import write_shards
+    from triptych_data.shards.write import write_shards
 
     chats = make_chats(path / "raw", count, seed)
     lines = [json.loads(line) for line in chats.read_text().splitlines()]
@@ -85,7 +85,7 @@ def test_loss_answers_and_flops_are_those_of_stock(
     from transformers import AutoModelForImageTextToText
 
     from triptych_data.processor import Processor
-    from triptych_data.reader import Shards
+    from triptych_data.shards.reader import Shards
 
     stock = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
     processor = Processor.from_directory(model)

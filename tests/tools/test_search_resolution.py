@@ -22,7 +22,7 @@ GRID = ["--min-pixels=256,1024", "--max-pixels=512,4096"]
 
 def split(path: Path, count: int, seed: int, prompt: str) -> Path:
     """Shards of ragged chats, each asking `prompt`."""
-    from triptych_data.shards import write_shards
+    from triptych_data.shards.write import write_shards
 
     chats = make_chats(path / "raw", count, seed)
     chats.write_text(chats.read_text().replace("What is it?", prompt))
@@ -127,7 +127,7 @@ def test_splits_that_share_a_sample_are_refused(place: Path, tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"--test: must hold no shard of --dev, got .*dev.*"):
         check_disjoint([dev], [test, f"{dev}/shard-000001.tar"])
     # One sample of dev among others, with another key and another field.
-    from triptych_data.shards import write_shards
+    from triptych_data.shards.write import write_shards
 
     raw = place / "dev/raw/chats.jsonl"
     line = json.loads(raw.read_text().splitlines()[5]) | {"split": "test"}

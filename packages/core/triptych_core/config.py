@@ -17,8 +17,9 @@ import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from triptych_core.expert_config import check_expert
-from triptych_core.plan_config import PlanConfig
+from triptych_core.parallel.expert_config import check_expert
+from triptych_core.parallel.tensor_config import check_tensor
+from triptych_core.plan.config import PlanConfig
 from triptych_core.sections import (
     CheckpointConfig,
     EngineConfig,
@@ -30,7 +31,6 @@ from triptych_core.sections import (
     ScheduleConfig,
     Section,
 )
-from triptych_core.tensor_config import check_tensor
 
 
 class StageConfig(Section):

@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 from triptych_core.config import StageConfig
 from triptych_core.metrics import Metrics
-from triptych_core.optim import set_learning_rate
-from triptych_core.postmortem import name_batch
+from triptych_core.optim.groups import set_learning_rate
+from triptych_core.optim.schedule import lr_scale
+from triptych_core.plan.postmortem import name_batch
 from triptych_core.readout import StepRecord
-from triptych_core.schedule import lr_scale
 
 Batch = dict[str, Any]
 Part = Callable[[Batch], Batch]  # of a row, what this rank computes

@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from triptych_core.config import StageConfig, dump_config
 from triptych_core.launch import Runtime
 from triptych_core.lines import keep_steps_until
-from triptych_core.report import write_report
+from triptych_core.report.page import write_report
 
 _PACKAGES = ("triptych-core", "torch", "deepspeed", "transformers", "flash-attn-4", "triton")
 

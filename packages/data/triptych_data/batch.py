@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triptych_data.chat import IGNORE_INDEX
 from triptych_data.encoded import EncodedSample
+from triptych_data.text.chat import IGNORE_INDEX
 
 Batch = dict[str, Any]
 

@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from triptych_data.chat_config import ChatConfig
-from triptych_data.media_config import JpegConfig, VideoConfig
-from triptych_data.remote_config import RemoteConfig
+from triptych_data.media.config import JpegConfig, VideoConfig
+from triptych_data.storage.remote_config import RemoteConfig
+from triptych_data.text.chat_config import ChatConfig
 
 # A pixel count below one 2x2 patch pair cannot be an image; the exact floor depends on the model.
 Pixels = Annotated[int, Field(ge=16)]

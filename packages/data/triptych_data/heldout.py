@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from triptych_data.batch import Batch
-from triptych_data.chat import message_text
 from triptych_data.encoded import EncodedSample
 from triptych_data.loader import eval_batches
-from triptych_data.preview_media import data_uri
+from triptych_data.look.preview_media import data_uri
 from triptych_data.processor import Processor
-from triptych_data.reader import Shards
 from triptych_data.sample import is_document, media_parts
+from triptych_data.shards.reader import Shards
+from triptych_data.text.chat import message_text
 
 
 @dataclass(frozen=True, slots=True)

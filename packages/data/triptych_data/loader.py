@@ -9,20 +9,20 @@ from typing import Any
 from triptych_data.batch import Batch
 from triptych_data.config import DataConfig
 from triptych_data.faults import Faults
-from triptych_data.lengths import (
+from triptych_data.plan.lengths import (
     Lengths,
     Progress,
     check_refused,
     fitting_samples,
     sample_lengths,
 )
-from triptych_data.packing import pack_lengths
-from triptych_data.pieces import cut_documents, is_document
-from triptych_data.plan import Plan, PlanSource
-from triptych_data.pool import Job, run_workers, start_server
+from triptych_data.plan.packing import pack_lengths
+from triptych_data.plan.pieces import cut_documents, is_document
+from triptych_data.plan.plan import Plan, PlanSource
 from triptych_data.prepare import PackBuilder, RankStream
 from triptych_data.processor import Processor
-from triptych_data.reader import Shards
+from triptych_data.shards.reader import Shards
+from triptych_data.workers.pool import Job, run_workers, start_server
 
 _log = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ import numpy as np
 from triptych_data.batch import Batch, collate
 from triptych_data.encoded import EncodedSample, cut_piece
 from triptych_data.faults import BadSample, Hole, reason_of
-from triptych_data.pieces import Pieces
-from triptych_data.plan import Plan, PlanSource
+from triptych_data.plan.pieces import Pieces
+from triptych_data.plan.plan import Plan, PlanSource
 from triptych_data.processor import Processor
-from triptych_data.reader import Shards
-from triptych_data.server import Note
+from triptych_data.shards.reader import Shards
+from triptych_data.workers.server import Note
 
 
 class Place(NamedTuple):
@@ -33,7 +33,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class RankStream:
-    """The batches of one rank, without end; callable as the work of `pool`.
+    """The batches of one rank, without end; callable as the work of `workers.pool`.
 
     Every worker plans for itself, and builds every `num_workers`-th batch. Rank r takes pack r of
     each next `world_size` packs. A batch tells its `place`.

@@ -11,34 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from triptych_data.augment import vary_jpeg
-from triptych_data.chat import (
-    IGNORE_INDEX,
-    ChatTokenizer,
-    ChatTokens,
-    MediaTokens,
-    message_text,
-    shift_targets,
-)
-from triptych_data.chat_config import ChatConfig
 from triptych_data.encoded import EncodedSample, Measures
 from triptych_data.faults import BadSample
-from triptych_data.images import ImageRules, encode_image, image_grid
-from triptych_data.index import MediaColumns
-from triptych_data.media_config import JpegConfig, VideoConfig
-from triptych_data.media_rules import (
+from triptych_data.media.augment import vary_jpeg
+from triptych_data.media.config import JpegConfig, VideoConfig
+from triptych_data.media.images import ImageRules, encode_image, image_grid
+from triptych_data.media.positions import mrope_positions
+from triptych_data.media.probe import MediaInfo
+from triptych_data.media.rules import (
     IMAGE_FILE,
     VIDEO_FILE,
     read_bytes,
     read_image_rules,
     read_video_rules,
 )
-from triptych_data.positions import mrope_positions
-from triptych_data.probe import MediaInfo
-from triptych_data.sample import KINDS, RawSample, is_document, media_parts
-from triptych_data.template import find_template, read_template
-from triptych_data.text_tokenizer import TextTokenizer, load_tokenizer
-from triptych_data.video import (
+from triptych_data.media.video import (
     VideoLayout,
     VideoRules,
     encode_video,
@@ -46,6 +33,19 @@ from triptych_data.video import (
     video_layout,
     video_pieces,
 )
+from triptych_data.sample import KINDS, RawSample, is_document, media_parts
+from triptych_data.shards.index import MediaColumns
+from triptych_data.text.chat import (
+    IGNORE_INDEX,
+    ChatTokenizer,
+    ChatTokens,
+    MediaTokens,
+    message_text,
+    shift_targets,
+)
+from triptych_data.text.chat_config import ChatConfig
+from triptych_data.text.template import find_template, read_template
+from triptych_data.text.text_tokenizer import TextTokenizer, load_tokenizer
 
 ENCODING_VERSION = 2
 """To be raised whenever the same sample and model folder would give other tokens or patches."""

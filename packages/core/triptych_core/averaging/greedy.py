@@ -21,7 +21,7 @@ from triptych_core.averaging.hf_folder import is_hf_folder, read_json
 from triptych_core.averaging.job import Job, prepare, run
 from triptych_core.averaging.stored import Source
 from triptych_core.averaging.unfinished import check_output
-from triptych_core.manifest import write_synced
+from triptych_core.checkpoint.manifest import write_synced
 
 Say = Callable[[str], None]
 

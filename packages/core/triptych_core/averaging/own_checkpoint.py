@@ -12,8 +12,8 @@ import yaml
 from triptych_core.averaging.hf_folder import read_json
 from triptych_core.averaging.safetensors_file import read_header
 from triptych_core.averaging.stored import Place, Source, Stored
-from triptych_core.manifest import FILE, find_damage, find_loss, read_manifest
-from triptych_core.payload import BUFFER, FROZEN, MASTER
+from triptych_core.checkpoint.manifest import FILE, find_damage, find_loss, read_manifest
+from triptych_core.checkpoint.payload import BUFFER, FROZEN, MASTER
 
 # Families of triptych-models hold the transformers model as `hf`; exports are named from inside it.
 _PREFIX = "hf."

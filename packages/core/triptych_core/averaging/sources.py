@@ -9,7 +9,7 @@ from triptych_core.averaging.hf_folder import is_hf_folder, open_hf_folder
 from triptych_core.averaging.own_checkpoint import is_own_checkpoint, open_own_checkpoint
 from triptych_core.averaging.stored import Source
 from triptych_core.averaging.universal import is_universal, open_universal
-from triptych_core.checkpoint_folders import checkpoints
+from triptych_core.checkpoint.folders import checkpoints
 
 
 def expand(paths: Sequence[Path]) -> list[Path]:

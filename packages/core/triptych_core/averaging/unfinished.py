@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from triptych_core.manifest import sync_directory, write_synced
+from triptych_core.checkpoint.manifest import sync_directory, write_synced
 
 _PLAN, _DONE = ".plan", ".done"
 

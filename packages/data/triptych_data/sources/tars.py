@@ -10,9 +10,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from triptych_data.shards.tar import Member, walk
 from triptych_data.sources.members import split_name, to_row
 from triptych_data.sources.source import Reopened, Row
-from triptych_data.tar import Member, walk
 
 
 @dataclass(frozen=True)

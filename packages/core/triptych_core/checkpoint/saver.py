@@ -1,0 +1,116 @@
+"""Checkpoints: complete or absent, and one format for every ZeRO stage and any number of ranks.
+
+checkpoints/step-000100/
+    state.json                 step, data position, versions, and what must match
+    rank-00000.safetensors     each writer's share of masters, optimizer states, frozen, buffers
+    random-00000.safetensors   each writer's generators
+    manifest.json              size and SHA-256 of every file above
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from triptych_core.checkpoint.folders import checkpoints
+from triptych_core.checkpoint.host_copy import HostCopy
+from triptych_core.checkpoint.load import load_checkpoint, newest_whole
+from triptych_core.checkpoint.save import take_snapshot, write_snapshot
+from triptych_core.checkpoint.together import on_main
+from triptych_core.config import StageConfig, is_due
+from triptych_core.metrics import Metrics
+
+
+class Resumable(Protocol):
+    """The data iterator's half of the contract."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Saver:
+    """Saves every `checkpoint.every` steps and after the last, unless `checkpoint.save` is off.
+
+    Called after every step. With `checkpoint.background` a step waits for the copy into host
+    memory alone; a thread writes it. One is written at a time, the last is waited for.
+
+    Args:
+        engine: what is trained.
+        config: of the run.
+        batches: the data iterator.
+        metrics: where it is said.
+    """
+
+    def __init__(
+        self, engine: Any, config: StageConfig, batches: Resumable, metrics: Metrics
+    ) -> None:
+        self._engine, self._config = engine, config
+        self._batches, self._metrics = batches, metrics
+        self._host_copy: HostCopy | None = None
+        self._writing: Future[Path] | None = None
+        if config.checkpoint.save and config.checkpoint.background:
+            self._host_copy = HostCopy()
+            self._thread = ThreadPoolExecutor(1, "checkpoint")
+            # Its collectives must not come between those of the training.
+            self._group = dist.new_group(backend="gloo")
+
+    def __call__(self, step: int) -> None:
+        """Begin to save if the step is due.
+
+        Raises:
+            ValueError: the disk is too full, or a rank could not write; the checkpoint before
+                could not be written.
+        """
+        config = self._config
+        if self._writing is not None and self._writing.done() and not self._writing.exception():
+            self._wait()
+        if not config.checkpoint.save:
+            return
+        if not is_due(step, config.checkpoint.every, config.run.steps):
+            return
+        # Only here do all ranks look, at the same step, whether the one before came to an end.
+        self._wait()
+        is_last = step == config.run.steps
+        copy = None if is_last else self._host_copy
+        snapshot = take_snapshot(self._engine, config, step, self._batches.state_dict(), copy)
+        if copy is None:
+            self._say(write_snapshot(snapshot))
+        else:
+            self._writing = self._thread.submit(write_snapshot, snapshot, self._group)
+        self._metrics.restart_clock()
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            path, self._writing = self._writing.result(), None
+            self._say(path)
+
+    def _say(self, path: Path) -> None:
+        self._metrics.note(f"saved {path}")
+
+
+def resume(engine: Any, config: StageConfig, batches: Resumable) -> int:
+    """Go on from the run's newest checkpoint that is whole, if there is any.
+
+    It may have been saved by any number of ranks under any ZeRO stage. Learning rate, weight decay
+    and Adam's constants are those of this run's configuration. Returns the last step already taken;
+    0 for a fresh start.
+
+    Raises:
+        ValueError: the folder has checkpoints and `checkpoint.resume` is never, none of them is
+            whole, or the newest does not fit this run.
+    """
+    # One rank looks and all follow: another node's view of the folder may be stale.
+    found = on_main(lambda: checkpoints(config.run.dir))
+    if not found:
+        return 0
+    if config.checkpoint.resume == "never":
+        raise ValueError(
+            "checkpoint.resume: must be auto where a run has checkpoints, got never with "
+            f"{found[-1]}; choose another run.dir or remove the folder"
+        )
+    step, data_state = load_checkpoint(engine, config, newest_whole(found))
+    batches.load_state_dict(data_state)
+    return step

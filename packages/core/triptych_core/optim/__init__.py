@@ -1,0 +1,1 @@
+"""Parameter groups, optimizers, schedules, and where parameters lie in flat masters."""

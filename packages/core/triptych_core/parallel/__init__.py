@@ -1,0 +1,1 @@
+"""Which ranks hold which rows, experts and cuts of matrices."""

@@ -1,0 +1,379 @@
+"""The plan of a run: what fits, how long a step takes, and what should be chosen.
+
+Nothing here runs on a device: a micro-step is traced on fake tensors (memory_trace), the engine's
+allocations are added (memory_plan) and its work is divided by measured ceilings (speed_plan).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from triptych_core.config import StageConfig
+from triptych_core.plan.config import PlanConfig
+from triptych_core.plan.memory import Group, MemoryPlan, Weights, plan_memory
+from triptych_core.plan.speed import SpeedPlan, plan_speed
+from triptych_core.plan.trace import Crossings, MicroStep, Workspaces, trace_micro_step
+
+GIB = 2**30
+DEFAULT_MEMORY = 79.1 * GIB  # of an "80 GB" H100, by torch.cuda.get_device_properties
+
+
+class Traced(NamedTuple):
+    """A micro-step, and its FLOPs as the model counts them."""
+
+    step: MicroStep
+    flops: float
+
+
+WAYS = ("none", "selective", "full", "offload")
+Stage = TypeVar("Stage", bound=StageConfig)
+Trace = Callable[[int, str], Traced]  # (seq_len, checkpointing) -> a traced micro-step
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to run: its ZeRO stage and checkpointing, what it needs and how fast it is."""
+
+    stage: int
+    checkpointing: str
+    memory: MemoryPlan
+    speed: SpeedPlan
+    fits: bool
+    longest: int
+    """The largest seq_len that fits, in steps of 1,024; 0 where none does."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All choices for a machine; `chosen` is the lowest stage that fits, or None."""
+
+    choices: Sequence[Choice]
+    chosen: Choice | None
+    ranks: int
+    seq_len: int
+    limit: float  # bytes a rank may use
+    parameters: int
+    sequence: int = 1  # ranks that hold one row
+
+    def why(self) -> str:
+        """One line: what was chosen, and why not what is less."""
+        if self.chosen is None:
+            least = min(self.choices, key=lambda choice: choice.memory.peak)
+            return (
+                f"nothing fits: ZeRO-{least.stage} with {least.checkpointing} checkpointing needs "
+                f"{least.memory.peak / GIB:.1f} of {self.limit / GIB:.1f} GiB at "
+                f"data.seq_len={self.seq_len}; {remedy(self)}"
+            )
+        chosen = self.chosen
+        return (
+            f"ZeRO-{chosen.stage}, {chosen.checkpointing} checkpointing: "
+            f"{chosen.memory.peak / GIB:.1f} of {self.limit / GIB:.1f} GiB on {self.ranks} "
+            f"rank{'s' * (self.ranks > 1)}{self._lower()}"
+        )
+
+    def _lower(self) -> str:
+        """What the next lower stage would have needed."""
+        assert self.chosen is not None
+        for choice in reversed(self.choices):
+            if (
+                choice.checkpointing == self.chosen.checkpointing
+                and choice.stage < self.chosen.stage
+            ):
+                return f"; ZeRO-{choice.stage} would need {choice.memory.peak / GIB:.1f}"
+        return "; the lowest stage"
+
+
+def weights_of(
+    model: nn.Module, groups: Iterable[Mapping[str, Any]], threshold: int, state_dtype: str = "fp32"
+) -> Weights:
+    """Elements of a model and of its optimizer's groups, and bytes of their states.
+
+    AdamW has two of `state_dtype`, fp32 or bf16; a group with a "rule", Muon's, has one of fp32.
+    """
+    adamw = {"fp32": 8, "bf16": 4}[state_dtype]
+    parameters = list(model.parameters())
+    small = sum(p.numel() for p in parameters if p.numel() <= threshold)
+    return Weights(
+        sum(p.numel() for p in parameters),
+        [
+            Group(
+                sum(p.numel() for p in group["params"]),
+                max(p.numel() for p in group["params"]),
+                state_bytes=4 if group.get("rule") == "muon" else adamw,
+            )
+            for group in groups
+        ],
+        persistent=small,
+    )
+
+
+def tracer(
+    model: Any,
+    make_batch: Callable[[int], dict[str, Any]],
+    workspaces: Workspaces,
+    *,
+    crossings: Crossings | None = None,
+    part: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    sequence: int = 1,
+) -> Trace:
+    """How to trace a micro-step of a model with fake tensors; call the result where they are made.
+
+    Args:
+        model: an nn.Module that returns a `loss_sum`, has `set_checkpointing(way)` and
+            `flops(batch)`.
+        make_batch: seq_len -> a row.
+        workspaces, crossings: see trace_micro_step.
+        part: what a rank computes of a row that `sequence` ranks hold between them.
+    """
+
+    def trace(seq_len: int, checkpointing: str) -> Traced:
+        model.set_checkpointing(checkpointing)
+        row = make_batch(seq_len)
+        batch = part(row)
+        given = [value for value in batch.values() if isinstance(value, Tensor)]
+        step = trace_micro_step(
+            lambda: model(**batch).loss_sum,
+            model.parameters(),
+            [*model.buffers(), *given],
+            workspaces,
+            crossings,
+        )
+        with unset_fake_temporarily():  # lengths of documents are real, and are read
+            return Traced(step, model.flops(row) / sequence)
+
+    return trace
+
+
+def plan_run(config: StageConfig, weights: Weights, trace: Trace, *, seq_len: int) -> Plan:
+    """Weigh what the configuration leaves open; to show, all that it could say instead."""
+    stage, way = config.engine.zero.stage, config.engine.checkpointing
+    shows = config.plan.show != "no"
+    stages = range(4) if shows or stage == "auto" else [stage]
+    ways = WAYS if shows or way == "auto" else [way]
+    sequence = config.parallel.sequence
+    ranks = config.plan.ranks or int(os.environ.get("WORLD_SIZE", sequence))
+    if ranks % sequence:
+        raise ValueError(
+            f"plan.ranks: must be a multiple of parallel.sequence ({sequence}), got {ranks}; "
+            f"plan for {sequence} ranks or more"
+        )
+    return make_plan(
+        config,
+        weights,
+        trace,
+        seq_len=seq_len,
+        ranks=ranks,
+        memory=device_memory(config),
+        candidates=[(s, w) for w in ways for s in stages if _allows(config, s, w)],
+    )
+
+
+def with_choice(config: Stage, stage: int | str, checkpointing: str) -> Stage:
+    """The configuration with another stage and checkpointing.
+
+    Raises ValidationError where the stage's rules forbid that.
+    """
+    tree = config.model_dump()
+    tree["engine"]["checkpointing"] = checkpointing
+    tree["engine"]["zero"]["stage"] = stage
+    return type(config).model_validate(tree)
+
+
+def _allows(config: StageConfig, stage: int | str, checkpointing: str) -> bool:
+    try:
+        with_choice(config, stage, checkpointing)
+    except ValidationError:
+        return False
+    return True
+
+
+def show_plan(plan: Plan, assumed: PlanConfig) -> None:
+    """Print the plan as `plan.show` says, once for all ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(plan_to_json(plan) if assumed.show == "json" else render_plan(plan))  # noqa: T201
+
+
+def device_memory(config: StageConfig) -> float:
+    """Bytes of a device: what the configuration says, or what this machine's has."""
+    if config.plan.gpu_memory_gib is not None:
+        return config.plan.gpu_memory_gib * GIB
+    if config.run.device != "cpu" and torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    if config.plan.show != "no":
+        return DEFAULT_MEMORY  # planned for another machine
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
+
+
+def make_plan(
+    config: StageConfig,
+    weights: Weights,
+    trace: Trace,
+    *,
+    seq_len: int,
+    ranks: int,
+    memory: float,
+    candidates: Sequence[tuple[int, str]],
+) -> Plan:
+    """Weigh candidates for rows of seq_len.
+
+    Args:
+        config: precision, accumulation, buckets, and what `plan` assumes.
+        weights: elements.
+        trace: runs a micro-step on fake tensors; called twice per way of checkpointing, since
+            memory is a line in seq_len.
+        seq_len: tokens of a row.
+        ranks: data-parallel ranks.
+        memory: bytes of a device.
+        candidates: pairs of ZeRO stage and checkpointing to weigh.
+    """
+    limit = memory * (1 - config.plan.headroom)
+    choices = []
+    trace = cache(trace)
+    n = config.parallel.sequence
+    half_len = max(seq_len // 2 // n, 1) * n
+    least = trace(seq_len, "none").step.products
+    for way in dict.fromkeys(way for _, way in candidates):
+        here, half = trace(seq_len, way), trace(half_len, way)
+        for stage in (stage for stage, its_way in candidates if its_way == way):
+            at = {"stage": stage, "ranks": ranks}
+            plan = plan_memory(weights, config.engine, here.step, **at)
+            below = plan_memory(weights, config.engine, half.step, **at)
+            speed = plan_speed(
+                weights,
+                config.engine,
+                here.step,
+                flops=here.flops,
+                recomputed=here.step.products - least,
+                device=config.plan.device,
+                **at,
+            )
+            longest = _longest(plan, below, (seq_len, half_len), limit)
+            choices.append(Choice(stage, way, plan, speed, plan.peak <= limit, longest))
+    return Plan(choices, _choose(choices), ranks, seq_len, limit, weights.numel, n)
+
+
+def _choose(choices: Sequence[Choice]) -> Choice | None:
+    """With the checkpointing of the fastest that fits, the lowest stage that fits."""
+    fitting = [choice for choice in choices if choice.fits]
+    if not fitting:
+        return None
+    way = min(fitting, key=lambda choice: choice.speed.seconds).checkpointing
+    return min(
+        (choice for choice in fitting if choice.checkpointing == way),
+        key=lambda choice: choice.stage,
+    )
+
+
+def _longest(plan: MemoryPlan, half: MemoryPlan, lengths: tuple[int, int], limit: float) -> int:
+    """Each phase is a line through its values at two lengths of rows; the first to end."""
+    seq_len, half_len = lengths
+    longest = 2**20
+    for name, parts in plan.phases.items():
+        here, below = sum(parts.values()), sum(half.phases[name].values())
+        slope = max(0.0, (here - below) / (seq_len - half_len))
+        fixed = here - slope * seq_len
+        if fixed > limit:
+            return 0
+        if slope:
+            longest = min(longest, int((limit - fixed) / slope))
+    return longest // 1024 * 1024
+
+
+def remedy(plan: Plan, current: tuple[int, str] | None = None) -> str:
+    """The one setting that makes the run fit, as it is typed.
+
+    current is the stage and checkpointing that did not fit, whatever the plan had said of them:
+    only what needs less than they do is a remedy.
+    """
+    failed = [c for c in plan.choices if (c.stage, c.checkpointing) == current]
+    most = failed[0].memory.peak if failed else float("inf")
+    fitting = [c for c in plan.choices if c.fits and c.memory.peak < 0.97 * most]
+    # One key before two, and what is fastest before what is slow.
+    fitting.sort(key=lambda c: (len(_changes(c, current)), c.speed.seconds))
+    if fitting:
+        return f"set {' '.join(_changes(fitting[0], current))}"
+    longest = max(choice.longest for choice in failed or plan.choices)
+    shorter = min(longest, plan.seq_len * 3 // 4) // 256 * 256
+    if shorter:
+        return f"set data.seq_len={shorter}"
+    return "take more ranks, or set engine.zero.offload_optimizer=true"
+
+
+def _changes(choice: Choice, current: tuple[int, str] | None) -> list[str]:
+    stage, checkpointing = current or (None, None)
+    changes = []
+    if choice.stage != stage:
+        changes.append(f"engine.zero.stage={choice.stage}")
+    if choice.checkpointing != checkpointing:
+        changes.append(f"engine.checkpointing={choice.checkpointing}")
+    return changes
+
+
+def render_plan(plan: Plan) -> str:
+    """A table for people: a line per stage and way of checkpointing, and the chosen one in full."""
+    shared = f" on {plan.sequence} ranks each" if plan.sequence > 1 else ""
+    lines = [
+        f"{plan.parameters / 1e9:.2f} B parameters, rows of {plan.seq_len:,} tokens{shared}, "
+        f"{plan.ranks} rank{'s' * (plan.ranks > 1)}, {plan.limit / GIB:.1f} GiB to use",
+        "",
+        f"{'ZeRO':>4}  {'checkpointing':13}{'peak GiB':>10}{'fits':>6}{'longest row':>13}"
+        f"{'step s':>9}{'MFU':>8}  peak in",
+    ]
+    for choice in plan.choices:
+        mark = "*" if choice is plan.chosen else " "
+        lines.append(
+            f"{choice.stage:>3}{mark}  {choice.checkpointing:13}{choice.memory.peak / GIB:10.1f}"
+            f"{'yes' if choice.fits else 'no':>6}{choice.longest:13,}"
+            f"{choice.speed.seconds:9.2f}{choice.speed.mfu:8.1%}  {choice.memory.peak_phase}"
+        )
+    shown = plan.chosen or min(plan.choices, key=lambda choice: choice.memory.peak)
+    lines += ["", plan.why(), ""]
+    for phase, parts in shown.memory.phases.items():
+        listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
+        lines.append(f"{phase:>9}  {sum(parts.values()) / GIB:5.1f} GiB = {listed}")
+    speed = asdict(shown.speed)
+    seconds = ", ".join(
+        f"{name} {speed[name]:.3f}" for name in speed if name not in ("flops", "peak_flops")
+    )
+    lines.append(f"{'step':>9}  {shown.speed.seconds:5.2f} s: {seconds}")
+    return "\n".join(lines)
+
+
+def plan_to_json(plan: Plan) -> str:
+    """The same as JSON, sizes in bytes."""
+    return json.dumps(
+        {
+            "parameters": plan.parameters,
+            "seq_len": plan.seq_len,
+            "ranks": plan.ranks,
+            "limit_bytes": plan.limit,
+            "chosen": plan.chosen and [plan.chosen.stage, plan.chosen.checkpointing],
+            "why": plan.why(),
+            "choices": [
+                {
+                    "stage": choice.stage,
+                    "checkpointing": choice.checkpointing,
+                    "peak_bytes": choice.memory.peak,
+                    "peak_phase": choice.memory.peak_phase,
+                    "phases": choice.memory.phases,
+                    "fits": choice.fits,
+                    "longest_seq_len": choice.longest,
+                    "step_seconds": choice.speed.seconds,
+                    "mfu": choice.speed.mfu,
+                }
+                for choice in plan.choices
+            ],
+        },
+        indent=2,
+    )

@@ -1,0 +1,1 @@
+"""The run report: one HTML file, made from what a run folder holds."""

@@ -1,0 +1,1 @@
+"""What shows what shards hold: figures, plots, pages."""

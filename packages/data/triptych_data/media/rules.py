@@ -1,0 +1,115 @@
+"""How a model folder wants images and videos: preprocessor files to `ImageRules`, `VideoRules`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from triptych_data.media.config import VideoConfig
+from triptych_data.media.images import ImageRules
+from triptych_data.media.video import VideoRules
+
+IMAGE_FILE = "preprocessor_config.json"
+VIDEO_FILE = "video_preprocessor_config.json"
+_BICUBIC = 3  # Pillow's number for it, as the files write it
+# What transformers' Qwen3-VL video processor does where the file does not say.
+_VIDEO_DEFAULTS = {"fps": 2, "min_frames": 4, "max_frames": 768}
+_VIDEO_FRAME_TOKENS = 768
+
+
+def read_image_rules(
+    directory: Path, *, min_pixels: int | None = None, max_pixels: int | None = None
+) -> tuple[ImageRules, dict[str, Any]]:
+    """The rules for images and all settings of preprocessor_config.json; arguments replace bounds.
+
+    Raises ValueError if the file is missing or asks for what we do not do.
+    """
+    path = directory / IMAGE_FILE
+    settings = read_json(path)
+    bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    rules = ImageRules(**_geometry(path, settings, bounds))
+    _check_bounds(path, rules, "data.min_pixels", "data.max_pixels")
+    return rules, settings
+
+
+def read_video_rules(directory: Path, config: VideoConfig) -> VideoRules | None:
+    """The rules for videos by video_preprocessor_config.json; None if the folder has none.
+
+    What `config` holds replaces the file's. Raises ValueError if the file asks for what we do not
+    do.
+    """
+    path = directory / VIDEO_FILE
+    if not path.exists():
+        return None
+    settings = read_json(path)
+    numbers = _geometry(path, settings, {"min_pixels": None, "max_pixels": config.max_pixels})
+    sampling = {**_VIDEO_DEFAULTS, **{n: settings[n] for n in _VIDEO_DEFAULTS if n in settings}}
+    if config.fps is not None:
+        sampling["fps"] = config.fps
+    if config.max_frames is not None:
+        sampling["max_frames"] = config.max_frames
+        sampling["min_frames"] = min(sampling["min_frames"], config.max_frames)
+    for name, value in sampling.items():
+        if not isinstance(value, int | float) or value <= 0:
+            raise ValueError(f"{path}: {name} must be positive, got {value!r}; fix it")
+    capped = settings.get("cap_pixels_per_frame")
+    tokens = settings.get("max_video_tokens", _VIDEO_FRAME_TOKENS) if capped else None
+    rules = VideoRules(**numbers, **sampling, max_frame_tokens=tokens)
+    _check_bounds(path, rules, "size.shortest_edge", "data.video.max_pixels")
+    return rules
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a model folder. Raises ValueError, with the file, if there is none."""
+    try:
+        return json.loads(read_bytes(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: must be valid JSON, got {error}; fetch the file again"
+        ) from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file of a model folder. Raises ValueError, with the file, if there is none."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"{path}: must be a readable file, got {error.strerror}; model.path must name a local "
+            "Hugging Face model folder"
+        ) from error
+
+
+def _geometry(
+    path: Path, settings: Mapping[str, Any], bounds: Mapping[str, int | None]
+) -> dict[str, int]:
+    """The numbers that images and videos share, checked."""
+    if settings.get("resample", _BICUBIC) != _BICUBIC:
+        raise ValueError(
+            f"{path}: resample must be {_BICUBIC} (bicubic), got {settings['resample']}; "
+            "use a model that does"
+        )
+    size = settings.get("size") or {}
+    numbers = {
+        name: settings.get(name) for name in ("patch_size", "merge_size", "temporal_patch_size")
+    }
+    # Older files give the bounds at the top level; there they win, as in transformers.
+    for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        numbers[name] = bounds[name] or settings.get(name) or size.get(edge)
+    names = {"min_pixels": "size.shortest_edge", "max_pixels": "size.longest_edge"}
+    for name, value in numbers.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"{path}: {names.get(name, name)} must be a positive integer, got {value!r}; add it"
+            )
+    return numbers  # type: ignore[return-value]  # checked above
+
+
+def _check_bounds(path: Path, rules: ImageRules | VideoRules, lowest: str, highest: str) -> None:
+    token_area = (rules.patch_size * rules.merge_size) ** 2
+    if not rules.min_pixels <= rules.max_pixels or rules.max_pixels < token_area:
+        raise ValueError(
+            f"{highest}: must be at least min_pixels and one token's {token_area} pixels, "
+            f"got min_pixels={rules.min_pixels}, max_pixels={rules.max_pixels}; change "
+            f"{lowest} or {highest} (defaults are in {path})"
+        )

@@ -1,0 +1,1 @@
+"""Which samples form which pack at which step: a pure function of indexes and a seed."""

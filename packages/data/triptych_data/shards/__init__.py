@@ -1,0 +1,1 @@
+"""Shards and their indexes: written, read, checked, and made anew."""

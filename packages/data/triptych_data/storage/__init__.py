@@ -1,0 +1,1 @@
+"""Where bytes lie: local files, and URLs read in blocks through a cache."""

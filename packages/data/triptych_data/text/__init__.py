@@ -1,0 +1,1 @@
+"""Chats to token ids and training targets: templates, turns, control tokens, tokenizers."""
