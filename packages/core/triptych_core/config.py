@@ -138,11 +138,7 @@ def load_config(
     Raises:
         ValueError: one line per mistake, each `<dotted path>: <what must hold>, got <value>; …`.
     """
-    tree: dict[str, Any] = {}
-    if path is not None:
-        tree = _read_yaml(path)
-    for override in overrides:
-        _apply_override(tree, override)
+    tree = read_tree(path, overrides)
     unknown = list(_unknown_keys(cls, tree, ""))
     if unknown:
         raise ValueError("\n".join(unknown))
@@ -150,6 +146,16 @@ def load_config(
         return cls.model_validate(tree)
     except ValidationError as error:
         raise ValueError("\n".join(_one_line(item) for item in error.errors())) from None
+
+
+def read_tree(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a YAML file and dotted overrides say, overrides last, before defaults and checks."""
+    tree: dict[str, Any] = {}
+    if path is not None:
+        tree = _read_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    return tree
 
 
 def is_due(step: int, every: int, last_step: int) -> bool:
