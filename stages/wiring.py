@@ -14,6 +14,7 @@ from triptych_models.config import PARTS, ModelConfig, Part
 
 if TYPE_CHECKING:
     from triptych_core.plan.plan import Plan
+    from triptych_models.packed import PackedModel
 
 
 class PackedConfig(StageConfig):
@@ -132,8 +133,7 @@ def plan(config: PackedConfig) -> "Plan":
     model.set_mlp_chunks(config.engine.mlp_chunks)
     part_of, matrices = parameter_parts(model).__getitem__, matrix_shapes(model)
     groups = parameter_groups(model.named_parameters(), config.optim, part_of, matrices)
-    threshold, states = config.engine.zero.persistence_threshold, config.optim.state_dtype
-    weights = weights_of(model, groups, threshold, states)
+    weights = weights_of(model, groups, config.engine.zero.persistence_threshold, config.optim)
     make_batch = partial(
         pretend_batch,
         model,
@@ -168,7 +168,6 @@ def run(config: PackedConfig) -> None:
         build_engine,
         compute_dtype,
         gather_parameters,
-        read_parameters,
         sharded_init,
     )
     from triptych_core.engine.recompiles import RecompileWatch
@@ -176,6 +175,7 @@ def run(config: PackedConfig) -> None:
     from triptych_core.launch import launch, shutdown
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
+    from triptych_core.optim.ema import averaged_weights
     from triptych_core.optim.groups import build_optimizer, parameter_groups
     from triptych_core.parallel.expert import make_expert_place
     from triptych_core.parallel.mesh import make_mesh
@@ -188,11 +188,10 @@ def run(config: PackedConfig) -> None:
     from triptych_data.plan.ledger import Ledger
     from triptych_data.processor import Processor
     from triptych_models.experts import ExpertGroup
-    from triptych_models.export import export
     from triptych_models.families import build_model
     from triptych_models.freeze import count_parameters, parameter_parts
     from triptych_models.generate import generate
-    from triptych_models.lora import add_adapters, export_adapter
+    from triptych_models.lora import add_adapters
     from triptych_models.matrices import matrix_shapes
     from triptych_models.sequence import SequenceGroup
     from triptych_models.sequence_batch import take_part
@@ -253,9 +252,10 @@ def run(config: PackedConfig) -> None:
     engine = build_engine(
         model, optimizer, config.engine, config.optim, runtime.world_size, model.layers(), tensor
     )
-    start_step = resume(engine, config, batches)
+    resumed = resume(engine, config, batches)
+    start_step = resumed.step
     facts = {"parameters": parameters, "data": batches.describe(), "chosen": chosen}
-    open_run(config, runtime, facts, start_step)
+    open_run(config, runtime, facts, resumed)
 
     def answer(questions: list[int]) -> list[str]:
         assert heldout is not None
@@ -294,25 +294,30 @@ def run(config: PackedConfig) -> None:
                 start_step=start_step,
                 on_step=on_step,
             )
-    lora, read = config.model.lora, read_parameters(config.engine)
-    if config.export and lora is not None:
-        export_adapter(
-            model.hf,
-            lora,
-            config.run.dir / "adapter",
-            config.model.path,
-            gather=read,
-            is_main=runtime.is_main,
-        )
-    if config.export and (lora is None or lora.merge):
-        export(
-            model.hf,
-            config.run.dir / "export",
-            config.model.path,
-            dtype=dtype,
-            gather=read,
-            is_main=runtime.is_main,
-            overwrite=True,  # this run's own, from before it was continued
-        )
+    if config.export:
+        with averaged_weights(engine):
+            _export(config, model, is_main=runtime.is_main)
     close_run(config, runtime)
     shutdown()
+
+
+def _export(config: PackedConfig, model: "PackedModel", *, is_main: bool) -> None:
+    """Write run.dir/export, and run.dir/adapter of adapters; every rank takes part."""
+    from triptych_core.engine.build import compute_dtype, read_parameters
+    from triptych_models.export import export
+    from triptych_models.lora import export_adapter
+
+    lora, read = config.model.lora, read_parameters(config.engine)
+    source, out = config.model.path, config.run.dir
+    if lora is not None:
+        export_adapter(model.hf, lora, out / "adapter", source, gather=read, is_main=is_main)
+    if lora is None or lora.merge:
+        export(
+            model.hf,
+            out / "export",
+            source,
+            dtype=compute_dtype(config.engine),
+            gather=read,
+            is_main=is_main,
+            overwrite=True,  # this run's own, from before it was continued
+        )

@@ -75,6 +75,7 @@ def config_for(run_dir: Path, kind: tuple[str, str], layout: tuple[int, int], *m
         "schedule.kind=constant",
         "schedule.warmup_steps=0",
         "engine.zero.persistence_threshold=40",
+        "optim.ema_decay=0.5",
         *more,
     )
 
@@ -126,6 +127,7 @@ def held(engine: Any) -> dict[str, Tensor]:
         if not parameter.requires_grad:
             continue
         keys = ("momentum_buffer",) if name in engine.by_muon else ("exp_avg", "exp_avg_sq")
+        keys = (*keys, "average")
         if stage == 0:
             master = engine.masters[parameter]
             state = engine.optimizer.state[master]
@@ -225,7 +227,7 @@ def second_runs(path: Path, moves: list[Any]) -> dict[Any, Any]:
         dist.barrier()
         engine = build(config, seed=1)
         stream = Stream(rank, world_size)
-        assert resume(engine, config, stream) == SAVED
+        assert resume(engine, config, stream).step == SAVED
         now = held(engine), counts(engine)
         losses = go_on(engine, config, stream, SAVED)
         # Once more, into an engine that has taken steps.
@@ -297,7 +299,7 @@ def resumed(kind: tuple[str, str], layout: tuple[int, int], run_dir: Path) -> li
     config = config_for(run_dir, kind, layout)
     stream = Stream(*join())
     engine = build(config, seed=1)
-    start = resume(engine, config, stream)
+    start = resume(engine, config, stream).step
     return go_on(engine, config, stream, start)
 
 

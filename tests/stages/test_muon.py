@@ -174,7 +174,7 @@ def trained(run_dir: Path, overrides: list[str]) -> tuple[list[float], dict[str,
     config = config_of(run_dir, *overrides)
     engine = build(config)
     stream = Stream(packs()[rank::world_size])
-    start = resume(engine, config, stream)
+    start = resume(engine, config, stream).step
     with Metrics(config, rank=rank, world_size=world_size, start_step=start) as metrics:
         train(
             engine,

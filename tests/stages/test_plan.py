@@ -59,7 +59,7 @@ def engine_bytes(
         return parameter_groups(model.named_parameters(), config.optim, part_of)
 
     shapes = build_pretend_model(model_config, dtype=dtype)
-    weights = weights_of(shapes, groups(shapes), 0, config.optim.state_dtype)
+    weights = weights_of(shapes, groups(shapes), 0, config.optim)
     with sharded_init(config.engine, ranks):
         model = build_model(model_config, dtype=dtype, gather=gather_parameters(config.engine))
     optimizer = build_optimizer(groups(model), config.optim)

@@ -12,6 +12,7 @@ from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 
+from triptych_core.checkpoint.saver import Resumed
 from triptych_core.config import StageConfig, dump_config
 from triptych_core.launch import Runtime
 from triptych_core.lines import keep_steps_until
@@ -20,22 +21,28 @@ from triptych_core.report.page import write_report
 _PACKAGES = ("triptych-core", "torch", "deepspeed", "transformers", "flash-attn-4", "triton")
 
 
-def open_run(config: StageConfig, runtime: Runtime, facts: dict[str, Any], start_step: int) -> None:
+def open_run(
+    config: StageConfig, runtime: Runtime, facts: dict[str, Any], resumed: Resumed
+) -> None:
     """Make the run folder and write `config.yaml` and `run.json`; only the main rank writes.
+
+    `run.json` keeps, under `resumes`, each time the run has gone on and what had changed.
 
     Args:
         config: the resolved tree.
         runtime: this job.
         facts: what the stage knows of the run, e.g. parameters by part.
-        start_step: the last step already taken; later evaluations are forgotten.
+        resumed: where it goes on; later evaluations are forgotten.
     """
     if not runtime.is_main:
         return
     config.run.dir.mkdir(parents=True, exist_ok=True)
-    keep_steps_until(config.run.dir / "evaluation.jsonl", start_step)
+    keep_steps_until(config.run.dir / "evaluation.jsonl", resumed.step)
     (config.run.dir / "config.yaml").write_text(dump_config(config))
+    path = config.run.dir / "run.json"
+    resumes = _resumes(path, resumed)
     _write(
-        config.run.dir / "run.json",
+        path,
         {
             "started": _now(),
             "finished": None,
@@ -44,6 +51,7 @@ def open_run(config: StageConfig, runtime: Runtime, facts: dict[str, Any], start
             "device": device_name(),
             "versions": {"python": platform.python_version(), **_versions()},
             **facts,
+            **({"resumes": resumes} if resumes else {}),
         },
     )
 
@@ -85,6 +93,14 @@ def device_name() -> str:
     return f"{accelerator.device_name()} ({platform.machine()})"
 
 
+def _resumes(path: Path, resumed: Resumed) -> list[dict[str, Any]]:
+    """All of a run; none of one that begins anew in the folder."""
+    if resumed.record is None:
+        return []
+    earlier = json.loads(path.read_text()).get("resumes", []) if path.exists() else []
+    return [*earlier, resumed.record]
+
+
 def _short(count: int) -> str:
     """1,234,567 as 1.23M."""
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
@@ -114,4 +130,6 @@ def _now() -> str:
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    partial = path.with_name(f".{path.name}.partial")  # a kill leaves the old one, or the new one
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(path)

@@ -81,6 +81,16 @@ class OptimConfig(Section):
         description="of AdamW's moments; bf16 halves them and rounds stochastically. Muon's "
         "momentum stays fp32",
     )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="keep an fp32 moving average of the weights, of this decay (e.g. 0.999); "
+        "evaluation and export are then of it",
+    )
+    ema_warmup: bool = Field(
+        False, description="a decay of at most (1 + t) / (10 + t) at step t: forget the start soon"
+    )
     muon: MuonConfig = MuonConfig()
 
 
@@ -207,6 +217,11 @@ class CheckpointConfig(Section):
         "auto",
         description="auto: go on from the run folder's newest checkpoint if there is one; "
         "never: refuse a folder that has any",
+    )
+    resume_anyway: bool = Field(
+        False,
+        description="go on although the model's configuration is another than the checkpoint's; "
+        "run.json keeps what differed",
     )
 
 

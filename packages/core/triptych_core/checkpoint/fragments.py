@@ -7,7 +7,7 @@ views, so that a checkpoint is written from them and read into them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from triptych_core.checkpoint.payload import BUFFER, FROZEN, MASTER, Payloads, Scalars, Stretch
-from triptych_core.optim.shards import Flat, Piece, flat_masters, whole_masters
+from triptych_core.engine.masters import changed_masters, flats_of
+from triptych_core.optim.shards import Flat, Piece
 from triptych_core.parallel.expert import first_element, replicas_of
 from triptych_core.parallel.tensor import is_cut, tensor_place
+
+StateDtypes = Mapping[str, torch.dtype | None]  # by kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +68,7 @@ def fragments(engine: Any) -> list[Fragment]:
             state.get(flat.master, {}),
             first_element(parameter),
         )
-        for flat in _flats(engine)
+        for flat in flats_of(engine)
         for parameter, piece in flat.pieces()
     ]
 
@@ -105,25 +108,23 @@ def _part_to_save(
 
 
 @torch.no_grad()
-def load_stretches(engine: Any, payloads: Payloads) -> None:
+def load_stretches(engine: Any, payloads: Payloads, dtypes: StateDtypes) -> None:
     """Fill masters, states, frozen parameters and buffers; then the weights from the masters.
+
+    `dtypes` says of some states in which dtype this run keeps them; None: not at all.
 
     Raises:
         ValueError: the payloads lack some of it.
     """
-    is_stage_3 = engine.zero_optimization_stage() == 3
-    if is_stage_3:
-        # Parameters that ZeRO-3 keeps whole would hide what is read into their parts.
-        engine.optimizer.checkpoint_event_prologue()
-    for flat in _flats(engine):
-        _make_states(engine, flat, payloads)
-    for fragment in fragments(engine):
-        for stretch in fragment.stretches():
-            payloads.fill(stretch)
-    for stretches in _untrained(engine):
-        for stretch in stretches:
-            payloads.fill(stretch)
-    _refresh_weights(engine)
+    with changed_masters(engine):
+        for flat in flats_of(engine):
+            _make_states(engine, flat, payloads, dtypes)
+        for fragment in fragments(engine):
+            for stretch in fragment.stretches():
+                payloads.fill(stretch)
+        for stretches in _untrained(engine):
+            for stretch in stretches:
+                payloads.fill(stretch)
 
 
 def kept_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -134,12 +135,6 @@ def kept_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}.{name}" if prefix else name, buffer
 
 
-def _flats(engine: Any) -> Iterable[Flat]:
-    if engine.zero_optimization_stage() == 0:
-        return whole_masters(engine.masters)
-    return flat_masters(engine.optimizer)
-
-
 def _is_like(value: Any, master: Tensor, key: str) -> bool:
     if not isinstance(value, Tensor) or key == "step":
         return False
@@ -147,7 +142,7 @@ def _is_like(value: Any, master: Tensor, key: str) -> bool:
     return True
 
 
-def _make_states(engine: Any, flat: Flat, payloads: Payloads) -> None:
+def _make_states(engine: Any, flat: Flat, payloads: Payloads, dtypes: StateDtypes) -> None:
     """Give a master the states that its parameters have in the payloads, tensors in zeros.
 
     The parameters of a master are of one group, have the same states and count the same steps. A
@@ -155,8 +150,9 @@ def _make_states(engine: Any, flat: Flat, payloads: Payloads) -> None:
     """
     name = _names(engine)[id(flat.runs[0].parameter)]
     state: dict[str, Any] = dict(payloads.scalars.get(name, {}))
-    for kind, dtype in payloads.kinds(name).items():
-        if kind != MASTER:
+    for kind, saved in payloads.kinds(name).items():
+        dtype = dtypes.get(kind, saved)
+        if kind != MASTER and dtype is not None:
             state[kind] = torch.zeros_like(flat.master, dtype=dtype, requires_grad=False)
     engine.optimizer.state[flat.master] = state
 
@@ -218,16 +214,3 @@ def _share(stretches: list[Stretch], rank: int, world_size: int) -> list[Stretch
             mine.append(stretch.narrow(begin, end))
         at += size
     return mine
-
-
-def _refresh_weights(engine: Any) -> None:
-    """Set the weights of forward and backward from the masters, as the stage's own step does it."""
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    if stage == 0:
-        engine.refresh_weights()
-    elif stage < 3:
-        optimizer.update_lp_params()
-    else:
-        for index in range(len(optimizer.fp16_groups)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(index)
-        optimizer.checkpoint_event_epilogue()  # gathers those that are kept whole

@@ -1,4 +1,4 @@
-"""What of a run its checkpoints hold it to: the model, what trains, optimizer and precision."""
+"""What of a run its checkpoints hold it to, and what may be another in a run that goes on."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from triptych_core.config import StageConfig
 from triptych_core.parallel.expert import whole_shape
 
 FORMAT = 1  # of the files of a checkpoint
+
+# What the files can be loaded without, if the user says so.
+_ANYWAY = frozenset({"model"})
 
 
 @runtime_checkable
@@ -33,9 +36,7 @@ def identity(module: nn.Module, config: StageConfig) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "parallel.tensor": config.parallel.tensor,  # parts of weights are stored as they are cut
-        "precision": config.engine.precision,
         "optimizer": config.optim.name,
-        "state_dtype": config.optim.state_dtype,
         "trainable_parameters": trained,
         "frozen_parameters": frozen,
         "buffers": {name: str(tuple(buffer.shape)) for name, buffer in kept_buffers(module)},
@@ -43,32 +44,45 @@ def identity(module: nn.Module, config: StageConfig) -> dict[str, Any]:
     }
 
 
-def check_identity(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Compare what was saved in `path` with this run's.
+def check_identity(
+    path: Path, saved: dict[str, Any], wanted: dict[str, Any], *, anyway: bool
+) -> list[str]:
+    """Compare what was saved in `path` with this run's; returns what differs and is let pass.
 
     Raises:
-        ValueError: with the first field that differs.
+        ValueError: with the first field that differs, if it may not or not `anyway`.
     """
     wanted = json.loads(json.dumps(wanted))  # tuples are lists there, too
     saved = {"parallel.tensor": 1} | saved
+    passed: list[str] = []
     for key, value in wanted.items():
         for field, ours, theirs in _differences(key, value, saved.get(key)):
-            raise ValueError(
-                f"{path}: {field} must be {ours} as in this run, got {theirs}; resume with the "
-                "same setting or start in another run.dir"
-            )
+            if key not in _ANYWAY or not anyway:
+                remedy = ", or go on with checkpoint.resume_anyway=true" if key in _ANYWAY else ""
+                raise ValueError(
+                    f"{path}: {field} must be {_in_words(ours)} as in this run, got "
+                    f"{_in_words(theirs)}; resume with the same setting or start in another run.dir"
+                    f"{remedy}"
+                )
+            passed.append(field)
+    return passed
 
 
-def _differences(field: str, ours: Any, theirs: Any) -> list[tuple[str, str, str]]:
+def changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
+    """[was, is] of what of a tree of settings is another now, by dotted path."""
+    return {field: [was, now] for field, now, was in _differences("", now, saved)}
+
+
+def _differences(field: str, ours: Any, theirs: Any) -> list[tuple[str, Any, Any]]:
     if isinstance(ours, dict) and isinstance(theirs, dict):
         return [
             found
             for key in ours | theirs
-            for found in _differences(f"{field}.{key}", ours.get(key), theirs.get(key))
+            for found in _differences(
+                f"{field}.{key}" if field else key, ours.get(key), theirs.get(key)
+            )
         ]
-    if ours == theirs:
-        return []
-    return [(field, _in_words(ours), _in_words(theirs))]
+    return [] if ours == theirs else [(field, ours, theirs)]
 
 
 def _in_words(value: Any) -> str:

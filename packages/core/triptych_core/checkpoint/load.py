@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from triptych_core.checkpoint.fragments import load_stretches
 from triptych_core.checkpoint.generators import load_generators, seed_generators
-from triptych_core.checkpoint.identity import check_identity, identity
+from triptych_core.checkpoint.identity import changes, check_identity, identity
 from triptych_core.checkpoint.manifest import find_damage, read_manifest
 from triptych_core.checkpoint.payload import Payloads
 from triptych_core.checkpoint.together import on_all
+from triptych_core.code import code_fingerprint
 from triptych_core.config import StageConfig
+from triptych_core.optim.adamw import STATE_DTYPES
+from triptych_core.optim.ema import AVERAGE
+
+# Settings that change what the same steps compute, beside those that are refused.
+_SAID = ("engine.precision", "engine.reduce_dtype", "optim.state_dtype", "optim.ema_decay")
+
+
+class Loaded(NamedTuple):
+    """The step taken last, the state of the data, and for run.json what is another than before."""
+
+    step: int
+    data: dict[str, Any]
+    record: dict[str, Any]
 
 
 def newest_whole(found: list[Path]) -> Path:
@@ -43,26 +59,37 @@ def newest_whole(found: list[Path]) -> Path:
     )
 
 
-def load_checkpoint(engine: Any, config: StageConfig, path: Path) -> tuple[int, dict[str, Any]]:
-    """Restore weights, optimizer and generators; returns the step taken last and the data state.
+def load_checkpoint(engine: Any, config: StageConfig, path: Path) -> Loaded:
+    """Restore weights, optimizer and generators.
 
-    Generators go on where they were on the same number of ranks; on another they are seeded anew,
-    which is said.
+    Generators go on where they were on the same number of ranks; on another they are seeded anew.
+    States come in this run's dtype, and averages of weights go where it keeps none. That, and code
+    that has changed, is said.
 
     Raises:
-        ValueError: the checkpoint is of another model, optimizer, precision or set of trainable
-            parameters, or lies beyond `run.steps`.
+        ValueError: the checkpoint is of another model (unless `checkpoint.resume_anyway`),
+            optimizer or set of trainable parameters, or lies beyond `run.steps`.
     """
     state = json.loads((path / "state.json").read_text())
-    check_identity(path / "state.json", state, identity(engine.module, config))
-    step, saved_by = int(state["step"]), state["world_size"]
+    wanted, anyway = identity(engine.module, config), config.checkpoint.resume_anyway
+    passed = check_identity(path / "state.json", state, wanted, anyway=anyway)
+    step = int(state["step"])
     if step > config.run.steps:
         raise ValueError(
             f"run.steps: must be at least the {step} steps already taken in {path}, got "
             f"{config.run.steps}; train longer or start in another run.dir"
         )
     names = [name for name in read_manifest(path) if name.startswith("rank-")]
-    load_stretches(engine, Payloads(path / name for name in names))
+    moments = STATE_DTYPES[config.optim.state_dtype]
+    dtypes: dict[str, torch.dtype | None] = {"exp_avg": moments, "exp_avg_sq": moments}
+    if config.optim.ema_decay is None:
+        dtypes[AVERAGE] = None
+    load_stretches(engine, Payloads(path / name for name in names), dtypes)
+    _restore_generators(config, path, step, state["world_size"])
+    return Loaded(step, state["data"], _compare(config, path, state, passed))
+
+
+def _restore_generators(config: StageConfig, path: Path, step: int, saved_by: int) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if saved_by == world_size:
         load_generators(path / f"random-{rank:05d}.safetensors")
@@ -72,7 +99,29 @@ def load_checkpoint(engine: Any, config: StageConfig, path: Path) -> tuple[int, 
             f"{path}: was saved by {saved_by} ranks, {world_size} go on; random generators are "
             "seeded from run.seed, step and rank"
         )
-    return step, state["data"]
+
+
+def _compare(
+    config: StageConfig, path: Path, state: dict[str, Any], passed: list[str]
+) -> dict[str, Any]:
+    """What of ranks, settings and code is another than when it was saved; said where it counts."""
+    now = config.model_dump(mode="json")
+    changed = changes(state.get("config", now), now)
+    code = code_fingerprint()
+    said = [key for key in _SAID if key in changed]
+    if state.get("code", code) != code:
+        said.append("the code of Triptych")
+    said += [f"{field} (checkpoint.resume_anyway)" for field in passed]
+    if said:
+        _say(f"{path}: goes on although changed since: {', '.join(said)}")
+    return {
+        "step": state["step"],
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "world_size": [state["world_size"], dist.get_world_size()],
+        "code": [state.get("code"), code],
+        "changed": changed,
+        "resumed_anyway": passed,
+    }
 
 
 def _check_visible(path: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch.distributed as dist
 
@@ -91,12 +91,18 @@ class Saver:
         self._metrics.note(f"saved {path}")
 
 
-def resume(engine: Any, config: StageConfig, batches: Resumable) -> int:
+class Resumed(NamedTuple):
+    """The last step already taken, 0 for a fresh start, and for run.json what has changed since."""
+
+    step: int = 0
+    record: dict[str, Any] | None = None
+
+
+def resume(engine: Any, config: StageConfig, batches: Resumable) -> Resumed:
     """Go on from the run's newest checkpoint that is whole, if there is any.
 
     It may have been saved by any number of ranks under any ZeRO stage. Learning rate, weight decay
-    and Adam's constants are those of this run's configuration. Returns the last step already taken;
-    0 for a fresh start.
+    and Adam's constants are those of this run's configuration.
 
     Raises:
         ValueError: the folder has checkpoints and `checkpoint.resume` is never, none of them is
@@ -105,12 +111,13 @@ def resume(engine: Any, config: StageConfig, batches: Resumable) -> int:
     # One rank looks and all follow: another node's view of the folder may be stale.
     found = on_main(lambda: checkpoints(config.run.dir))
     if not found:
-        return 0
+        return Resumed()
     if config.checkpoint.resume == "never":
         raise ValueError(
             "checkpoint.resume: must be auto where a run has checkpoints, got never with "
             f"{found[-1]}; choose another run.dir or remove the folder"
         )
-    step, data_state = load_checkpoint(engine, config, newest_whole(found))
-    batches.load_state_dict(data_state)
-    return step
+    loaded = load_checkpoint(engine, config, newest_whole(found))
+    batches.load_state_dict(loaded.data)
+    other_data = batches.state_dict().get("resumed_anyway")
+    return Resumed(loaded.step, loaded.record | ({"data": other_data} if other_data else {}))

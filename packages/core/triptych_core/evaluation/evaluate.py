@@ -16,6 +16,7 @@ from triptych_core.evaluation.answers import METRICS, check_question, exact_matc
 from triptych_core.lines import read_lines, write_lines
 from triptych_core.loop import Batch, Part, to_device, whole_row
 from triptych_core.metrics import Metrics
+from triptych_core.optim.ema import averaged_weights
 
 
 class Question(Protocol):
@@ -121,16 +122,19 @@ def evaluate_if_due(
     """Evaluate before the first step, every `evaluation.every` steps and after the last.
 
     `answer` turns numbers of questions into the model's answers; a rank computes `part` of its
-    rows, as in training. Every rank takes part; the main one adds a line to `evaluation.jsonl`.
+    rows, as in training. Weights are their averages under `optim.ema_decay`. Every rank takes part;
+    the main one adds a line to `evaluation.jsonl`.
     """
     if heldout is None or not (
         step == 0 or is_due(step, config.evaluation.every, config.run.steps)
     ):
         return
     metrics.note(f"step {step}  evaluating")
-    evaluation = evaluate(
-        engine, config.evaluation, heldout, answer, step, part=part, tensor=config.parallel.tensor
-    )
+    tensor = config.parallel.tensor
+    with averaged_weights(engine):
+        evaluation = evaluate(
+            engine, config.evaluation, heldout, answer, step, part=part, tensor=tensor
+        )
     if dist.get_rank() == 0:
         append_evaluation(config.run.dir, evaluation)
     metrics.record_evaluation(step, figures(evaluation), evaluation.examples)

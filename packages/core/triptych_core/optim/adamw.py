@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from triptych_core.optim.ema import Ema
 from triptych_kernels import adamw_
 
 StateDtype = Literal["fp32", "bf16"]
@@ -36,6 +37,7 @@ class AdamW(torch.optim.Optimizer):
         state_dtype: fp32, or bf16: then states are rounded stochastically, without bias.
         seed: of that rounding, which is a function of it, the group's name and the step: a resumed
             run repeats it. It must be the same on ranks that hold the same masters.
+        ema: keep an average of each master in its state, too.
     """
 
     def __init__(
@@ -47,11 +49,13 @@ class AdamW(torch.optim.Optimizer):
         *,
         state_dtype: StateDtype = "fp32",
         seed: int = 0,
+        ema: Ema | None = None,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.01}
         super().__init__(groups, defaults)
         self._state_dtype = STATE_DTYPES[state_dtype]
         self._seed = seed
+        self._ema = ema
         self._copies: dict[Tensor, Tensor] = {}
 
     def attach(self, copies: Mapping[Tensor, Tensor]) -> None:
@@ -78,7 +82,11 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            if self._ema is not None:
+                self._ema.begin(self.state, group["params"])
             self._step_group(group, gradients or {}, grad_scale)
+            if self._ema is not None:
+                self._ema.follow(self.state, group["params"], grad_scale)
         return loss
 
     def _step_group(
@@ -111,7 +119,7 @@ class AdamW(torch.optim.Optimizer):
     def _begin(self, master: Tensor) -> int:
         """The number of this step of a master, whose states are there from now on."""
         state = self.state[master]
-        if not state:
+        if "step" not in state:
             state["step"] = 0
             for name in _MOMENTS:
                 state[name] = torch.zeros_like(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from triptych_core.config import OptimConfig, did_you_mean
 from triptych_core.optim.adamw import AdamW
+from triptych_core.optim.ema import Ema
 from triptych_core.optim.muon import Muon
 from triptych_core.optim.shards import Shape
 from triptych_kernels import newton_schulz
@@ -91,6 +92,7 @@ def build_optimizer(
         "eps": config.eps,
         "state_dtype": config.state_dtype,
         "seed": seed,
+        "ema": None if config.ema_decay is None else Ema(config.ema_decay, config.ema_warmup),
     }
     if config.name == "adamw":
         return AdamW(groups, **options)

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from triptych_core.config import StageConfig
+from triptych_core.config import OptimConfig, StageConfig
 from triptych_core.plan.config import PlanConfig
 from triptych_core.plan.memory import Group, MemoryPlan, Weights, plan_memory
 from triptych_core.plan.speed import SpeedPlan, plan_speed
@@ -94,13 +94,15 @@ class Plan:
 
 
 def weights_of(
-    model: nn.Module, groups: Iterable[Mapping[str, Any]], threshold: int, state_dtype: str = "fp32"
+    model: nn.Module, groups: Iterable[Mapping[str, Any]], threshold: int, config: OptimConfig
 ) -> Weights:
     """Elements of a model and of its optimizer's groups, and bytes of their states.
 
-    AdamW has two of `state_dtype`, fp32 or bf16; a group with a "rule", Muon's, has one of fp32.
+    AdamW has two of `state_dtype`; a group with a "rule", Muon's, has one of fp32; the average
+    of `ema_decay` is another of fp32.
     """
-    adamw = {"fp32": 8, "bf16": 4}[state_dtype]
+    adamw = {"fp32": 8, "bf16": 4}[config.state_dtype]
+    average = 0 if config.ema_decay is None else 4
     parameters = list(model.parameters())
     small = sum(p.numel() for p in parameters if p.numel() <= threshold)
     return Weights(
@@ -109,7 +111,7 @@ def weights_of(
             Group(
                 sum(p.numel() for p in group["params"]),
                 max(p.numel() for p in group["params"]),
-                state_bytes=4 if group.get("rule") == "muon" else adamw,
+                state_bytes=average + (4 if group.get("rule") == "muon" else adamw),
             )
             for group in groups
         ],

@@ -1,0 +1,95 @@
+"""An exponential moving average of the weights, kept beside each fp32 master in the optimizer.
+
+average <- average + (1 - d) (master - average) after every update, beginning with the master before
+the first. Being a state like Adam's moments, of whatever stretch of whatever parameters a rank
+holds, it needs no rank but its own, and is saved, cut anew and loaded as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triptych_core.engine.masters import changed_masters, flats_of
+
+AVERAGE = "average"  # its key in a master's state
+_COUNT = "averaged"  # updates that are in it
+
+# Elements that are exchanged at a time: what the exchange needs beside both.
+_CHUNK = 1 << 24
+
+States = MutableMapping[Tensor, Any]
+
+
+@dataclass(frozen=True)
+class Ema:
+    """How the average follows the masters.
+
+    With `warmup` the decay of update t, counted from 0, is at most (1 + t) / (10 + t), as in
+    TensorFlow's ExponentialMovingAverage and diffusers' EMAModel: a short run forgets its start.
+    """
+
+    decay: float
+    warmup: bool = False
+
+    @torch.no_grad()
+    def begin(self, states: States, masters: Sequence[Tensor]) -> None:
+        """Before an update: averages that are not there yet are the masters, fp32."""
+        for master in masters:
+            if AVERAGE not in states[master]:
+                states[master][AVERAGE] = master.detach().clone()
+                states[master][_COUNT] = 0
+
+    @torch.no_grad()
+    def follow(self, states: States, masters: Sequence[Tensor], scale: Tensor | None) -> None:
+        """After an update; where `scale`, () on the device, is not finite, it was left out."""
+        for master in masters:
+            state = states[master]
+            weight = 1.0 - self.decay_at(int(state[_COUNT]))
+            moves = weight if scale is None else weight * scale.isfinite()
+            state[AVERAGE].lerp_(master, moves)
+            state[_COUNT] = int(state[_COUNT]) + 1
+
+    def decay_at(self, update: int) -> float:
+        """Of an update, counted from 0."""
+        if not self.warmup:
+            return self.decay
+        return min(self.decay, (1 + update) / (10 + update))
+
+
+@contextmanager
+def averaged_weights(engine: Any) -> Iterator[None]:
+    """While a model runs, or is exported, with the averages of its weights, where it has any.
+
+    Masters and averages change places, and change back: to the last bit. Every rank takes part.
+    """
+    states = engine.optimizer.state
+    pairs = [
+        (flat.master, states[flat.master][AVERAGE])
+        for flat in flats_of(engine)
+        if AVERAGE in states.get(flat.master, {})
+    ]
+    if not pairs:
+        yield
+        return
+    _exchange(engine, pairs)
+    try:
+        yield
+    finally:
+        _exchange(engine, pairs)
+
+
+@torch.no_grad()
+def _exchange(engine: Any, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    with changed_masters(engine):
+        for master, average in pairs:
+            flats = master.detach().view(-1), average.view(-1)
+            for ours, theirs in zip(*(flat.split(_CHUNK) for flat in flats), strict=True):
+                kept = ours.clone()
+                ours.copy_(theirs)
+                theirs.copy_(kept)
