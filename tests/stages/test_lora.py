@@ -22,6 +22,7 @@ from tests.stages.test_pretrain import make_text_model_dir
 from tests.stages.test_sequence import build, documents, norm_of
 from tests.stages.test_sft import metrics, overrides, run_stage
 from tests.tiny import ROOT, make_model_dir, make_shards
+from triptych_core.averaging.sources import open_source
 from triptych_models import lora
 from triptych_models.config import LoraConfig, ModelConfig
 from triptych_models.export import export
@@ -175,6 +176,14 @@ def test_a_run_is_resumed_under_another_stage_and_loads_in_stock_peft(workspace)
         torch.testing.assert_close(value, kept[name], rtol=1e-3, atol=1e-4)
     lines = metrics(run)
     assert lines[-1]["loss"] < lines[0]["loss"]
+
+    # An average of A and B is not that of B A: the averager refuses both.
+    for name, message in (
+        ("checkpoints/step-000003", "adapters beside"),
+        ("adapter", "an adapter"),
+    ):
+        with pytest.raises(ValueError, match=rf"must hold whole weights, got {message}"):
+            open_source(run / name)
 
     base = Qwen3VLForConditionalGeneration.from_pretrained(workspace / "model")
     merged = Qwen3VLForConditionalGeneration.from_pretrained(run / "export")

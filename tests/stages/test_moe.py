@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM
 from tests.ranks import run_ranks
 from tests.stages.test_pretrain import make_documents, make_text_model_dir, metrics, overrides
 from tests.tiny import ROOT
+from tests.tools.average_folders import assert_same, average, read
+from triptych_core.averaging.sources import open_source
 
 
 def moe_stage() -> ModuleType:
@@ -86,12 +88,13 @@ def test_the_stage_with_divided_experts_ends_like_one_rank(workspace, finished):
     two = workspace / "two"
     run_ranks(run_stage, 2, words_for(workspace, two, 2, *words))
     check_same(two, finished)
+    check_averaged(two, finished)
     assert [len(line.get("expert_load", ())) for line in metrics(two)] == [0, 2, 0, 2]
     stock = AutoModelForCausalLM.from_pretrained(two / "export")
     assert stock.config.num_experts == 4
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_run_goes_on_with_experts_divided_otherwise(workspace, finished, stage):
     run_dir = workspace / f"divided-{stage}"
     copy_until_step_2(finished, run_dir)
@@ -100,6 +103,18 @@ def test_a_run_goes_on_with_experts_divided_otherwise(workspace, finished, stage
     run_ranks(run_stage, 2, words)
     check_same(run_dir, finished)
     check_same_state(run_dir, finished)
+    check_averaged(run_dir, finished)
+
+
+def check_averaged(run: Path, other: Path) -> None:
+    """The averager finds the run's export in its checkpoint, and averages it with another's."""
+    inputs = run / "checkpoints/step-000004", other / "checkpoints/step-000002"
+    export = load_file(run / "export/model.safetensors")
+    ours, theirs = (read(open_source(path)) for path in inputs)
+    assert_same(ours, export)
+    wanted = {name: (value + theirs[name]) / 2 for name, value in export.items()}
+    assert_same(average(run / "average", *inputs), wanted)
+    assert_same(average(run / "mixed", run / "export", inputs[1]), wanted)
 
 
 def copy_until_step_2(source: Path, target: Path) -> None:

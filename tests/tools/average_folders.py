@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from triptych_core.averaging.direct import Landing
 from triptych_core.averaging.job import prepare, run
 from triptych_core.averaging.request import Request, make_job
+from triptych_core.averaging.stored import Reader, Source
 
 CONFIG = {"model_type": "qwen3", "hidden_size": 8, "dtype": "bfloat16"}
 VOCABULARY = {"a": 0, "b": 1, "c": 2}
@@ -68,3 +70,21 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for file in sorted(path.glob("*.safetensors")):
         tensors |= load_file(file)
     return tensors
+
+
+def read(source: Source) -> dict[str, Tensor]:
+    """All of an input, as it would be averaged."""
+    with Reader() as reader:
+        reader.open([source])
+        return {
+            name: reader.read(stored, 0, stored.size, Landing(stored.num_bytes))
+            .clone()
+            .reshape(stored.shape)
+            for name, stored in source.tensors.items()
+        }
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name

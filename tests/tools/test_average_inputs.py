@@ -5,21 +5,29 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.ranks import run_ranks
 from tests.tiny import make_model_dir, make_shards, sft_stage
-from tests.tools.average_folders import CONFIG, average, weights, write_folder
-from triptych_core.averaging.direct import Landing
+from tests.tools.average_folders import (
+    CONFIG,
+    assert_same,
+    average,
+    read,
+    weights,
+    write_folder,
+)
 from triptych_core.averaging.request import Request, make_job
 from triptych_core.averaging.sources import open_source
-from triptych_core.averaging.stored import Reader, Source
 from triptych_core.averaging.verify import verify_output
 from triptych_core.checkpoint.folders import make_room, unfinished_folder
 from triptych_core.checkpoint.fragments import _share
@@ -27,24 +35,6 @@ from triptych_core.checkpoint.payload import FROZEN, MASTER, Stretch
 from triptych_core.checkpoint.save import Snapshot, finish, write_share
 
 LARGE, SMALL = "model.embed.weight", "model.layers.0.norm.weight"
-
-
-def read(source: Source) -> dict[str, Tensor]:
-    """All of an input, as it would be averaged."""
-    with Reader() as reader:
-        reader.open([source])
-        return {
-            name: reader.read(stored, 0, stored.size, Landing(stored.num_bytes))
-            .clone()
-            .reshape(stored.shape)
-            for name, stored in source.tensors.items()
-        }
-
-
-def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
 def write_index(path: Path, files: dict[str, list[str]], name: str) -> None:
@@ -214,6 +204,96 @@ def test_universal_checkpoints(tmp_path):
     shutil.rmtree(tmp_path / f"step-3/zero/module.{SMALL}")
     with pytest.raises(ValueError, match=rf"got without \['{SMALL}'\]"):
         open_source(tmp_path / "step-3", like)
+
+
+UNIVERSAL_STAGES = (1, 2, 3)
+
+
+def save_by_deepspeed(folder: Path, out: Path) -> dict[int, dict[str, Tensor]]:
+    """A step of a stock mixture under each stage, saved by DeepSpeed; the masters of each."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+    from transformers import AutoModelForCausalLM
+
+    from triptych_core.config import RunConfig
+    from triptych_core.launch import launch
+
+    launch(RunConfig(device="cpu"))
+    masters = {}
+    for stage in UNIVERSAL_STAGES:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
+        }
+        engine = deepspeed.initialize(
+            model=model, model_parameters=model.parameters(), config=settings
+        )[0]
+        ids = torch.arange(20)[None] + stage
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+        engine.save_checkpoint(out / f"{stage}", tag="saved", save_latest=False)
+        named = dict(engine.module.named_parameters())
+        masters[stage] = {n: safe_get_full_fp32_param(p).clone() for n, p in named.items()}
+    return masters
+
+
+def to_universal(saved: Path, universal: Path) -> Path:
+    """What `python -m deepspeed.checkpoint.ds_to_universal` makes of it."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    words = ["ds_to_universal", "--input_folder", str(saved), "--output_folder", str(universal)]
+    words += ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
+    with patch.object(sys, "argv", words):
+        ds_to_universal.main(ds_to_universal.parse_arguments())
+    return universal
+
+
+def expert_by_expert(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With stacks as transformers writes them."""
+    found = {}
+    for name, value in named.items():
+        prefix, _, stack = name.rpartition(".")
+        if stack not in ("gate_up_proj", "down_proj"):
+            found[name] = value
+            continue
+        halves = ("gate_proj", "up_proj") if stack == "gate_up_proj" else (stack,)
+        for number, expert in enumerate(value):
+            for half, matrix in zip(halves, expert.chunk(len(halves)), strict=True):
+                found[f"{prefix}.{number}.{half}.weight"] = matrix
+    return found
+
+
+def test_universal_checkpoints_of_deepspeed_itself(tmp_path):
+    """Under ZeRO 1 to 3, of a mixture whose experts are stacked in the model and not on disk."""
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        intermediate_size=24,
+        moe_intermediate_size=12,
+        num_experts=3,
+        num_experts_per_tok=2,
+        tie_word_embeddings=True,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "like")
+    masters = run_ranks(save_by_deepspeed, 2, tmp_path / "like", tmp_path)[0]
+    wanted = {stage: expert_by_expert(named) for stage, named in masters.items()}
+    folders = []
+    for stage in UNIVERSAL_STAGES:
+        folder = to_universal(tmp_path / f"{stage}/saved", tmp_path / f"step-{stage}")
+        assert_same(read(open_source(folder, tmp_path / "like")), wanted[stage])
+        folders.append(folder)
+    found = average(tmp_path / "out", *folders, like=tmp_path / "like")
+    for name, value in found.items():
+        mean = (wanted[1][name] + wanted[2][name] + wanted[3][name]) / 3
+        torch.testing.assert_close(value, mean, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match=r"1/saved: must be a universal checkpoint"):
+        open_source(tmp_path / "1/saved")
 
 
 def train(workspace: Path, run_dir: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from triptych_core.averaging.hf_folder import read_json
+from triptych_core.averaging.experts import expert_by_expert, is_stack, stack_shape
+from triptych_core.averaging.hf_folder import is_hf_folder, open_hf_folder, read_json
 from triptych_core.averaging.safetensors_file import read_header
 from triptych_core.averaging.stored import Place, Source, Stored
 from triptych_core.checkpoint.manifest import FILE, find_damage, find_loss, read_manifest
@@ -17,6 +18,7 @@ from triptych_core.checkpoint.payload import BUFFER, FROZEN, MASTER
 
 # Families of triptych-models hold the transformers model as `hf`; exports are named from inside it.
 _PREFIX = "hf."
+_EXPERTS_APART = ("qwen3_moe", "qwen2_moe")  # whose directories have a matrix an expert
 
 
 def is_own_checkpoint(path: Path) -> bool:
@@ -56,8 +58,29 @@ def open_own_checkpoint(path: Path, like: Path | None = None, check: bool = Fals
         for name, shape in shapes.items()
     }
     small_files = like or _model_folder(path)
+    tensors = _as_exported(tensors, small_files)
     facts = {key: state.get(key) for key in ("zero_stage", "world_size", "precision")}
     return Source(path, "checkpoint of a run", tensors, int(state["step"]), small_files, facts)
+
+
+def _as_exported(tensors: dict[str, Stored], like: Path | None) -> dict[str, Stored]:
+    """With stacked experts as exports of the model have them: for some, expert by expert.
+
+    Of other families they stay stacked under the names of transformers 5, which it loads as well.
+    """
+    if like is None:
+        return tensors
+    known = open_hf_folder(like).tensors if is_hf_folder(like) else {}
+    is_apart = read_json(like / "config.json").get("model_type") in _EXPERTS_APART
+    return {
+        each: part
+        for name, stored in tensors.items()
+        for each, part in (
+            expert_by_expert(name, stored)
+            if is_stack(name) and (stack_shape(name, known) if known else is_apart)
+            else [(name, stored)]
+        )
+    }
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:

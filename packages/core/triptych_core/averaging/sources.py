@@ -39,6 +39,18 @@ def open_source(path: Path, like: Path | None = None, check: bool = False) -> So
     Raises:
         ValueError: it is of no kind that is known, or broken.
     """
+    source = _open_weights(path, like, check)
+    adapters = sorted(name for name in source.tensors if ".lora_" in name)
+    if adapters:
+        raise ValueError(
+            f"{path}: must hold whole weights, got adapters beside them ({len(adapters)} tensors, "
+            f"as {adapters[0]}); average the exports of such runs, into which they are merged: an "
+            "average of A and B is not the average of their product"
+        )
+    return source
+
+
+def _open_weights(path: Path, like: Path | None, check: bool) -> Source:
     if is_hf_folder(path):
         return open_hf_folder(path)
     if is_own_checkpoint(path):

@@ -56,6 +56,16 @@ class Stored(NamedTuple):
         """Of its elements."""
         return self.size * self.dtype.itemsize
 
+    def part(self, begin: int, end: int, shape: tuple[int, ...]) -> Stored:
+        """Elements `begin` to `end` as a tensor of their own."""
+        places = []
+        for place in self.places:
+            left, right = max(begin, place.begin), min(end, place.end)
+            if left < right:
+                offset = place.offset + (left - place.begin) * self.dtype.itemsize
+                places.append(Place(left - begin, right - begin, place.file, offset))
+        return Stored(self.dtype, shape, tuple(places))
+
 
 @dataclass(frozen=True)
 class Source:
