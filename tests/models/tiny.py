@@ -90,21 +90,77 @@ def write_text_model_dir(directory: Path, *, tied: bool = False) -> Path:
     return directory
 
 
+_EXPERTS = {
+    "num_hidden_layers": 3,
+    "mlp_only_layers": [2],
+    "decoder_sparse_step": 1,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
+
+
 def write_moe_model_dir(directory: Path, *, tied: bool = False, **fields: Any) -> Path:
     """config.json of a Qwen3-MoE: three layers, the last of them dense, 4 experts, 2 a token."""
     write_text_model_dir(directory, tied=tied)
     config = json.loads((directory / "config.json").read_text()) | {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
-        "num_hidden_layers": 3,
-        "mlp_only_layers": [2],
-        "decoder_sparse_step": 1,
-        "moe_intermediate_size": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
         "norm_topk_prob": True,
+        **_EXPERTS,
     }
     (directory / "config.json").write_text(json.dumps(config | fields))
+    return directory
+
+
+def write_mixtral_model_dir(directory: Path, *, tied: bool = False, **fields: Any) -> Path:
+    """config.json of a Mixtral, as published folders write it: two layers, 4 experts, 2 a token."""
+    config = _without_heads(write_text_model_dir(directory, tied=tied)) | {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+    }
+    (directory / "config.json").write_text(json.dumps(config | fields))
+    return directory
+
+
+def write_qwen2_moe_model_dir(directory: Path, *, tied: bool = False, **fields: Any) -> Path:
+    """config.json of a Qwen2-MoE: as `write_moe_model_dir`, with a shared expert."""
+    config = _without_heads(write_text_model_dir(directory, tied=tied)) | {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "norm_topk_prob": False,
+        "shared_expert_intermediate_size": 24,
+        **_EXPERTS,
+    }
+    (directory / "config.json").write_text(json.dumps(config | fields))
+    return directory
+
+
+def _without_heads(directory: Path) -> Any:
+    """A configuration that leaves head_dim to hidden_size / num_attention_heads."""
+    config = json.loads((directory / "config.json").read_text())
+    del config["head_dim"], config["use_sliding_window"]
+    return config
+
+
+def write_vl_moe_model_dir(directory: Path, *, tied: bool = False, **fields: Any) -> Path:
+    """A Qwen3-VL-MoE with the tower of `write_model_dir` and the experts of `write_moe_model_dir`,
+    two DeepStack features."""
+    write_model_dir(directory, tied=tied)
+    config = json.loads((directory / "config.json").read_text())
+    config |= {
+        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+        "model_type": "qwen3_vl_moe",
+    }
+    config["text_config"] |= {"model_type": "qwen3_vl_moe_text", **_EXPERTS, **fields}
+    config["vision_config"] |= {
+        "model_type": "qwen3_vl_moe_vision",
+        "deepstack_visual_indexes": [0, 1],
+    }
+    (directory / "config.json").write_text(json.dumps(config))
     return directory
 
 

@@ -7,13 +7,16 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Family = Literal["qwen3", "qwen3_moe", "qwen3_vl"]
+Family = Literal["mixtral", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe"]
 Part = Literal["vision", "projector", "language", "router", "experts"]
 
 PARTS: dict[Family, tuple[Part, ...]] = {
+    "mixtral": ("language", "router", "experts"),
+    "qwen2_moe": ("language", "router", "experts"),
     "qwen3": ("language",),
     "qwen3_moe": ("language", "router", "experts"),
     "qwen3_vl": ("vision", "projector", "language"),
+    "qwen3_vl_moe": ("vision", "projector", "language", "router", "experts"),
 }
 
 
@@ -67,8 +70,8 @@ class ModelConfig(BaseModel):
 
     family: Literal["auto", Family] = Field(
         default="auto",
-        description="architecture: auto (what config.json's model_type says), qwen3, qwen3_moe, "
-        "qwen3_vl",
+        description="architecture: auto (what config.json's model_type says), or one of "
+        + ", ".join(PARTS),
     )
     path: Path = Field(description="local Hugging Face model directory (config.json, tokenizer, …)")
     init: Literal["pretrained", "random"] = Field(

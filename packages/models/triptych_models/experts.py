@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from triptych_kernels import expert_counts, moe_mlp, route
 
 from .balance import RouterFigures, Segments, router_figures
+from .layout import StoredExperts
 from .sequence import ALONE, SequenceGroup, exchange
 
 
@@ -49,14 +50,22 @@ class Router(nn.Module):
         top_k: experts of a token.
         normalize: divide the chosen weights by their sum.
         dtype: of the weight.
+        stored: the block's name in directories.
     """
 
     def __init__(
-        self, num_experts: int, hidden_size: int, top_k: int, *, normalize: bool, dtype: torch.dtype
+        self,
+        num_experts: int,
+        hidden_size: int,
+        top_k: int,
+        *,
+        normalize: bool,
+        dtype: torch.dtype,
+        stored: StoredExperts,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=dtype))
-        self.top_k, self.normalize = top_k, normalize
+        self.top_k, self.normalize, self.stored = top_k, normalize, stored
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (T, H) → logits (T, E), weights (T, k) and experts (T, k) int64, the first two fp32."""
@@ -69,7 +78,7 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """This rank's part of a layer's SwiGLU experts, stacked: gate above up (E/N, 2F, H), down.
 
-    Under transformers' names. Raises ValueError where the group's ranks do not divide the experts.
+    Under transformers' names; `stored` is how directories have them. Raises ValueError where the group's ranks do not divide the experts.
     """
 
     def __init__(
@@ -79,6 +88,7 @@ class Experts(nn.Module):
         width: int,
         *,
         dtype: torch.dtype,
+        stored: StoredExperts,
         group: ExpertGroup = EVERY_EXPERT,
     ) -> None:
         super().__init__()
@@ -87,7 +97,8 @@ class Experts(nn.Module):
                 f"parallel.expert: must divide the model's {num_experts} experts, got {group.size};"
                 " take a divisor"
             )
-        self.num_experts, self.group = num_experts, group
+        self.num_experts, self.group, self.stored = num_experts, group, stored
+        self.hidden_size, self.width = hidden_size, width
         here = num_experts // group.size
         self.gate_up_proj = nn.Parameter(torch.empty(here, 2 * width, hidden_size, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(here, hidden_size, width, dtype=dtype))
@@ -117,13 +128,36 @@ class Experts(nn.Module):
         return _Collect.apply(given, order, slots.view(experts.shape))
 
 
-class MoEBlock(nn.Module):
-    """Stands in for transformers' sparse block, under its names: gate, experts."""
+class SharedGate(nn.Module):
+    """How much a token gets of what the shared expert gives: the sigmoid of one logit, in fp32."""
 
-    def __init__(self, gate: Router, experts: Experts) -> None:
+    def __init__(self, hidden_size: int, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, hidden_size, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (T, H) → (T, 1) in x's dtype."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(wide), self.weight.to(wide)).sigmoid().to(x.dtype)
+
+
+class MoEBlock(nn.Module):
+    """Stands in for transformers' sparse block, under its names: gate, experts, and where every
+    token also runs through an MLP of its own, shared_expert and shared_expert_gate."""
+
+    def __init__(
+        self,
+        gate: Router,
+        experts: Experts,
+        shared_expert: nn.Module | None = None,
+        shared_expert_gate: SharedGate | None = None,
+    ) -> None:
         super().__init__()
         self.gate = gate
         self.experts = experts
+        self.shared_expert = shared_expert
+        self.shared_expert_gate = shared_expert_gate
 
     def forward(
         self,
@@ -134,7 +168,10 @@ class MoEBlock(nn.Module):
         """(…, H) → the same shape; with the segments of its tokens also what the router did."""
         x = hidden_states.flatten(0, -2)
         logits, weights, experts = self.gate(x)
-        out = self.experts(x, weights, experts).view(hidden_states.shape)
+        out = self.experts(x, weights, experts)
+        if self.shared_expert is not None and self.shared_expert_gate is not None:
+            out = out + self.shared_expert_gate(x) * self.shared_expert(x)
+        out = out.view(hidden_states.shape)
         if segments is None:
             return out, None
         return out, router_figures(logits, experts, segments, sequence)

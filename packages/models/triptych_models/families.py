@@ -5,17 +5,24 @@ import torch
 from .config import ModelConfig
 from .experts import EVERY_EXPERT, ExpertGroup
 from .freeze import freeze
+from .mixtral import Mixtral
+from .mixture import Mixture
 from .packed import PackedModel
+from .qwen2_moe import Qwen2MoE
 from .qwen3 import Qwen3
 from .qwen3_moe import Qwen3MoE
 from .qwen3_vl import Qwen3VL
+from .qwen3_vl_moe import Qwen3VLMoE
 from .sequence import ALONE, SequenceGroup
 from .weights import Gather, initialize, load_weights, whole
 
 FAMILIES: dict[str, type[PackedModel]] = {
+    "mixtral": Mixtral,
+    "qwen2_moe": Qwen2MoE,
     "qwen3": Qwen3,
     "qwen3_moe": Qwen3MoE,
     "qwen3_vl": Qwen3VL,
+    "qwen3_vl_moe": Qwen3VLMoE,
 }
 
 
@@ -56,7 +63,7 @@ def build_shell(
     family = FAMILIES[config.find_family()]
     # The compiler fuses norms, gates and what stands around them itself: 2 % faster on an H100.
     fused = config.fuse and config.compile != "layers"
-    if issubclass(family, Qwen3MoE):
+    if issubclass(family, Mixture):
         return family.from_directory(
             config.path, dtype=dtype, fused=fused, moe=config.moe, experts=experts
         )

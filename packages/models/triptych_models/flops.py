@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
+from .layout import head_dim, mixture_shape
+
 
 class Work(NamedTuple):
     """Forward FLOPs of one part: with weights, and of attention, which has none."""
@@ -33,23 +35,25 @@ def qwen3_flops(
     return language_flops(config, batch, weight=trains and not adapted, inputs=trains)
 
 
-def qwen3_moe_flops(
+def mixture_flops(
     text: PretrainedConfig, batch: Mapping[str, Any], trainable: Collection[str], num_sparse: int
 ) -> float:
-    """Forward + backward FLOPs of a batch of text alone through num_sparse layers with experts.
+    """Forward + backward FLOPs of a language model of which num_sparse layers have experts.
 
-    A token costs its top_k experts, and the router all of them. Gradients flow back through
-    everything as soon as anything trains.
+    A token costs its top_k experts, the shared one if there is one, and the router all of them.
+    Gradients flow back through everything as soon as anything trains.
     """
     inputs, tokens = bool(trainable), int(batch["cu_seqlens"][-1])
-    chosen = text.num_experts_per_tok * 3 * text.hidden_size * text.moe_intermediate_size
-    dense = 2.0 * num_sparse * 3 * text.hidden_size * text.intermediate_size * tokens
+    shape, hidden_size = mixture_shape(text), text.hidden_size
+    each = 2.0 * num_sparse * hidden_size * tokens
+    mlps = each * 3 * (shape.shared_width - text.intermediate_size)
     layers = language_layers(text, [int(x) for x in batch["cu_seqlens"]])
-    head = 2.0 * text.hidden_size * text.vocab_size * int(batch["num_targets"])
+    head = 2.0 * hidden_size * text.vocab_size * int(batch["num_targets"])
+    gates = shape.num_experts + (shape.shared_width > 0)
     works = {
-        "language": Work(layers.linear - dense + head, layers.attention),
-        "router": Work(2.0 * num_sparse * text.hidden_size * text.num_experts * tokens, 0.0),
-        "experts": Work(2.0 * num_sparse * chosen * tokens, 0.0),
+        "language": Work(layers.linear + mlps + head, layers.attention),
+        "router": Work(each * gates, 0.0),
+        "experts": Work(each * 3 * shape.top_k * shape.width, 0.0),
     }
     return sum(
         with_backward(work, weight=part in trainable, inputs=inputs) for part, work in works.items()
@@ -71,6 +75,20 @@ def qwen3_vl_flops(
     only. If what trains is adapters, no weight gradients of the parts are counted, and not the
     adapters themselves.
     """
+    weights = set() if adapted else trainable
+    return vision_flops(config, batch, trainable, adapted=adapted) + language_flops(
+        config.text_config, batch, weight="language" in weights, inputs=bool(trainable)
+    )
+
+
+def vision_flops(
+    config: PretrainedConfig,
+    batch: Mapping[str, Any],
+    trainable: Collection[str],
+    *,
+    adapted: bool = False,
+) -> float:
+    """Forward + backward FLOPs of the tower and the projector; see qwen3_vl_flops."""
     grid = batch.get("image_grid_thw")
     grids = [] if grid is None else [tuple(int(n) for n in row) for row in grid]
 
@@ -85,9 +103,6 @@ def qwen3_vl_flops(
         with_backward(embed, weight="vision" in weights, inputs=False)  # pixels need no gradient
         + with_backward(tower, weight="vision" in weights, inputs=vision_trains)
         + with_backward(projector, weight="projector" in weights, inputs=into_projector)
-        + language_flops(
-            config.text_config, batch, weight="language" in weights, inputs=bool(trainable)
-        )
     )
 
 
@@ -109,8 +124,9 @@ def language_flops(
 
 def language_layers(text: PretrainedConfig, bounds: list[int]) -> Work:
     """All decoder layers over documents that end at bounds[1:]."""
-    q_dim = text.num_attention_heads * text.head_dim
-    kv_dim = text.num_key_value_heads * text.head_dim
+    q_dim, kv_dim = (
+        heads * head_dim(text) for heads in (text.num_attention_heads, text.num_key_value_heads)
+    )
     weights = text.hidden_size * (2 * q_dim + 2 * kv_dim + 3 * text.intermediate_size)
     lengths = [stop - start for start, stop in pairwise(bounds)]
     pairs = sum(n * (n + 1) // 2 for n in lengths)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from .layout import decoder, text_config
 from .mlp_chunks import chunk_mlp
 from .offload import InputStore
 from .output import LossOutput
+from .read_config import read_config
 from .rotary import restore_rotary
 from .sequence import ALONE, SequenceGroup, check_heads
 
@@ -41,18 +42,16 @@ class PackedModel(nn.Module):
     The weights are not filled in: see triptych_models.weights.
     """
 
+    hf_class: ClassVar[type[PreTrainedModel]]
+    model_type: ClassVar[str]  # of config.json
+
     def __init__(
-        self,
-        hf_class: type[PreTrainedModel],
-        hf_config: PretrainedConfig,
-        *,
-        dtype: torch.dtype,
-        fused: bool,
+        self, hf_config: PretrainedConfig, *, dtype: torch.dtype, fused: bool = True
     ) -> None:
         super().__init__()
         register()
         with no_init_weights():
-            self.hf = hf_class._from_config(hf_config, dtype=dtype, attn_implementation=PACKED)
+            self.hf = self.hf_class._from_config(hf_config, dtype=dtype, attn_implementation=PACKED)
         self.hf.lm_head = LossHead(self.hf.lm_head)
         self.hf.tie_weights()
         if fused:
@@ -65,12 +64,14 @@ class PackedModel(nn.Module):
         self.lora: LoraConfig | None = None  # see triptych_models.lora
 
     @classmethod
-    def from_directory(cls, path: Path, *, dtype: torch.dtype, fused: bool = True) -> Self:
+    def from_directory(
+        cls, path: Path, *, dtype: torch.dtype, fused: bool = True, **settings: Any
+    ) -> Self:
         """Build from the small files of a Hugging Face directory.
 
         Raises ValueError if the directory is not one of a model this family computes.
         """
-        raise NotImplementedError
+        return cls(read_config(path, cls.model_type), dtype=dtype, fused=fused, **settings)
 
     def hidden_states(self, *args: Any, **batch: Any) -> Tensor:
         """Hidden states (1, T, H) after the final norm, documents kept apart."""

@@ -1,34 +1,21 @@
 """Qwen3 (dense, text alone) as a packed-sequence module with its loss inside."""
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from .flops import qwen3_flops
 from .lora import adapter_flops
 from .packed import PackedModel
-from .read_config import read_config
 
 
 class Qwen3(PackedModel):
     """Transformers' Qwen3, `self.hf`, fed with packed rows."""
 
-    def __init__(
-        self, hf_config: PretrainedConfig, *, dtype: torch.dtype, fused: bool = True
-    ) -> None:
-        super().__init__(Qwen3ForCausalLM, hf_config, dtype=dtype, fused=fused)
-
-    @classmethod
-    def from_directory(cls, path: Path, *, dtype: torch.dtype, fused: bool = True) -> Self:
-        """Build from config.json of a Hugging Face directory.
-
-        Raises ValueError if the directory is not one of a Qwen3 this module computes.
-        """
-        return cls(read_config(path, "qwen3"), dtype=dtype, fused=fused)
+    hf_class = Qwen3ForCausalLM
+    model_type = "qwen3"
 
     def hidden_states(
         self,
@@ -37,13 +24,15 @@ class Qwen3(PackedModel):
         position_ids: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
+        **settings: Any,
     ) -> Tensor:
         """Hidden states (1, T, H) after the final norm, documents kept apart.
 
-        input_ids and position_ids (1, T) int64, cu_seqlens (num_docs + 1,) int32.
+        input_ids and position_ids (1, T) int64, cu_seqlens (num_docs + 1,) int32; settings are for
+        each layer.
         """
         hidden_states = self.hf.model.embed_tokens(input_ids)  # (1, T, H)
-        return self.run_decoder(hidden_states, position_ids, cu_seqlens, max_seqlen)
+        return self.run_decoder(hidden_states, position_ids, cu_seqlens, max_seqlen, **settings)
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """All of it is the language part."""

@@ -14,7 +14,6 @@ from .attention import pack_vision_attention
 from .flops import qwen3_vl_flops
 from .lora import adapter_flops
 from .packed import PackedModel, compile_forward
-from .read_config import read_config
 from .sequence import exchange_features
 from .vision import normalize_pixels, vision_features
 
@@ -35,6 +34,9 @@ class Qwen3VL(PackedModel):
     and ZeRO-3 need that.
     """
 
+    hf_class = Qwen3VLForConditionalGeneration
+    model_type = "qwen3_vl"
+
     def __init__(
         self,
         hf_config: PretrainedConfig,
@@ -44,25 +46,16 @@ class Qwen3VL(PackedModel):
         image_std: list[float],
         fused: bool = True,
     ) -> None:
-        super().__init__(Qwen3VLForConditionalGeneration, hf_config, dtype=dtype, fused=fused)
+        super().__init__(hf_config, dtype=dtype, fused=fused)
         pack_vision_attention(self.hf)
         self.image_mean = image_mean
         self.image_std = image_std
 
     @classmethod
-    def from_directory(cls, path: Path, *, dtype: torch.dtype, fused: bool = True) -> Self:
-        """Build from config.json and preprocessor_config.json of a Hugging Face directory.
-
-        Raises ValueError if the directory is not one of a Qwen3-VL this module computes.
-        """
+    def from_directory(cls, path: Path, **settings: Any) -> Self:
+        """As every family's; with preprocessor_config.json, which says how pixels are scaled."""
         mean, std = image_statistics(path)
-        return cls(
-            read_config(path, "qwen3_vl"),
-            dtype=dtype,
-            image_mean=mean,
-            image_std=std,
-            fused=fused,
-        )
+        return super().from_directory(path, image_mean=mean, image_std=std, **settings)
 
     def hidden_states(
         self,
@@ -78,6 +71,7 @@ class Qwen3VL(PackedModel):
         image_positions: Tensor | None = None,
         image_sends: Sequence[int] | None = None,
         image_receives: Sequence[int] | None = None,
+        **settings: Any,
     ) -> Tensor:
         """Hidden states (1, T, H) after the final norm, documents kept apart.
 
@@ -85,7 +79,8 @@ class Qwen3VL(PackedModel):
         pixel_values (P, patch_dim) uint8, image_grid_thw (num_images, 3) int64 on the host,
         vision_cu_seqlens (num_frames + 1,) int32, image_positions (num_image_tokens,) int64.
         In a sequence group (see sequence_batch.take_part) a rank runs the tower on its share of the
-        row's images, and image_positions are those of its own tokens.
+        row's images, and image_positions are those of its own tokens. settings are for each of the
+        language layers.
         """
         language = self.hf.model.language_model
         hidden_states = language.embed_tokens(input_ids)  # (1, T, H)
@@ -114,7 +109,7 @@ class Qwen3VL(PackedModel):
             return hidden_states.index_add(1, positions, tapped)
 
         return self.run_decoder(
-            hidden_states, position_ids, cu_seqlens, max_seqlen, after_layer=add_deepstack
+            hidden_states, position_ids, cu_seqlens, max_seqlen, add_deepstack, **settings
         )
 
     def check_processor(self, processor: HasImageRules) -> None:

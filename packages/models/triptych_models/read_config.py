@@ -33,9 +33,10 @@ def read_config(path: Path, model_type: str) -> PretrainedConfig:
             f"{where}attention_dropout must be 0, got {text.attention_dropout}; "
             "packed attention has no dropout"
         )
-    if getattr(text, "use_sliding_window", False):
+    switch = "use_sliding_window" if hasattr(text, "use_sliding_window") else "sliding_window"
+    if window := getattr(text, switch, None):
         raise ValueError(
-            f"{where}use_sliding_window must be false, got true; "
+            f"{where}{switch} must be false or null, got {window}; "
             "packed attention looks at whole documents"
         )
     return config

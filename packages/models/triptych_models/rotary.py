@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .layout import decoder, text_config, tower
+from .layout import decoder, head_dim, text_config, tower
 
 
 def restore_rotary(model: PreTrainedModel) -> None:
@@ -17,7 +17,7 @@ def restore_rotary(model: PreTrainedModel) -> None:
     text = text_config(model.config)
     assign(
         decoder(model).rotary_emb,
-        inverse_frequencies(text.head_dim, text.rope_parameters["rope_theta"]),
+        inverse_frequencies(head_dim(text), text.rope_parameters["rope_theta"]),
     )
     if tower(model) is None:
         return

@@ -103,11 +103,16 @@ def load_weights(hf: PreTrainedModel, directory: Path, gather: Gather = whole) -
             file: stack.enter_context(safe_open(file, framework="pt"))
             for file in sorted(set(files.values()))
         }
+
+        def shape_of(key: str) -> list[int]:
+            return list(readers[files[key]].get_slice(key).get_shape())
+
         check_names(directory, wanted, files, readers, hf)
         for module, own in modules:
             with gather(list(own.values())):
                 for name, parameter in own.items():
-                    for key, rows, place in stored_pieces(module, name, parameter, files):
+                    pieces = stored_pieces(module, name, parameter, files, shape_of)
+                    for key, rows, place in pieces:
                         stored = readers[files[key]].get_slice(key)[rows]
                         if stored.shape == place.shape:
                             place.copy_(stored)

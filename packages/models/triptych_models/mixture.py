@@ -1,0 +1,189 @@
+"""What every mixture of experts is beside its dense family: sparse blocks, and routers' losses.
+
+A mixture is a class of both, `class Qwen3MoE(Mixture, Qwen3)`, which names the stock model, its
+model_type, and how directories hold the experts.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MethodType
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from .balance import RouterFigures, Segments, segment_row
+from .config import MoEConfig
+from .experts import EVERY_EXPERT, ExpertGroup, Experts, MoEBlock, Router, SharedGate
+from .flops import mixture_flops, vision_flops
+from .layout import MixtureShape, StoredExperts, decoder, mixture_shape, text_config, tower
+from .offload import InputStore
+from .output import LossOutput
+from .packed import PackedModel
+from .sequence import ALONE, SequenceGroup
+
+
+class Mixture(PackedModel):
+    """Transformers' mixture, `self.hf`, fed with packed rows; its sparse blocks are ours.
+
+    Args:
+        hf_config: of the whole model.
+        moe: the routers' losses.
+        experts: with whom this rank shares the experts.
+        settings: as the dense family's.
+    """
+
+    stored: ClassVar[StoredExperts] = StoredExperts()
+
+    def __init__(
+        self,
+        hf_config: PretrainedConfig,
+        *,
+        dtype: torch.dtype,
+        moe: MoEConfig | None = None,
+        experts: ExpertGroup = EVERY_EXPERT,
+        **settings: Any,
+    ) -> None:
+        text = text_config(hf_config)
+        shape = mixture_shape(text)
+        text.num_experts = 1  # stock blocks are not kept: the smallest there are
+        super().__init__(hf_config, dtype=dtype, **settings)
+        text.num_experts = shape.num_experts
+        self.moe = moe or MoEConfig()
+        for layer in decoder(self.hf).layers:
+            if hasattr(layer.mlp, "experts"):
+                layer.mlp = self._block(layer.mlp, shape, dtype, experts)
+                layer.forward = MethodType(_run_sparse, layer)
+
+    @classmethod
+    def from_directory(cls, path: Path, **settings: Any) -> Self:
+        """As every family's; also ValueError for experts of another activation than SiLU."""
+        model = super().from_directory(path, **settings)
+        text = text_config(model.hf.config)
+        if text.hidden_act != "silu":
+            raise ValueError(
+                f"{path / 'config.json'}: hidden_act must be silu, got {text.hidden_act}; "
+                "experts of another activation are not supported"
+            )
+        return model
+
+    def forward(self, *, shift_labels: Tensor, num_targets: int, **batch: Any) -> LossOutput:
+        """Summed loss of one packed row; in training with the routers' losses, if they count.
+
+        metrics: `balance_loss` and `z_loss`, means over the sparse layers, summed over targets;
+        `expert_load` (sparse layers, E), the tokens of each expert.
+        """
+        self.input_store = InputStore()
+        over, sequence = self.moe.aux_over, self.sequence
+        segments = segment_row(shift_labels, batch["cu_seqlens"], over, sequence)
+        figures: list[RouterFigures] = []
+        hidden_states = self.hidden_states(**batch, segments=segments, figures=figures)
+        loss_sum = self.hf.lm_head(hidden_states, shift_labels, num_targets)
+        if not figures:
+            return LossOutput(loss_sum, num_targets, {})
+        balance, z, load = (torch.stack(each) for each in zip(*figures, strict=True))
+        if self.training:  # what is held out is scored by its own loss
+            loss_sum = loss_sum + self.moe.aux_loss * balance.sum() + self.moe.z_loss * z.sum()
+        metrics = {"balance_loss": balance.mean(), "z_loss": z.mean(), "expert_load": load}
+        return LossOutput(loss_sum, num_targets, {k: v.detach() for k, v in metrics.items()})
+
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """Experts and routers are parts of their own; what all tokens share is language's."""
+        model, blocks = decoder(self.hf), self.blocks()
+        sparse = {id(block) for block in blocks}
+        language: list[nn.Module] = [model.embed_tokens, model.norm, self.hf.lm_head]
+        for layer in model.layers:
+            language += [child for child in layer.children() if id(child) not in sparse]
+        language += [block.shared_expert for block in blocks if block.shared_expert is not None]
+        gates = [block.shared_expert_gate for block in blocks]
+        return {
+            **super().parts(),
+            "language": language,
+            "router": [
+                *(block.gate for block in blocks),
+                *(gate for gate in gates if gate is not None),
+            ],
+            "experts": [block.experts for block in blocks],
+        }
+
+    def blocks(self) -> list[MoEBlock]:
+        """The sparse layers' blocks, in their order."""
+        return [layer.mlp for layer in decoder(self.hf).layers if isinstance(layer.mlp, MoEBlock)]
+
+    def flops(self, batch: Mapping[str, Any]) -> float:
+        """Forward and backward FLOPs of one packed row, of experts only those that run."""
+        config, trainable = self.hf.config, self.trainable_parts()
+        vision = 0.0 if tower(self.hf) is None else vision_flops(config, batch, trainable)
+        return vision + mixture_flops(text_config(config), batch, trainable, len(self.blocks()))
+
+    def set_mlp_chunks(self, chunks: int) -> None:
+        """Refused: a router's figures are those of whole rows."""
+        if chunks > 1:
+            raise ValueError(
+                f"engine.mlp_chunks: must be 1 with experts, got {chunks}; take "
+                "engine.checkpointing=full or offload for long rows"
+            )
+
+    def _run_layer(
+        self,
+        layer: nn.Module,
+        hidden_states: Tensor,
+        *,
+        segments: Segments | None = None,
+        figures: list[RouterFigures] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if segments is None or not isinstance(getattr(layer, "mlp", None), MoEBlock):
+            return super()._run_layer(layer, hidden_states, **kwargs)
+        given: Any = super()._run_layer(layer, hidden_states, segments=segments, **kwargs)
+        hidden_states, *found = given
+        assert figures is not None, "segments are given for figures"
+        figures.append(RouterFigures(*found))
+        return hidden_states
+
+    def _block(
+        self, stock: Any, shape: MixtureShape, dtype: torch.dtype, group: ExpertGroup
+    ) -> MoEBlock:
+        hidden_size = text_config(self.hf.config).hidden_size
+        gate = Router(
+            shape.num_experts,
+            hidden_size,
+            shape.top_k,
+            normalize=shape.normalize,
+            dtype=dtype,
+            stored=self.stored,
+        )
+        experts = Experts(
+            shape.num_experts,
+            hidden_size,
+            shape.width,
+            dtype=dtype,
+            stored=self.stored,
+            group=group,
+        )
+        if not shape.shared_width:
+            return MoEBlock(gate, experts)
+        return MoEBlock(gate, experts, stock.shared_expert, SharedGate(hidden_size, dtype=dtype))
+
+
+def _run_sparse(
+    self: Any,
+    hidden_states: Tensor,
+    *,
+    segments: Segments | None = None,
+    sequence: SequenceGroup = ALONE,
+    **kwargs: Any,
+) -> Any:
+    """The forward of a sparse decoder layer; with `segments` it returns the router's figures, too.
+
+    Given back and not kept aside: so they pass checkpointing, ZeRO-3's hooks and the compiler as
+    the hidden states do.
+    """
+    attended, _ = self.self_attn(
+        hidden_states=self.input_layernorm(hidden_states), sequence=sequence, **kwargs
+    )
+    hidden_states = hidden_states + attended
+    out, figures = self.mlp(self.post_attention_layernorm(hidden_states), segments, sequence)
+    hidden_states = hidden_states + out
+    return hidden_states if figures is None else (hidden_states, *figures)

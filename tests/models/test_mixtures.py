@@ -1,0 +1,219 @@
+"""Every family with experts: packed rows give what stock gives for documents one by one.
+
+Losses, gradients of routers, experts, shared experts and all else, FLOPs, the directories that
+stock and we write for each other, answers. The routers' own losses are test_qwen3_moe.py's.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from tests.models import stock as images
+from tests.models import tiny
+from triptych_models.config import PARTS, ModelConfig
+from triptych_models.export import export
+from triptych_models.families import FAMILIES, build_model
+from triptych_models.freeze import count_parameters, parameter_parts
+from triptych_models.generate import generate
+from triptych_models.layout import decoder, head_dim, text_config
+from triptych_models.matrices import matrix_shapes
+from triptych_models.mixture import Mixture
+
+SEQ_LEN = 96
+WRITERS: dict[str, Callable[..., Path]] = {
+    "mixtral": tiny.write_mixtral_model_dir,
+    "qwen2_moe": tiny.write_qwen2_moe_model_dir,
+    "qwen3_moe": tiny.write_moe_model_dir,
+    "qwen3_vl_moe": tiny.write_vl_moe_model_dir,
+}
+# What directories call an expert's matrices.
+STORED = {
+    "mixtral": "model.layers.1.block_sparse_moe.experts.3.w3.weight",
+    "qwen2_moe": "model.layers.1.mlp.experts.3.up_proj.weight",
+    "qwen3_moe": "model.layers.1.mlp.experts.3.up_proj.weight",
+    "qwen3_vl_moe": "model.language_model.layers.1.mlp.experts.gate_up_proj",
+}
+each_family = pytest.mark.parametrize("family", WRITERS)
+
+
+def test_all_families_with_experts_are_here() -> None:
+    assert {name for name, family in FAMILIES.items() if issubclass(family, Mixture)} == {*WRITERS}
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Callable[..., Any]:
+    def build_tiny(
+        family: str, *, dtype: torch.dtype = torch.float32, folder: Any = (), **fields: Any
+    ) -> Any:
+        if "path" not in fields:
+            shutil.rmtree(tmp_path / "tiny", ignore_errors=True)
+            fields["path"] = WRITERS[family](tmp_path / "tiny", **dict(folder))
+            fields.setdefault("init", "random")
+        fields.setdefault("moe", {"aux_loss": 0.0})
+        return build_model(ModelConfig(**fields), dtype=dtype).train()
+
+    return build_tiny
+
+
+def documents(family: str) -> list[tiny.Document]:
+    """Four of 9, 1, 20 and 11 words; with images between where the family sees them."""
+    grids: list[list[tuple[int, int, int]]] = [[], [], [], []]
+    if family == "qwen3_vl_moe":
+        grids = [[], [(1, 4, 6)], [], [(1, 8, 2), (1, 2, 2)]]
+    return [
+        tiny.document(seed, words=words, grids=each)
+        for seed, (words, each) in enumerate(zip((9, 1, 20, 11), grids, strict=True))
+    ]
+
+
+def pack(family: str, chosen: list[tiny.Document], seq_len: int = SEQ_LEN) -> dict[str, Any]:
+    return (tiny.pack if family == "qwen3_vl_moe" else tiny.pack_text)(chosen, seq_len)
+
+
+def stock_twin(model: Any, dtype: torch.dtype = torch.float32) -> Any:
+    config = AutoConfig.for_model(**model.hf.config.to_dict())
+    stock = type(model).hf_class._from_config(config, dtype=dtype)
+    stock.set_experts_implementation("eager")  # the others know no fp64
+    stock.load_state_dict(model.hf.state_dict(), strict=True)
+    return stock
+
+
+def stock_loss(stock: Any, model: Any, chosen: list[tiny.Document]) -> Tensor:
+    if hasattr(model.hf.config, "vision_config"):
+        return images.stock_loss(stock, model, chosen)
+    losses = [
+        F.cross_entropy(stock(d.input_ids[None]).logits[0], d.shift_labels, reduction="sum")
+        for d in chosen
+    ]
+    return torch.stack(losses).sum()
+
+
+@each_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_packed_loss_and_gradients_equal_stock(build: Any, family: str, dtype: torch.dtype) -> None:
+    # In fp64 by plain ops, in fp32 by the grouped kernels.
+    model = build(family, dtype=dtype, fuse=dtype == torch.float32)
+    stock = stock_twin(model, dtype)
+    out = model(**pack(family, documents(family)))
+    out.loss_sum.backward()
+    expected = stock_loss(stock, model, documents(family))
+    expected.backward()
+    torch.testing.assert_close(out.loss_sum.double(), expected.double(), rtol=1e-6, atol=0)
+    ours, theirs = dict(model.hf.named_parameters()), dict(stock.named_parameters())
+    assert ours.keys() == theirs.keys()
+    whole = torch.stack([p.grad.norm() for p in theirs.values()]).norm()
+    for name, parameter in theirs.items():
+        difference = (ours[name].grad - parameter.grad).norm()
+        # Key biases have no gradient but rounding; stock rounds a router's softmax to fp32.
+        assert difference <= 1e-5 * parameter.grad.norm() + 1e-8 * whole, name
+
+
+@each_family
+def test_flops_are_those_of_the_experts_that_run(build: Any, family: str) -> None:
+    model = build(family)
+    stock = stock_twin(model)
+    lengths = (9, 1, 20, 11)
+    chosen = [tiny.document(seed, words=words) for seed, words in enumerate(lengths)]
+    batch = pack(family, chosen)
+    batch["num_targets"] = SEQ_LEN  # the counted model computes every row's logits
+    with FlopCounterMode(display=False) as counter:
+        stock(batch["input_ids"]).logits.sum().backward()
+    with FlopCounterMode(display=False) as rotary:
+        decoder(model.hf).rotary_emb(torch.zeros(1), batch["position_ids"])
+    everything = counter.get_flop_counts()["Global"].items()
+    linear = sum(n for operator, n in everything if "scaled_dot_product" not in str(operator))
+    linear -= rotary.get_total_flops()
+    text = text_config(model.hf.config)
+    width = text.num_attention_heads * head_dim(text)
+    pairs = sum(n * (n + 1) // 2 for n in (*lengths, SEQ_LEN - sum(lengths)))
+    attention = 2 * 2 * text.num_hidden_layers * width * pairs  # matmuls, FLOPs a multiply-add
+    assert model.flops(batch) == linear + 3 * attention
+
+
+@each_family
+def test_weights_go_into_stock_and_come_back(build: Any, family: str, tmp_path: Path) -> None:
+    chosen = documents(family)
+    # Matrices of (E, 32, 32) are square, where shapes do not tell how they are stored.
+    width = {"intermediate_size" if family == "mixtral" else "moe_intermediate_size": 12}
+    for number, folder in enumerate(({}, width)):
+        model, out = build(family, folder=folder), tmp_path / f"export-{number}"
+        export(model.hf, out, tmp_path / "tiny", dtype=torch.float32)
+        assert STORED[family] in load_file(out / "model.safetensors")
+        auto = AutoModelForImageTextToText if "vl" in family else AutoModelForCausalLM
+        stock, info = auto.from_pretrained(out, output_loading_info=True)
+        assert not any(info.values()), info
+        loss = model(**pack(family, chosen)).loss_sum
+        torch.testing.assert_close(stock_loss(stock, model, chosen), loss)
+        stock.save_pretrained(tmp_path / f"stock-{number}")
+        for path in (out, tmp_path / f"stock-{number}"):
+            again = build(family, path=path)
+            for name, parameter in model.named_parameters():
+                assert torch.equal(again.get_parameter(name), parameter), (path.name, name)
+
+
+def test_a_hub_folder_of_transposed_stacks_is_read_as_one(build: Any, tmp_path: Path) -> None:
+    model = build("qwen3_vl_moe", folder={"moe_intermediate_size": 12})
+    export(model.hf, tmp_path / "export", tmp_path / "tiny", dtype=torch.float32)
+    stored = load_file(tmp_path / "export/model.safetensors")
+    prefix = "model.language_model.layers.0.mlp.experts"
+    assert stored[f"{prefix}.gate_up_proj"].shape == (4, 32, 24)
+    assert stored[f"{prefix}.down_proj"].shape == (4, 12, 32)
+
+
+@each_family
+def test_answers_are_stocks(build: Any, family: str) -> None:
+    model = build(family)
+    settings = {"max_new_tokens": 5, "eos_token_id": tiny.EOS, "pad_token_id": tiny.PAD}
+    text = [document for document in documents(family) if not len(document.image_grid_thw)]
+    answers = generate(model, text, **settings)
+    stock = stock_twin(model)
+    for document, answer in zip(text, answers, strict=True):
+        length = len(document.input_ids)
+        tokens = stock.generate(document.input_ids[None], do_sample=False, **settings)[0]
+        assert [*answer, tiny.EOS][: len(tokens) - length] == tokens[length:].tolist()
+
+
+@each_family
+def test_parts_are_those_that_the_configuration_knows(build: Any, family: str) -> None:
+    model = build(family, freeze=["language"])
+    counts = count_parameters(model)
+    assert tuple(counts) == PARTS[family]  # type: ignore[index]
+    assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
+    parts = parameter_parts(model)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (parts[name] != "language"), name
+        if ".experts." in name:
+            assert parts[name] == "experts", name
+        elif ".gate." in name or "shared_expert_gate" in name:
+            assert parts[name] == "router", name
+        elif "shared_expert" in name:
+            assert parts[name] == "language", name
+    loss = model(**pack(family, documents(family))).loss_sum
+    loss.backward()
+    matrices = matrix_shapes(model)
+    experts = [name for name in matrices if ".experts.gate_up_proj" in name]
+    assert len(experts) == len(model.blocks()) and len(matrices[experts[0]]) == 2 * 4
+    assert not [name for name in matrices if ".gate." in name or "shared_expert_gate" in name]
+
+
+@pytest.mark.parametrize(
+    ("family", "folder", "message"),
+    [
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise must be 0, got 0.1"),
+        ("mixtral", {"sliding_window": 8}, "sliding_window must be false or null, got 8"),
+        ("qwen2_moe", {"hidden_act": "gelu"}, "hidden_act must be silu"),
+        ("qwen3_vl_moe", {"hidden_act": "gelu"}, "hidden_act must be silu"),
+    ],
+)
+def test_what_cannot_be_is_refused(build: Any, family: str, folder: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(family, folder=folder)
