@@ -7,7 +7,8 @@ and without rows that ranks share, also where one expert gets all tokens.
 from __future__ import annotations
 
 import json
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,25 @@ import torch
 from tests.models import tiny
 from tests.models.tiny import document
 from tests.ranks import run_ranks
+from tests.stages.test_sequence import family_of
+from tests.stages.test_sequence import rows as rows_with_images
 
 SEQ_LEN = 64
+FOLDERS = {
+    "qwen3_moe": tiny.write_moe_model_dir,
+    "qwen2_moe": tiny.write_qwen2_moe_model_dir,  # with a shared expert
+    "qwen3_vl_moe": tiny.write_vl_moe_model_dir,
+}
 LOSSES = {"aux_loss": 0.2, "z_loss": 0.05, "aux_over": "document"}
 
 
-def rows() -> list[dict[str, Any]]:
-    """Four packed rows of documents of text, one with padding for the most part."""
+def rows(family: str) -> list[dict[str, Any]]:
+    """Four packed rows: of text, one with padding for the most part; or with images, one without.
+
+    Those with images are test_sequence.py's, whose documents cross the borders of ranks.
+    """
+    if family == "qwen3_vl_moe":
+        return rows_with_images()
     chosen = [
         [document(1, words=20), document(2, words=30)],
         [document(3, words=5)],
@@ -58,35 +71,34 @@ def first_expert(choose: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tiny.write_moe_model_dir(tmp_path_factory.mktemp("moe") / "model", tied=True)
+def folders(tmp_path_factory) -> dict[str, Path]:
+    path = tmp_path_factory.mktemp("moe")
+    return {family: write(path / family, tied=True) for family, write in FOLDERS.items()}
+
+
+Reference = Callable[[str, int, bool], tuple[dict[str, Any], dict[str, torch.Tensor]]]
 
 
 @pytest.fixture(scope="module")
-def reference(folder) -> dict[tuple[int, bool], tuple[dict[str, Any], dict[str, torch.Tensor]]]:
-    """By number of rows, and whether one expert gets all: a step's figures and gradients."""
-    found = {}
-    for forced in (False, True):
-        model = build(folder, forced)
-        for count in (1, 2, 4):
-            model.zero_grad()
-            batches = rows()[:count]
-            targets = sum(batch["num_targets"] for batch in batches)
-            outputs = [model(**forward_of(batch)) for batch in batches]
-            loss = sum(out.loss_sum for out in outputs) / targets
-            loss.backward()
-            gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-            norm = torch.stack([g.norm() for g in gradients.values()]).norm().item()
-            sums = {key: sum(out.metrics[key] for out in outputs) for key in outputs[0].metrics}
-            figures = {
-                "loss": loss.item(),
-                "grad_norm": norm,
-                "balance_loss": sums["balance_loss"].item() / targets,
-                "z_loss": sums["z_loss"].item() / targets,
-                "expert_load": sums["expert_load"].tolist(),
-            }
-            found[count, forced] = figures, gradients
-    return found
+def reference(folders) -> Reference:
+    """By family, number of rows, and whether one expert gets all: a step's figures, gradients."""
+
+    @cache
+    def of(family: str, count: int, forced: bool) -> Any:
+        model = build(folders[family], forced)
+        batches = rows(family)[:count]
+        targets = sum(batch["num_targets"] for batch in batches)
+        outputs = [model(**forward_of(batch)) for batch in batches]
+        loss = sum(out.loss_sum for out in outputs) / targets
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        norm = torch.stack([g.norm() for g in gradients]).norm().item()
+        sums = {key: sum(out.metrics[key] for out in outputs) for key in outputs[0].metrics}
+        figures = {"loss": loss.item(), "grad_norm": norm}
+        for key, value in sums.items():
+            figures[key] = value.tolist() if value.dim() else value.item() / targets
+        return figures, dict(zip(dict(model.named_parameters()), gradients, strict=True))
+
+    return of
 
 
 def forward_of(batch: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +194,7 @@ def a_step(
         take_step()
 
     engine.step = look_then_step
-    mine = rows()[: mesh.dp_size * accumulation][mesh.dp_rank :: mesh.dp_size]
+    mine = rows(family_of(folder))[: mesh.dp_size * accumulation][mesh.dp_rank :: mesh.dp_size]
     part = partial(take_part, group=group)
     with Metrics(config, **ranks) as metrics:
         train(engine, iter(mine), config, flops=model.flops, metrics=metrics, part=part)
@@ -191,14 +203,19 @@ def a_step(
     return json.loads((config.run.dir / "metrics.jsonl").read_text()), gradients
 
 
+EVERY_STAGE = [(2, 1, stage, 1) for stage in (0, 1, 2, 3)]
+
+
 @pytest.mark.parametrize(
-    ("world_size", "runs"),
+    ("family", "world_size", "runs"),
     [
         (
+            "qwen3_moe",
             2,
             [
-                *((1, 1, stage, 1) for stage in (0, 1, 2, 3)),
-                *((2, 1, stage, accumulation) for stage in (0, 1, 2, 3) for accumulation in (1, 2)),
+                *((1, 1, stage, 1) for stage in (0, 3)),
+                *EVERY_STAGE,
+                *((2, 1, stage, 2) for stage in (1, 2, 3)),
                 (2, 2, 0, 2),
                 (2, 2, 3, 2, "full"),
                 (2, 1, 3, 1, "selective"),
@@ -207,21 +224,36 @@ def a_step(
             ],
         ),
         (
+            "qwen3_moe",
             4,
             [
-                *((2, 1, stage, 1) for stage in (0, 1, 2, 3)),
+                *EVERY_STAGE,
                 *((4, 1, stage, 1) for stage in (0, 2, 3)),
                 (2, 2, 3, 2),
                 (4, 2, 1, 2),
             ],
         ),
+        ("qwen2_moe", 2, [*EVERY_STAGE, (2, 2, 3, 2, "selective")]),
+        (
+            "qwen3_vl_moe",
+            2,
+            [
+                (1, 1, 3, 2),
+                *EVERY_STAGE,
+                (2, 1, 3, 2, "full", True),
+                *((2, 2, stage, 2) for stage in (0, 3)),
+            ],
+        ),
     ],
 )
-def test_divided_experts_give_the_gradients_of_one_rank(folder, reference, world_size, runs):
-    results = run_ranks(on_a_rank, world_size, folder, runs)
+def test_divided_experts_give_the_gradients_of_one_rank(
+    folders, reference, family, world_size, runs
+):
+    results = run_ranks(on_a_rank, world_size, folders[family], runs)
     for run, *by_rank in zip(runs, *results, strict=True):
         _, sequence, _, accumulation, *rest = run
-        figures, wanted = reference[world_size // sequence * accumulation, rest[1:] == [True]]
+        count = world_size // sequence * accumulation
+        figures, wanted = reference(family, count, rest[1:] == [True])
         for line, gradients in by_rank:
             for name, value in figures.items():
                 found, wanted_value = (torch.tensor(v).double() for v in (line[name], value))

@@ -78,7 +78,8 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """This rank's part of a layer's SwiGLU experts, stacked: gate above up (E/N, 2F, H), down.
 
-    Under transformers' names; `stored` is how directories have them. Raises ValueError where the group's ranks do not divide the experts.
+    Under transformers' names; `stored` is how directories have them. Raises ValueError where the
+    group's ranks do not divide the experts.
     """
 
     def __init__(
