@@ -3,8 +3,10 @@
 No stage itself: a stage says what of this it sets otherwise, and begins it.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -13,7 +15,12 @@ from triptych_data.config import CostConfig, DataConfig
 from triptych_models.config import PARTS, ModelConfig, Part
 
 if TYPE_CHECKING:
+    from triptych_core.launch import Runtime
+    from triptych_core.loop import Part as RowPart
     from triptych_core.plan.plan import Plan
+    from triptych_data.heldout import Heldout
+    from triptych_data.loader import PackLoader
+    from triptych_data.processor import Processor
     from triptych_models.packed import PackedModel
 
 
@@ -154,61 +161,68 @@ def plan(config: PackedConfig) -> "Plan":
         return plan_run(config, weights, trace, seq_len=config.data.seq_len)
 
 
-def run(config: PackedConfig) -> None:
-    """Wire data, model and engine together, train, evaluate, export; or show the plan."""
-    config.model.check_path(config.optim.lr_by_part)
-    if config.plan.show != "no":
-        from triptych_core.plan.plan import show_plan
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A rank's share of a run, ready to train: of model, optimizer states and data."""
 
-        show_plan(plan(config), config.plan)
-        return
-    # Not at the top: the configuration is checked before torch is imported.
-    from triptych_core.checkpoint.saver import Saver, resume
+    config: PackedConfig
+    engine: Any
+    model: "PackedModel"
+    batches: "PackLoader"
+    processor: "Processor"
+    part: "RowPart"
+    """of a row, what this rank computes"""
+    place: Mapping[str, int]
+    """the `rank` and `world_size` of its rows, which several ranks may hold"""
+    is_first: bool
+    """of the ranks that hold its rows"""
+    is_synced: bool
+    """whether a forward is a collective"""
+    parameters: dict[str, int]
+
+
+def begin(config: PackedConfig) -> "tuple[PackedConfig, Runtime, str | None]":
+    """Join the other ranks and settle what the configuration leaves open, and why so."""
+    from triptych_core.launch import launch
+    from triptych_core.plan.settle import settle
+
+    runtime = launch(config.run)
+    config.model.compile = settle_compile(config, on_cuda=runtime.on_cuda)
+    settle_cost(config)  # first: a configuration that was settled names everything
+    config, chosen = settle(config, plan)
+    return config, runtime, chosen
+
+
+def build_job(config: PackedConfig, runtime: "Runtime") -> Job:
+    """Wire data, model and engine together, as they are before the first step."""
     from triptych_core.engine.build import (
         build_engine,
         compute_dtype,
         gather_parameters,
         sharded_init,
     )
-    from triptych_core.engine.recompiles import RecompileWatch
-    from triptych_core.evaluation.evaluate import evaluate_if_due
-    from triptych_core.launch import launch, shutdown
-    from triptych_core.loop import train
-    from triptych_core.metrics import Metrics
-    from triptych_core.optim.ema import averaged_weights
     from triptych_core.optim.groups import build_optimizer, parameter_groups
     from triptych_core.parallel.expert import make_expert_place
     from triptych_core.parallel.mesh import make_mesh
     from triptych_core.parallel.tensor import TensorCuts
-    from triptych_core.plan.postmortem import suggest_remedy
-    from triptych_core.plan.settle import settle
-    from triptych_core.run import close_run, describe_run, open_run
-    from triptych_data.heldout import Heldout
     from triptych_data.loader import PackLoader
-    from triptych_data.plan.ledger import Ledger
     from triptych_data.processor import Processor
     from triptych_models.experts import ExpertGroup
     from triptych_models.families import build_model
     from triptych_models.freeze import count_parameters, parameter_parts
-    from triptych_models.generate import generate
     from triptych_models.lora import add_adapters
     from triptych_models.matrices import matrix_shapes
     from triptych_models.sequence import SequenceGroup
     from triptych_models.sequence_batch import take_part
     from triptych_models.tensor import tensor_cuts
 
-    runtime = launch(config.run)
-    config.model.compile = settle_compile(config, on_cuda=runtime.on_cuda)
     mesh = make_mesh(config.parallel, runtime)
     place = make_expert_place(config.parallel, runtime)
-    settle_cost(config)  # first: a configuration that was settled names everything
-    config, chosen = settle(config, plan)
 
     # Data: shards → packs of whole documents, the same global stream on any number of ranks; those
     # that hold a row between them all read it, and each computes its part.
     ranks = {"rank": mesh.dp_rank, "world_size": mesh.dp_size}
     sequence = SequenceGroup(mesh.sp_group, mesh.sp_size, mesh.sp_rank)
-    part = partial(take_part, group=sequence)
     processor = Processor.from_directory(
         config.model.path,
         min_pixels=config.data.min_pixels,
@@ -218,15 +232,6 @@ def run(config: PackedConfig) -> None:
         chat=config.data.chat,
     )
     batches = PackLoader(config.data, processor, **ranks)
-    heldout = None
-    if config.evaluation.shards:
-        heldout = Heldout(
-            config.evaluation.shards,
-            processor,
-            seq_len=config.data.seq_len,
-            limit=config.evaluation.max_questions,
-            **ranks,
-        )
 
     # Model: born in pieces under ZeRO-3, filled part by part.
     dtype = compute_dtype(config.engine)
@@ -252,32 +257,67 @@ def run(config: PackedConfig) -> None:
     engine = build_engine(
         model, optimizer, config.engine, config.optim, runtime.world_size, model.layers(), tensor
     )
+    return Job(
+        config,
+        engine,
+        model,
+        batches,
+        processor,
+        part=partial(take_part, group=sequence),
+        place=ranks,
+        is_first=mesh.sp_rank == mesh.tp_rank == 0,
+        is_synced=config.engine.stage == 3 or place.size > 1,
+        parameters=parameters,
+    )
+
+
+def run(config: PackedConfig) -> None:
+    """Train, evaluate, export; or show the plan."""
+    config.model.check_path(config.optim.lr_by_part)
+    if config.plan.show != "no":
+        from triptych_core.plan.plan import show_plan
+
+        show_plan(plan(config), config.plan)
+        return
+    # Not at the top: the configuration is checked before torch is imported.
+    from triptych_core.checkpoint.saver import Saver, resume
+    from triptych_core.engine.recompiles import RecompileWatch
+    from triptych_core.evaluation.evaluate import evaluate_if_due
+    from triptych_core.launch import shutdown
+    from triptych_core.loop import train
+    from triptych_core.metrics import Metrics
+    from triptych_core.optim.ema import averaged_weights
+    from triptych_core.plan.postmortem import suggest_remedy
+    from triptych_core.run import close_run, describe_run, open_run
+    from triptych_data.heldout import Heldout
+    from triptych_data.plan.ledger import Ledger
+
+    config, runtime, chosen = begin(config)
+    job = build_job(config, runtime)
+    engine, model, batches, part = job.engine, job.model, job.batches, job.part
+    heldout = None
+    if config.evaluation.shards:
+        heldout = Heldout(
+            config.evaluation.shards,
+            job.processor,
+            seq_len=config.data.seq_len,
+            limit=config.evaluation.max_questions,
+            **job.place,
+        )
     resumed = resume(engine, config, batches)
     start_step = resumed.step
-    facts = {"parameters": parameters, "data": batches.describe(), "chosen": chosen}
+    facts = {"parameters": job.parameters, "data": batches.describe(), "chosen": chosen}
     open_run(config, runtime, facts, resumed)
-
-    def answer(questions: list[int]) -> list[str]:
-        assert heldout is not None
-        tokens = generate(
-            model,
-            [heldout.prompt(question) for question in questions],
-            max_new_tokens=config.evaluation.max_new_tokens,
-            eos_token_id=processor.eos_token_id,
-            pad_token_id=processor.pad_token_id,
-            synced=config.engine.stage == 3 or place.size > 1,
-        )
-        return [processor.decode(row) for row in tokens]
-
     with Metrics(
         config, rank=runtime.rank, world_size=runtime.world_size, start_step=start_step
     ) as metrics:
         metrics.note(describe_run(config, runtime, facts, start_step))
+        answer = partial(_answer, job, heldout)
         test = partial(evaluate_if_due, engine, config, heldout, answer, metrics, part=part)
         save = Saver(engine, config, batches, metrics)
         stream, on_step = iter(batches), [test, save]
-        if config.data.ledger and mesh.sp_rank == mesh.tp_rank == 0:
-            ledger = Ledger(config.run.dir / "ledger", start_step=start_step, **ranks)
+        if config.data.ledger and job.is_first:
+            ledger = Ledger(config.run.dir / "ledger", start_step=start_step, **job.place)
             stream, on_step = ledger.watch(stream), [ledger.write, *on_step]
         if config.model.compile == "layers":
             on_step = [RecompileWatch(start_step), *on_step]
@@ -299,6 +339,22 @@ def run(config: PackedConfig) -> None:
             _export(config, model, is_main=runtime.is_main)
     close_run(config, runtime)
     shutdown()
+
+
+def _answer(job: Job, heldout: "Heldout | None", questions: list[int]) -> list[str]:
+    """The model's greedy answers to held-out questions."""
+    from triptych_models.generate import generate
+
+    assert heldout is not None
+    tokens = generate(
+        job.model,
+        [heldout.prompt(question) for question in questions],
+        max_new_tokens=job.config.evaluation.max_new_tokens,
+        eos_token_id=job.processor.eos_token_id,
+        pad_token_id=job.processor.pad_token_id,
+        synced=job.is_synced,
+    )
+    return [job.processor.decode(row) for row in tokens]
 
 
 def _export(config: PackedConfig, model: "PackedModel", *, is_main: bool) -> None:
