@@ -2,10 +2,14 @@
 
     python tools/upcycle_moe.py DENSE OUT --experts 8 --top-k 2
     python tools/upcycle_moe.py DENSE OUT --layers every-second --noise 0.01
+    python tools/upcycle_moe.py DENSE OUT --router-from shards/train
 
-Every expert of a layer is a copy of its MLP; the router is random, its chosen weights sum up to 1.
-Without noise the logits are the dense model's, whatever the router says. One tensor is in memory at
-a time, and of those that are only copied a few rows. OUT is whole or absent.
+Qwen3 becomes Qwen3-MoE, Qwen3-VL becomes Qwen3-VL-MoE. Every expert of a layer is a copy of its
+MLP; the chosen experts' weights sum up to 1. Without noise the logits are the dense model's,
+whatever the router says. The router is random, or, from data, gives each expert a cluster of the
+tokens that its layer sees (triptych_models/router_init.py has the formula). A layer's MLP is in
+memory at a time, and of tensors that are only copied a few rows; from data also a row of tokens.
+OUT is whole or absent.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from triptych_models.upcycle import Made, Recipe
+    from triptych_models.upcycle import Dense, Made, Recipe
 
 CHUNK = 1 << 26  # bytes of a tensor that is copied, read at a time
 FOLDER = click.Path(path_type=Path)
@@ -49,6 +53,17 @@ FOLDER = click.Path(path_type=Path)
     help="added to each copy, as a share of the matrix's root mean square",
 )
 @click.option("--router-std", default=0.02, type=click.FloatRange(min=0.0), help="of its weights")
+@click.option(
+    "--router-from",
+    multiple=True,
+    help="shards whose tokens routers begin with, instead of at random; may be repeated",
+)
+@click.option(
+    "--router-tokens",
+    default=8192,
+    type=click.IntRange(min=1),
+    help="how many of them: one packed row, run through DENSE on the CPU",
+)
 @click.option("--seed", default=0, help="of routers and noise")
 @click.option(
     "--max-shard-bytes", default=5 * 10**9, type=click.IntRange(min=1), help="of a file of OUT"
@@ -61,6 +76,8 @@ def main(
     layers: Any,
     noise: float,
     router_std: float,
+    router_from: tuple[str, ...],
+    router_tokens: int,
     seed: int,
     max_shard_bytes: int,
 ) -> None:
@@ -69,30 +86,38 @@ def main(
 
     recipe = Recipe(experts, top_k, layers, noise, router_std, seed)
     try:
-        size = upcycle(dense, out, recipe, max_shard_bytes)
+        data = (list(router_from), router_tokens)
+        size = upcycle(dense, out, recipe, data, max_shard_bytes)
     except ValueError as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"{out}: {size:,} bytes, {experts} experts, {top_k} a token, layers: {layers}")
 
 
-def upcycle(dense: Path, out: Path, recipe: Recipe, max_shard_bytes: int = 5 * 10**9) -> int:
+def upcycle(
+    dense: Path,
+    out: Path,
+    recipe: Recipe,
+    router_data: tuple[list[str], int] = ([], 0),
+    max_shard_bytes: int = 5 * 10**9,
+) -> int:
     """Write the mixture; returns the bytes of its weights.
 
-    Raises ValueError if `out` exists, or `dense` is no Qwen3 that the families compute.
+    router_data: shards, and how many of their tokens routers begin with; without shards they are
+    random. Raises ValueError if `out` exists, or `dense` is no model that the tool knows.
     """
     from safetensors import safe_open
 
     from triptych_models.export import COPIED
-    from triptych_models.read_config import read_config
     from triptych_models.stream_shards import SIZES, Slot, lay_out, write_shards
-    from triptych_models.upcycle import moe_config, tensors
+    from triptych_models.upcycle import moe_config, read_dense, tensors
     from triptych_models.weights import weight_files
 
     if out.exists():
         raise ValueError(f"OUT: must not exist, got {out}; name a new directory")
-    stored: Any = read_config(dense, "qwen3")
-    config = moe_config(stored, recipe)
+    model = read_dense(dense)
+    config = moe_config(model, recipe)
     files = weight_files(dense)
+    routers = routers_of(model, recipe, *router_data) if router_data[0] else None
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was cut off
     with ExitStack() as stack:
@@ -102,32 +127,60 @@ def upcycle(dense: Path, out: Path, recipe: Recipe, max_shard_bytes: int = 5 * 1
         if odd:
             raise ValueError(f"{dense}: tensors must be fp32, bf16 or fp16, got {', '.join(odd)}")
         shapes = {name: part.get_shape() for name, part in slices.items()}
-        made = list(tensors(shapes, stored.num_hidden_layers, recipe, dense))
-        slots = [Slot(m.name, m.shape, slices[m.source].get_dtype()) for m in made]
+        made = list(tensors(shapes, model, recipe, routers))
+        slots = [Slot(m.name, m.shape, slices[m.sources[0]].get_dtype()) for m in made]
         partial.mkdir(parents=True)
-        data = (piece for each in made for piece in pieces(each, slices[each.source]))
+        data = (piece for m in made for piece in pieces(m, [slices[name] for name in m.sources]))
         write_shards(partial, lay_out(slots, max_shard_bytes), data)
     for name in COPIED:
         if (dense / name).is_file():
             shutil.copyfile(dense / name, partial / name)
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     facts = {"dense": str(dense.resolve()), **asdict(recipe)}
+    if routers is not None:
+        facts |= {"router_from": router_data[0], "router_tokens": router_data[1]}
     (partial / "upcycling.json").write_text(json.dumps(facts, indent=2) + "\n")
     partial.rename(out)
     return sum(slot.num_bytes for slot in slots)
 
 
-def pieces(made: Made, stored: Any) -> Iterator[Tensor]:
-    """The tensor to write, whole where it is computed, else a few rows at a time."""
-    if made.change is not None:
-        whole = stored[:]
-        yield made.change(whole).to(whole.dtype)
+def routers_of(model: Dense, recipe: Recipe, shards: list[str], tokens: int) -> dict[int, Tensor]:
+    """The routers of the layers that get experts, from the first packed row of shards."""
+    from triptych_core.loop import LABEL_KEYS
+    from triptych_data.config import DataConfig
+    from triptych_data.loader import PackLoader
+    from triptych_data.processor import Processor
+    from triptych_models.router_init import routers_from_data
+
+    config = DataConfig(
+        shards=shards, seq_len=tokens, num_workers=0, seed=recipe.seed, long_samples="skip"
+    )
+    loader = PackLoader(config, Processor.from_directory(model.path), rank=0, world_size=1)
+    batch = dict(next(iter(loader)))
+    unseen = {*LABEL_KEYS, "shift_labels", "num_targets"}
+    return routers_from_data(
+        model.path,
+        {name: value for name, value in batch.items() if name not in unseen},
+        batch["num_tokens"],
+        recipe.sparse_layers(model.text.num_hidden_layers),
+        num_experts=recipe.num_experts,
+        std=recipe.router_std,
+        seed=recipe.seed,
+    )
+
+
+def pieces(made: Made, stored: list[Any]) -> Iterator[Tensor]:
+    """The tensor to write: as it is computed, else a few rows at a time."""
+    if made.make is not None:
+        whole = [each[:] for each in stored]
+        for piece in made.make(*whole):
+            yield piece.to(whole[0].dtype)
         return
-    num_rows = made.shape[0]
-    size = stored[:1].nbytes
+    (source,) = stored
+    size = source[:1].nbytes
     step = max(1, CHUNK // max(1, size))
-    for begin in range(0, num_rows, step):
-        yield stored[begin : begin + step]
+    for begin in range(0, made.shape[0], step):
+        yield source[begin : begin + step]
 
 
 if __name__ == "__main__":

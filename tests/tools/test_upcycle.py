@@ -95,7 +95,7 @@ def test_what_cannot_be_is_refused(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--top-k: must lie in 1\.\.4"):
         upcycle(dense, tmp_path / "out", Recipe(4, 5))
     upcycle(dense, tmp_path / "moe", Recipe(2, 1))
-    with pytest.raises(ValueError, match="model_type must be qwen3, got qwen3_moe"):
+    with pytest.raises(ValueError, match="model_type must be qwen3 or qwen3_vl, got qwen3_moe"):
         upcycle(tmp_path / "moe", tmp_path / "out", Recipe(4, 2))
     assert not (tmp_path / "out").exists()
 

@@ -59,7 +59,8 @@ def tensors_to_store(
             yield name, parameter.detach()
         elif module.stored.is_stacked:
             whole = torch.cat(_from_all(parameter.detach(), module.group))
-            yield name, whole if _has_squares(module) else whole.mT
+            squares = has_squares(module.hidden_size, module.width)
+            yield name, whole if squares else whole.mT
         else:
             for index, matrix in enumerate(parameter.detach()):
                 for rank, theirs in enumerate(_from_all(matrix, module.group)):
@@ -75,6 +76,11 @@ def draw_experts(module: Experts, parameter: Tensor, std: float, seed: torch.Gen
         if expert in module.here:
             kept.append(matrix)
     return torch.stack(kept)
+
+
+def has_squares(hidden_size: int, width: int) -> bool:
+    """Whether transformers 5 would not see that a stack is transposed: it goes by the shape."""
+    return hidden_size in (width, 2 * width)
 
 
 def _in_directory(module: nn.Module, name: str) -> str:
@@ -106,11 +112,6 @@ def _is_transposed(module: Experts, name: str, shape_of: ShapeOf) -> bool:
         rows != columns and tuple(shape_of(f"{prefix}.{stack}"))[1:] == (columns, rows)
         for stack, (rows, columns) in shapes.items()
     )
-
-
-def _has_squares(module: Experts) -> bool:
-    """Whether transformers 5 would not see that a stack is transposed: it goes by the shape."""
-    return module.hidden_size in (module.width, 2 * module.width)
 
 
 def _from_all(tensor: Tensor, group: ExpertGroup) -> list[Tensor]:

@@ -2,18 +2,27 @@
 
 Every expert begins as its layer's MLP, so that whatever the router chooses, weights that sum up to
 1 give back what the MLP gave: logits are the dense model's. With noise they are so nearly, and the
-experts differ from the start. Routers are drawn at random.
+experts differ from the start. Routers are drawn at random, or made of data (router_init.py).
+
+Qwen3 becomes Qwen3-MoE, Qwen3-VL becomes Qwen3-VL-MoE, each with its dense layers under
+`mlp_only_layers` and `decoder_sparse_step` 1.
 """
 
+import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3MoeConfig
+from transformers import Qwen3MoeConfig
+
+from .expert_weights import has_squares
+from .layout import text_config
+from .read_config import read_config
 
 Layers = Literal["all", "every-second", "first-half"]
 
@@ -48,19 +57,43 @@ class Recipe:
         return list(chosen[self.layers])
 
 
-class Made(NamedTuple):
-    """A tensor of the mixture: a stored one (of the dense model), or a router for `like`'s width.
+class Dense(NamedTuple):
+    """A model to make a mixture of."""
 
-    change is None for a plain copy.
+    path: Path
+    model_type: str
+    text: Any  # its configuration's section on language
+
+    @property
+    def layers(self) -> str:
+        """How names of the layers' tensors begin."""
+        return {"qwen3": "model.layers", "qwen3_vl": "model.language_model.layers"}[self.model_type]
+
+
+class Made(NamedTuple):
+    """A tensor of the mixture, of stored ones of the dense model, whose dtype it has.
+
+    make gives it in pieces, of the whole stored ones; None is for a plain copy of one.
     """
 
     name: str
     shape: tuple[int, ...]
-    source: str
-    change: Callable[[Tensor], Tensor] | None
+    sources: tuple[str, ...]
+    make: Callable[..., Iterator[Tensor]] | None = None
 
 
-def moe_config(dense: Qwen3Config, recipe: Recipe) -> dict[str, Any]:
+def read_dense(path: Path) -> Dense:
+    """The dense model of a directory; ValueError if it is none that a mixture can be made of."""
+    file = path / "config.json"
+    found = json.loads(file.read_text()).get("model_type") if file.is_file() else "no config.json"
+    if found not in ("qwen3", "qwen3_vl"):
+        raise ValueError(
+            f"{file}: model_type must be qwen3 or qwen3_vl, got {found}; take a dense model"
+        )
+    return Dense(path, found, text_config(read_config(path, found)))
+
+
+def moe_config(dense: Dense, recipe: Recipe) -> dict[str, Any]:
     """config.json of the mixture.
 
     Raises ValueError for numbers of experts that cannot be, and layers that there are none of.
@@ -70,74 +103,131 @@ def moe_config(dense: Qwen3Config, recipe: Recipe) -> dict[str, Any]:
             f"--top-k: must lie in 1..{recipe.num_experts}, the number of experts, got "
             f"{recipe.top_k}"
         )
-    num_layers = dense.num_hidden_layers
+    num_layers = dense.text.num_hidden_layers
     sparse = recipe.sparse_layers(num_layers)
     if not sparse:
         raise ValueError(
             f"--layers: must leave a layer with experts, got {recipe.layers} of {num_layers} layers"
         )
-    known = {key: value for key, value in dense.to_dict().items() if key not in _DENSE_ONLY}
-    config = Qwen3MoeConfig(
-        **known,
-        architectures=["Qwen3MoeForCausalLM"],
-        num_experts=recipe.num_experts,
-        num_experts_per_tok=recipe.top_k,
-        moe_intermediate_size=dense.intermediate_size,
-        mlp_only_layers=[layer for layer in range(num_layers) if layer not in sparse],
-        decoder_sparse_step=1,
-        norm_topk_prob=True,  # or copies would not add up to the MLP
-    )
+    experts = {
+        "num_experts": recipe.num_experts,
+        "num_experts_per_tok": recipe.top_k,
+        "moe_intermediate_size": dense.text.intermediate_size,
+        "mlp_only_layers": [layer for layer in range(num_layers) if layer not in sparse],
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": True,  # or copies would not add up to the MLP; Qwen3-VL-MoE always does
+    }
+    return _with_experts[dense.model_type](dense, experts)
+
+
+def _qwen3_moe(dense: Dense, experts: dict[str, Any]) -> dict[str, Any]:
+    known = {key: value for key, value in dense.text.to_dict().items() if key not in _DENSE_ONLY}
+    config = Qwen3MoeConfig(**known, **experts, architectures=["Qwen3MoeForCausalLM"])
     tree = dict(config.to_diff_dict())
     # Under the name that published folders have, and everything reads; it changes by release.
-    return tree | {"num_experts": tree.pop("num_local_experts", recipe.num_experts)}
+    return tree | {"num_experts": tree.pop("num_local_experts", experts["num_experts"])}
+
+
+def _qwen3_vl_moe(dense: Dense, experts: dict[str, Any]) -> dict[str, Any]:
+    tree = json.loads((dense.path / "config.json").read_text())
+    tree |= {
+        "model_type": "qwen3_vl_moe",
+        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+    }
+    del experts["norm_topk_prob"]
+    tree["text_config"] |= {"model_type": "qwen3_vl_moe_text", **experts}
+    tree["vision_config"] |= {"model_type": "qwen3_vl_moe_vision"}
+    return dict(tree)
+
+
+_with_experts = {"qwen3": _qwen3_moe, "qwen3_vl": _qwen3_vl_moe}
 
 
 def tensors(
-    shapes: dict[str, Sequence[int]], num_layers: int, recipe: Recipe, where: Path
+    shapes: dict[str, Sequence[int]],
+    dense: Dense,
+    recipe: Recipe,
+    routers: Mapping[int, Tensor] | None = None,
 ) -> Iterator[Made]:
     """All tensors of the mixture, in the order of the dense model's `shapes`, experts in place.
 
-    Raises ValueError where an MLP that becomes experts is not there.
+    routers: layer -> its router's weight (E, H); drawn where None. Raises ValueError where an MLP
+    that becomes experts is not there.
     """
-    sources = {
-        f"model.layers.{layer}{end}": (layer, end)
-        for layer in recipe.sparse_layers(num_layers)
+    mlps = {
+        f"{dense.layers}.{layer}{end}": layer
+        for layer in recipe.sparse_layers(dense.text.num_hidden_layers)
         for end in _MLP
     }
-    if missing := sources.keys() - shapes.keys():
+    if missing := mlps.keys() - shapes.keys():
         raise ValueError(
-            f"{where}: must hold an MLP in every layer that gets experts, got no "
-            f"{', '.join(sorted(missing))}; take a dense Qwen3"
+            f"{dense.path}: must hold an MLP in every layer that gets experts, got no "
+            f"{', '.join(sorted(missing))}; take a dense model of two products and a gate"
         )
+    experts = _stacked if dense.model_type == "qwen3_vl" else _one_by_one
     for name, shape in shapes.items():
-        if name not in sources:
-            yield Made(name, tuple(shape), name, None)
-            continue
-        layer, end = sources[name]
-        prefix, part = f"model.layers.{layer}.mlp", end.removeprefix(".mlp.")
-        if end == _MLP[0]:
+        if name not in mlps:
+            yield Made(name, tuple(shape), (name,))
+        elif name.endswith(_MLP[0]):  # once a layer, in the place of its gate
+            prefix = f"{dense.layers}.{mlps[name]}.mlp"
             router = f"{prefix}.gate.weight"
-            yield Made(router, (recipe.num_experts, shape[1]), name, _router(router, recipe))
+            rows = None if routers is None else routers[mlps[name]]
+            draw = partial(_draw_router, router, recipe, rows)
+            yield Made(router, (recipe.num_experts, shape[1]), (name,), draw)
+            yield from experts(prefix, tuple(shape), recipe)
+
+
+def _one_by_one(prefix: str, shape: tuple[int, ...], recipe: Recipe) -> Iterator[Made]:
+    """Tensors of experts whose gate has this shape (F, H), three an expert."""
+    for end in _MLP:
+        source = f"{prefix.removesuffix('.mlp')}{end}"
+        each = shape[::-1] if end == _MLP[2] else shape
         for expert in range(recipe.num_experts):
-            copy = f"{prefix}.experts.{expert}.{part}"
-            yield Made(copy, tuple(shape), name, _noisy(copy, recipe) if recipe.noise else None)
+            copy = f"{prefix}.experts.{expert}.{end.removeprefix('.mlp.')}"
+            make = partial(_noisy, copy, recipe) if recipe.noise else None
+            yield Made(copy, each, (source,), make)
 
 
-def _router(name: str, recipe: Recipe) -> Callable[[Tensor], Tensor]:
-    def draw(gate: Tensor) -> Tensor:
-        shape = (recipe.num_experts, gate.shape[1])
-        return torch.normal(0.0, recipe.router_std, shape, generator=_seed(name, recipe))
+def _stacked(prefix: str, shape: tuple[int, ...], recipe: Recipe) -> Iterator[Made]:
+    """Two tensors with all experts, of transposed matrices (see expert_weights)."""
+    width, hidden_size = shape
+    stacks = {"gate_up_proj": _MLP[:2], "down_proj": _MLP[2:]}
+    for stack, ends in stacks.items():
+        rows, columns = (2 * width, hidden_size) if len(ends) == 2 else (hidden_size, width)
+        keep = has_squares(hidden_size, width)
+        whole = (rows, columns) if keep else (columns, rows)
+        sources = tuple(f"{prefix.removesuffix('.mlp')}{end}" for end in ends)
+        make = partial(_stack_experts, prefix, ends, recipe, not keep)
+        yield Made(f"{prefix}.experts.{stack}", (recipe.num_experts, *whole), sources, make)
 
-    return draw
+
+def _stack_experts(
+    prefix: str, ends: Sequence[str], recipe: Recipe, transposed: bool, *matrices: Tensor
+) -> Iterator[Tensor]:
+    """Expert after expert: its matrices above each other, as one."""
+    for expert in range(recipe.num_experts):
+        names = [f"{prefix}.experts.{expert}.{end.removeprefix('.mlp.')}" for end in ends]
+        pairs = zip(names, matrices, strict=True)
+        parts = [
+            next(_noisy(name, recipe, matrix)) if recipe.noise else matrix for name, matrix in pairs
+        ]
+        whole = torch.cat(parts)
+        yield (whole.T if transposed else whole)[None]
 
 
-def _noisy(name: str, recipe: Recipe) -> Callable[[Tensor], Tensor]:
-    def add(matrix: Tensor) -> Tensor:
-        wide = matrix.float()
-        scale = recipe.noise * float(wide.square().mean().sqrt())
-        return wide + torch.normal(0.0, scale, matrix.shape, generator=_seed(name, recipe))
+def _draw_router(name: str, recipe: Recipe, rows: Tensor | None, gate: Tensor) -> Iterator[Tensor]:
+    """Weight (E, H) of a router: as given, or random."""
+    if rows is not None:
+        yield rows
+        return
+    shape = (recipe.num_experts, gate.shape[1])
+    yield torch.normal(0.0, recipe.router_std, shape, generator=_seed(name, recipe))
 
-    return add
+
+def _noisy(name: str, recipe: Recipe, matrix: Tensor) -> Iterator[Tensor]:
+    wide = matrix.float()
+    scale = recipe.noise * float(wide.square().mean().sqrt())
+    yield wide + torch.normal(0.0, scale, matrix.shape, generator=_seed(name, recipe))
 
 
 def _seed(name: str, recipe: Recipe) -> torch.Generator:
