@@ -128,7 +128,7 @@ def main(
 
 
 def write_images(
-    out_dir: Path, num_heldout: int, seed: int, suffix: str
+    out_dir: Path, num_heldout: int, seed: int, suffix: str, side: int = IMAGE_SIDE
 ) -> tuple[list[Digit], list[Digit]]:
     """Write every scan as dark ink on white, smoothly enlarged.
 
@@ -146,7 +146,7 @@ def write_images(
         # ink (8, 8) float, 0 to 16
         gray = Image.fromarray((255 - np.asarray(ink) * 255 / 16).round().astype(np.uint8))
         path = f"images/{number:04d}{suffix}"
-        gray.resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BICUBIC).save(out_dir / path)
+        gray.resize((side, side), Image.Resampling.BICUBIC).save(out_dir / path)
         digits.append(Digit(path, int(value)))
     train, heldout = train_test_split(
         digits, test_size=num_heldout, stratify=scans.target, random_state=seed

@@ -20,6 +20,7 @@ from typing import Any
 import click
 from make_digits import Digit, Sample, make_samples, split_additions, write_images
 
+SIDE = 32  # pixels: four tokens of the tiny model
 SHORTEST = 200  # characters of a document
 TRAINING = {
     "which digit": 2800,
@@ -56,7 +57,7 @@ def make_splits(raw: Path, seed: int) -> Iterator[tuple[str, list[Sample]]]:
     documents = [{"text": text} for text in read_docstrings()]
     yield "documents", [each for n, each in enumerate(documents) if n % 20]
     yield "heldout_documents", documents[::20]
-    train, heldout = write_images(raw, 2 * HELDOUT["which digit"], seed, ".png")
+    train, heldout = write_images(raw, 2 * HELDOUT["which digit"], seed, ".png", SIDE)
     pairs, kept = split_additions(2 * HELDOUT["arithmetic"], seed)
     yield "captions", [caption(digit) for digit in train]
     yield "chats", make_samples(train, pairs, TRAINING, f"{seed}/train")

@@ -116,10 +116,11 @@ def _say(text: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command: 2 is the exit code for mistakes of the user's, 1 for a step that failed."""
     words: list[str] = sys.argv[1:] if argv is None else argv
-    sys.exit(_exit_code(words))
+    sys.exit(run_command(words))
 
 
-def _exit_code(words: list[str]) -> Any:
+def run_command(words: list[str]) -> Any:
+    """What `triptych WORDS` does; gives its exit code."""
     again = f"triptych {shlex.join(words)}"
     try:
         return cli.main(words, "triptych", standalone_mode=False)

@@ -36,7 +36,8 @@ def fingerprint(path: Path) -> str:
 
     A file above 4 MiB gives its size and 64 stretches of 64 KiB, spread evenly with both ends; a
     tar its size, since the index beside it has checksums of every byte; a folder of more than a
-    thousand files names and sizes alone. No times: a copied folder is the same.
+    thousand files names and sizes alone. No times: a copied folder is the same. Lengths that a
+    stage notes beside shards do not count.
     """
     digest = hashlib.sha256()
     files = sorted(_files(path))
@@ -74,7 +75,7 @@ def _files(path: Path) -> Iterator[Path]:
         return
     for file in path.rglob("*"):
         hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if file.is_file() and not hidden:
+        if file.is_file() and not hidden and ".tar.lengths-" not in file.name:
             yield file
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from graphlib import CycleError, TopologicalSorter
@@ -248,15 +248,16 @@ def _make_step(
     if step.stage:
         config = root / step.config if step.config else None
         kept = [*_dotted(replace_references(step.set, as_written)), *overrides]
-        given = {"stage": step.stage, **dict(flatten(read_tree(config, kept)))}
+        tree = dict(flatten(read_tree(config, kept)))
+        given = {"stage": step.stage, **tree}
         settled = [*_dotted(replace_references(step.set, path_of)), *overrides]
         words = [step.stage, *([f"--config={step.config}"] if step.config else [])]
         words += [*settled, f"run.dir={folder}"]
-        inputs |= _paths_in(dict(flatten(read_tree(config, settled))).values(), root, run_dir)
+        inputs |= _paths_in(tree.values(), root)
     else:
         given = {"run": replace_references(step.run, as_written)}
         words = [str(word) for word in replace_references(step.run, path_of)]
-        inputs |= _paths_in(words[1:], root, run_dir)
+        inputs |= _paths_in(given["run"][1:], root)
     given["ranks"] = ranks or ("all" if step.stage else 1)
     if ranks is not None and (not isinstance(ranks, int) or ranks < 1):
         raise ValueError(f"steps.{name}.ranks: must be a number of processes, got {ranks!r}")
@@ -284,13 +285,13 @@ def _as_yaml(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def _paths_in(values: Any, root: Path, run_dir: Path) -> dict[str, Path]:
-    """The texts among values that are files or folders outside the run folder."""
+def _paths_in(values: Iterable[Any], root: Path) -> dict[str, Path]:
+    """The texts among values that are files or folders; references are none."""
     found = {}
     for value in values:
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and text.strip("./") and len(text) < 4096:
                 path = root / text
-                if path.exists() and run_dir not in (path, *path.parents):
+                if path.exists():
                     found[text] = path
     return found

@@ -104,6 +104,7 @@ def _run_step(plan: Plan, step: Step, state: State, say: Say, lock: int) -> None
         return
     _check_inputs(step)
     if not step.is_stage:
+        step.folder.mkdir(parents=True, exist_ok=True)
         _clear_outputs(step)
     command = command_of(plan, step)
     say(f"{step.name}: {'goes on' if what == 'cut' else 'begins'}\n$ {told_command(plan, command)}")

@@ -74,15 +74,20 @@ def write_report(run_dir: Path | str) -> Path:
     charts, hover = draw_charts(run)
     body = [_header(run), _numbers(run), _facts(run), charts]
     body += [*draw_experts(run.steps), *draw_evaluation(run.evaluations), _config(run)]
-    template = Template(Path(__file__).with_name("template.html").read_text("utf-8"))
-    page = template.substitute(
-        title=html.escape(f"{run.name} · Triptych"),
-        body="\n".join(body),
-        charts=json.dumps(hover, separators=(",", ":")).replace("<", "\\u003c"),
-    )
+    page = fill_page(f"{run.name} · Triptych", body, hover)
     path = Path(run_dir) / "report.html"
     path.write_text(page, "utf-8")
     return path
+
+
+def fill_page(title: str, body: Iterable[str], hover: list[Record]) -> str:
+    """A page of these pieces of HTML; `hover` has what each chart in them tells, in their order."""
+    template = Template(Path(__file__).with_name("template.html").read_text("utf-8"))
+    return template.substitute(
+        title=html.escape(title),
+        body="\n".join(body),
+        charts=json.dumps(hover, separators=(",", ":")).replace("<", "\\u003c"),
+    )
 
 
 def read_run(run_dir: Path) -> Run:
@@ -133,15 +138,20 @@ def draw_charts(run: Run) -> tuple[str, list[Record]]:
     """The HTML of all curves the run has values for, and what each tells when pointed at."""
     figures, hover, missing = [], [], []
     for curve in CURVES:
-        lines = _lines(curve, run)
-        if not lines:
+        drawn = draw_curve(curve, run)
+        if drawn is None:
             missing += [curve.title] * curve.is_for_all
             continue
-        figure, data = _figure(curve, lines)
-        figures.append(figure)
-        hover.append(data)
+        figures.append(drawn[0])
+        hover.append(drawn[1])
     note = f'<p class="note">Not recorded: {", ".join(missing)}.</p>' if missing else ""
     return f'<h2>Curves</h2><div class="charts">{"".join(figures)}</div>{note}', hover
+
+
+def draw_curve(curve: Curve, run: Run) -> tuple[str, Record] | None:
+    """One chart and what it tells when pointed at; None where the run has no value for it."""
+    lines = _lines(curve, run)
+    return _figure(curve, lines) if lines else None
 
 
 def _lines(curve: Curve, run: Run) -> list[Line]:
@@ -221,7 +231,7 @@ def _speed(run: Run) -> Iterable[tuple[str, str]]:
     if memory := _known(run, "peak_memory_bytes"):
         yield f"{max(memory) / GIB:.1f} GiB", "peak memory"
     if seconds:
-        yield _duration(seconds), f"for {len(run.steps):,} steps"
+        yield duration(seconds), f"for {len(run.steps):,} steps"
 
 
 def _known(run: Run, key: str) -> list[float]:
@@ -267,7 +277,8 @@ def _moment(value: Any) -> str | None:
     return f"{value:%Y-%m-%d %H:%M} UTC"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds for people."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
