@@ -272,12 +272,17 @@ def build_job(config: PackedConfig, runtime: "Runtime") -> Job:
 
 
 def run(config: PackedConfig) -> None:
-    """Train, evaluate, export; or show the plan."""
+    """Train, evaluate, export; or show the plan, or verify."""
     config.model.check_path(config.optim.lr_by_part)
     if config.plan.show != "no":
         from triptych_core.plan.plan import show_plan
 
         show_plan(plan(config), config.plan)
+        return
+    if config.verify.only:
+        from verifying import verify
+
+        verify(config)
         return
     # Not at the top: the configuration is checked before torch is imported.
     from triptych_core.checkpoint.saver import Saver, resume

@@ -31,6 +31,7 @@ from triptych_core.sections import (
     ScheduleConfig,
     Section,
 )
+from triptych_core.verify.config import VerifyConfig
 
 
 class StageConfig(Section):
@@ -45,6 +46,7 @@ class StageConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     log: LogConfig = LogConfig()
     plan: PlanConfig = PlanConfig()
+    verify: VerifyConfig = VerifyConfig()
 
     @model_validator(mode="after")
     def _check_optimizer(self) -> StageConfig:
@@ -90,6 +92,9 @@ Config = TypeVar("Config", bound=BaseModel)
 Stage = TypeVar("Stage", bound=StageConfig)
 
 
+_OPTIONS = ["--config", "--plan", "--json", "--verify", "--print-config", "--help"]
+
+
 def parse_args(cls: type[Config], argv: Sequence[str], description: str = "") -> Config:
     """Read `--config FILE` and `a.b=value` overrides into `cls`; print help or the tree if asked.
 
@@ -115,10 +120,12 @@ def parse_args(cls: type[Config], argv: Sequence[str], description: str = "") ->
             overrides.append(f"plan.show={'json' if '--json' in argv else 'table'}")
         elif word == "--json" and "--plan" in argv:
             pass
+        elif word == "--verify":
+            overrides.append("verify.only=true")
         elif not word.startswith("-") and "=" in word:
             overrides.append(word)
         else:
-            near = did_you_mean(name, ["--config", "--plan", "--json", "--print-config", "--help"])
+            near = did_you_mean(name, _OPTIONS)
             die([f"{word}: must be an option or section.key=value, got '{word}'{near}"])
     try:
         config = load_config(cls, path, overrides)
@@ -177,6 +184,7 @@ def render_help(cls: type[BaseModel], description: str = "") -> str:
         "  section.key=value  override one key, e.g. optim.lr=1e-5",
         "  --plan             print what a step needs under each ZeRO stage, and exit",
         "  --plan --json      the same, sizes in bytes",
+        "  --verify           check this configuration on its first rows, and exit",
         "  --print-config     print the resolved tree and exit",
         "  --help             this text",
         "",

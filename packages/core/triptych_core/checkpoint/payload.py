@@ -72,8 +72,9 @@ def write_payload(path: Path, stretches: Sequence[Stretch], scalars: Scalars) ->
 
     Tensors on a device come to the host chunk by chunk.
     """
-    # Widest elements first: each then begins at a multiple of its own size.
-    stretches = sorted(stretches, key=lambda s: -s.tensor.element_size())
+    # Widest elements first: each then begins at a multiple of its own size. Then by name: the same
+    # state makes the same file, also after a resume, which makes states in another order.
+    stretches = sorted(stretches, key=lambda s: (-s.tensor.element_size(), s.key))
     digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
         for chunk in _chunks(stretches, scalars):
@@ -136,7 +137,7 @@ class Payloads:
 
 
 def _chunks(stretches: Sequence[Stretch], scalars: Scalars) -> Iterable[bytes | memoryview]:
-    header: dict[str, Any] = {"__metadata__": {"scalars": json.dumps(scalars)}}
+    header: dict[str, Any] = {"__metadata__": {"scalars": json.dumps(scalars, sort_keys=True)}}
     at = 0
     for stretch in stretches:
         header[stretch.key] = {
