@@ -288,6 +288,7 @@ def run(config: PackedConfig) -> None:
     from triptych_core.checkpoint.saver import Saver, resume
     from triptych_core.engine.recompiles import RecompileWatch
     from triptych_core.evaluation.evaluate import evaluate_if_due
+    from triptych_core.faults.oversight import Oversight
     from triptych_core.launch import shutdown
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
@@ -319,7 +320,8 @@ def run(config: PackedConfig) -> None:
         metrics.note(describe_run(config, runtime, facts, start_step))
         answer = partial(_answer, job, heldout)
         test = partial(evaluate_if_due, engine, config, heldout, answer, metrics, part=part)
-        save = Saver(engine, config, batches, metrics)
+        oversight = Oversight(engine, config, metrics.note, resumed)
+        save = Saver(engine, config, batches, metrics, oversight)
         stream, on_step = iter(batches), [test, save]
         if config.data.ledger and job.is_first:
             ledger = Ledger(config.run.dir / "ledger", start_step=start_step, **job.place)
@@ -338,6 +340,7 @@ def run(config: PackedConfig) -> None:
                 part=part,
                 start_step=start_step,
                 on_step=on_step,
+                oversight=oversight,
             )
     if config.export:
         with averaged_weights(engine):

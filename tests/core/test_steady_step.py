@@ -116,3 +116,8 @@ def test_we_read_once_an_interval(tmp_path, stage, optimizer):
         ("readout", "_finish"): 2 * (1 + STEPS // EVERY - 1)
     }
     assert not [who for who in other if who[0] in ours]
+    # On every rank, of what has already arrived in the host's memory: whether the step before was
+    # taken, and whether a rank was asked to stop.
+    for reads in (main, other):
+        assert reads["oversight", "hear"] == STEPS
+        assert reads["oversight", "settle"] == 1  # after the last step

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from triptych_core.faults.config import LossGuardConfig
 from triptych_core.parallel.expert_config import check_expert
 from triptych_core.parallel.tensor_config import check_tensor
 from triptych_core.plan.config import PlanConfig
@@ -43,6 +44,7 @@ class StageConfig(Section):
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    loss_guard: LossGuardConfig = LossGuardConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     log: LogConfig = LogConfig()
     plan: PlanConfig = PlanConfig()

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from triptych_core.checkpoint.saver import Resumed
 from triptych_core.config import StageConfig
+from triptych_core.faults.oversight import Oversight
 from triptych_core.metrics import Metrics
 from triptych_core.optim.groups import set_learning_rate
 from triptych_core.optim.schedule import lr_scale
@@ -40,6 +42,7 @@ def train(
     part: Part = whole_row,
     start_step: int = 0,
     on_step: Sequence[Callable[[int], None]] = (),
+    oversight: Oversight | None = None,
 ) -> None:
     """Take optimizer steps until `config.run.steps`.
 
@@ -49,33 +52,49 @@ def train(
 
     Where `parallel.sequence` ranks hold a row between them, all of them are given that row, and
     each computes `part(row)`. `parallel.tensor` ranks compute the same with a part of the weights.
+
+    Raises:
+        EndsRun: a rank was asked to stop, or the loss guard of `oversight` has had enough.
     """
     world_size, parallel = dist.get_world_size(), config.parallel
     replicas = world_size // parallel.tensor
+    watch = oversight or Oversight(engine, config, metrics.note, Resumed(start_step))
     engine.train()
     for step in range(start_step + 1, config.run.steps + 1):
         started = time.perf_counter()
+        watch.heart.begin(step)
         scale = lr_scale(config.schedule, step, config.run.steps)
         set_learning_rate(engine.optimizer, scale)
         # The whole window first: every pack is divided by the same global number of targets, or
         # targets in sparse packs would weigh more than others.
         window = [next(batches) for _ in range(config.engine.gradient_accumulation_steps)]
         waited = time.perf_counter() - started
+        watch.heart.mark("count", window)
+        *rows, stops = count_window(window, flops, engine.device, asks=watch.asks)
+        watch.send(stops)
         # Whole rows are counted, on each of the ranks that hold them: divided, nothing is lost.
-        counts = count_window(window, flops, engine.device) // parallel.ranks_per_row
+        counts = torch.stack(rows) // parallel.ranks_per_row
         divisor = counts[0].clamp(min=1)
         loss = torch.zeros((), device=engine.device)
         figures: dict[str, torch.Tensor] = {}
         for batch in map(part, window):
+            watch.heart.mark("forward", [batch])
             with name_batch(engine.module, batch):
                 output = engine(**to_device(batch, engine.device))
+                watch.heart.mark("backward")
                 # DeepSpeed averages gradients over replicas: multiply their number back in.
                 engine.backward(output.loss_sum * replicas / divisor, scale_wrt_gas=False)
                 loss += output.loss_sum.detach() / divisor
                 for name, value in output.metrics.items():
                     figures[name] = figures[name] + value if name in figures else value
+                if engine.is_gradient_accumulation_boundary():
+                    dist.all_reduce(loss)
+                    watch.heart.mark("device")
+                    watch.hear()
+                    watch.expect(step, loss / parallel.tensor, window)
+                    watch.heart.mark("update")
                 engine.step()  # updates only after the window's last pack
-        dist.all_reduce(loss)
+        watch.heart.mark("metrics")
         metrics.record(
             StepRecord(
                 step=step,
@@ -89,19 +108,30 @@ def train(
                 figures=sum_figures(figures, divisor),
             )
         )
+        watch.heart.end()
         for function in on_step:
             function(step)
+        watch.end(step)
+    watch.settle()
 
 
 def count_window(
-    window: Sequence[Batch], flops: Callable[[Batch], float], device: torch.device
+    window: Sequence[Batch],
+    flops: Callable[[Batch], float],
+    device: torch.device,
+    *,
+    asks: bool = False,
 ) -> torch.Tensor:
-    """(4,) int64 over all ranks: targets, tokens that are not padding, FLOPs, samples left out."""
+    """(5,) int64 over all ranks: targets, tokens that are not padding, FLOPs, samples left out.
+
+    And how many ranks were asked to stop.
+    """
     local = [
         sum(int(batch["num_targets"]) for batch in window),
         sum(int(batch["num_tokens"]) for batch in window),
         sum(int(flops(batch)) for batch in window),
         sum(len(batch.get("holes", ())) for batch in window),
+        int(asks),
     ]
     counts = torch.tensor(local, dtype=torch.int64).to(device, non_blocking=True)
     dist.all_reduce(counts)

@@ -143,13 +143,14 @@ def _copy(steps: Sequence[_Step]) -> _Copy:
     records = [step.record for step in steps]
     norms = [record.grad_norm for record in records]
     scalars = [record.loss for record in records] + [n for n in norms if isinstance(n, Tensor)]
-    floats = _to_host(torch.stack([scalar.detach().float().reshape(()) for scalar in scalars]))
-    counts = _to_host(torch.stack([record.counts for record in records]))
-    figures = [{k: _to_host(v) for k, v in record.figures.items()} for record in records]
+    floats = to_host(torch.stack([scalar.detach().float().reshape(()) for scalar in scalars]))
+    counts = to_host(torch.stack([record.counts for record in records]))
+    figures = [{k: to_host(v) for k, v in record.figures.items()} for record in records]
     return _Copy(tuple(steps), floats, figures, counts, Mark())
 
 
-def _to_host(tensor: Tensor) -> Tensor:
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy that is on its way to the host, or the tensor itself on a CPU."""
     if tensor.device.type == "cpu":
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

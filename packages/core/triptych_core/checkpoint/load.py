@@ -28,10 +28,11 @@ _SAID = ("engine.precision", "engine.reduce_dtype", "optim.state_dtype", "optim.
 
 
 class Loaded(NamedTuple):
-    """The step taken last, the state of the data, and for run.json what is another than before."""
+    """The step taken last, states of data and loss guard, and for run.json what has changed."""
 
     step: int
     data: dict[str, Any]
+    loss_guard: dict[str, Any] | None
     record: dict[str, Any]
 
 
@@ -86,7 +87,8 @@ def load_checkpoint(engine: Any, config: StageConfig, path: Path) -> Loaded:
         dtypes[AVERAGE] = None
     load_stretches(engine, Payloads(path / name for name in names), dtypes)
     _restore_generators(config, path, step, state["world_size"])
-    return Loaded(step, state["data"], _compare(config, path, state, passed))
+    record = _compare(config, path, state, passed)
+    return Loaded(step, state["data"], state.get("loss_guard"), record)
 
 
 def _restore_generators(config: StageConfig, path: Path, step: int, saved_by: int) -> None:

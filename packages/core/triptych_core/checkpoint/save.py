@@ -44,10 +44,12 @@ def take_snapshot(
     step: int,
     data_state: dict[str, Any],
     host_copy: HostCopy | None = None,
+    more: dict[str, Any] | None = None,
 ) -> Snapshot:
     """Everything that a bit-equal resume needs, as it is now; every rank takes part.
 
-    Without a host copy it is a view, to be written before the next step.
+    Without a host copy it is a view, to be written before the next step. `more` goes into
+    state.json.
 
     Raises:
         ValueError: the disk is too full.
@@ -66,6 +68,7 @@ def take_snapshot(
         "code": code_fingerprint(),
         "config": config.model_dump(mode="json"),
         **identity(engine.module, config),
+        **(more or {}),
     }
     return Snapshot(
         folder,

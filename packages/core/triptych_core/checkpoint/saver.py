@@ -31,6 +31,12 @@ class Resumable(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class Guard(Protocol):
+    """What else a checkpoint holds."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
 class Saver:
     """Saves every `checkpoint.every` steps and after the last, unless `checkpoint.save` is off.
 
@@ -42,15 +48,22 @@ class Saver:
         config: of the run.
         batches: the data iterator.
         metrics: where it is said.
+        guard: the loss guard's half of the same contract.
     """
 
     def __init__(
-        self, engine: Any, config: StageConfig, batches: Resumable, metrics: Metrics
+        self,
+        engine: Any,
+        config: StageConfig,
+        batches: Resumable,
+        metrics: Metrics,
+        guard: Guard | None = None,
     ) -> None:
         self._engine, self._config = engine, config
-        self._batches, self._metrics = batches, metrics
+        self._batches, self._metrics, self._guard = batches, metrics, guard
         self._host_copy: HostCopy | None = None
         self._writing: Future[Path] | None = None
+        self._saved: int | None = None  # the last step that was
         if config.checkpoint.save and config.checkpoint.background:
             self._host_copy = HostCopy()
             self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -71,16 +84,27 @@ class Saver:
             return
         if not is_due(step, config.checkpoint.every, config.run.steps):
             return
+        self._save(step, None if step == config.run.steps else self._host_copy)
+        self._metrics.restart_clock()
+
+    def save_now(self, step: int) -> None:
+        """Save unless it is done already, and wait until it is; a run that ends early calls it."""
+        if self._config.checkpoint.save and self._saved != step:
+            self._save(step, None)
+        self._wait()
+
+    def _save(self, step: int, copy: HostCopy | None) -> None:
         # Only here do all ranks look, at the same step, whether the one before came to an end.
         self._wait()
-        is_last = step == config.run.steps
-        copy = None if is_last else self._host_copy
-        snapshot = take_snapshot(self._engine, config, step, self._batches.state_dict(), copy)
+        # First: the guard may take back what the optimizer has counted.
+        more = {"loss_guard": self._guard.state_dict()} if self._guard else {}
+        data = self._batches.state_dict()
+        snapshot = take_snapshot(self._engine, self._config, step, data, copy, more)
         if copy is None:
             self._say(write_snapshot(snapshot))
         else:
             self._writing = self._thread.submit(write_snapshot, snapshot, self._group)
-        self._metrics.restart_clock()
+        self._saved = step
 
     def _wait(self) -> None:
         if self._writing is not None:
@@ -92,10 +116,11 @@ class Saver:
 
 
 class Resumed(NamedTuple):
-    """The last step already taken, 0 for a fresh start, and for run.json what has changed since."""
+    """The last step already taken, 0 for a fresh start; for run.json what has changed since."""
 
     step: int = 0
     record: dict[str, Any] | None = None
+    loss_guard: dict[str, Any] | None = None
 
 
 def resume(engine: Any, config: StageConfig, batches: Resumable) -> Resumed:
@@ -120,4 +145,5 @@ def resume(engine: Any, config: StageConfig, batches: Resumable) -> Resumed:
     loaded = load_checkpoint(engine, config, newest_whole(found))
     batches.load_state_dict(loaded.data)
     other_data = batches.state_dict().get("resumed_anyway")
-    return Resumed(loaded.step, loaded.record | ({"data": other_data} if other_data else {}))
+    record = loaded.record | ({"data": other_data} if other_data else {})
+    return Resumed(loaded.step, record, loaded.loss_guard)

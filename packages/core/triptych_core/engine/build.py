@@ -125,11 +125,29 @@ def build_engine(
     offloads = config.zero.offload_optimizer or config.zero.offload_params
     if config.stage == 3 and not offloads and tensor.size == 1:
         take_lean_steps(engine.optimizer)
+    if config.stage in (1, 2) and config.zero.offload_optimizer:
+        _drop_bad_gradients(engine.optimizer)
     if isinstance(optimizer, Muon):
         optimizer.place(find_shards(engine.optimizer, optimizer.shapes))
     for name, buffer in engine.module.named_buffers(remove_duplicate=False):
         assert buffer.dtype == buffers[name], f"{name}: became {buffer.dtype}, was {buffers[name]}"
     return engine
+
+
+def _drop_bad_gradients(zero: Any) -> None:
+    """Have a step that is left out, because its gradients are no numbers, be the only one.
+
+    DeepSpeed 0.19.8 keeps those gradients if the optimizer is offloaded, and adds all later ones to
+    them: no step is taken any more.
+    """
+    reset = zero.reset_cpu_buffers
+
+    def reset_and_drop() -> None:
+        reset()
+        for group in zero.averaged_gradients:
+            zero.averaged_gradients[group] = None
+
+    zero.reset_cpu_buffers = reset_and_drop
 
 
 def _make_leaves(model: nn.Module, layers: Sequence[nn.Module]) -> int:

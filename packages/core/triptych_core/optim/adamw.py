@@ -14,14 +14,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from triptych_core.optim.ema import Ema
+from triptych_core.optim.ema import COUNT, Ema
 from triptych_kernels import adamw_
 
 StateDtype = Literal["fp32", "bf16"]
 STATE_DTYPES: dict[StateDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_STEP, _MOMENTS = "step", ("exp_avg", "exp_avg_sq")
 
 Gradients = Mapping[Tensor, Tensor]  # by master
+# Given an update's scale, or None, the scale to use: NaN leaves everything as it is.
+Ask = Callable[[Tensor | None], Tensor]
 
 
 class AdamW(torch.optim.Optimizer):
@@ -57,6 +59,7 @@ class AdamW(torch.optim.Optimizer):
         self._seed = seed
         self._ema = ema
         self._copies: dict[Tensor, Tensor] = {}
+        self.ask: Ask | None = None  # before each update
 
     def attach(self, copies: Mapping[Tensor, Tensor]) -> None:
         """Have `step` write each master's new value into its bf16 working copy too."""
@@ -81,6 +84,8 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.ask is not None:
+            grad_scale = self.ask(grad_scale)
         for group in self.param_groups:
             if self._ema is not None:
                 self._ema.begin(self.state, group["params"])
@@ -88,6 +93,13 @@ class AdamW(torch.optim.Optimizer):
             if self._ema is not None:
                 self._ema.follow(self.state, group["params"], grad_scale)
         return loss
+
+    def forget_step(self) -> None:
+        """Count the last update, which the device left out, no longer."""
+        for state in self.state.values():
+            for name in (_STEP, COUNT):
+                if name in state:
+                    state[name] = int(state[name]) - 1
 
     def _step_group(
         self, group: dict[str, Any], gradients: Gradients, grad_scale: Tensor | None
@@ -119,8 +131,8 @@ class AdamW(torch.optim.Optimizer):
     def _begin(self, master: Tensor) -> int:
         """The number of this step of a master, whose states are there from now on."""
         state = self.state[master]
-        if "step" not in state:
-            state["step"] = 0
+        if _STEP not in state:
+            state[_STEP] = 0
             for name in _MOMENTS:
                 state[name] = torch.zeros_like(
                     master, dtype=self._state_dtype, memory_format=torch.contiguous_format
@@ -128,5 +140,5 @@ class AdamW(torch.optim.Optimizer):
         # Loading makes states of their master's dtype, and torch's AdamW counts in a tensor.
         for name in _MOMENTS:
             state[name] = state[name].to(self._state_dtype)
-        state["step"] = int(state["step"]) + 1
-        return int(state["step"])
+        state[_STEP] = int(state[_STEP]) + 1
+        return int(state[_STEP])

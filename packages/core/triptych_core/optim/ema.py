@@ -18,7 +18,7 @@ from torch import Tensor
 from triptych_core.engine.masters import changed_masters, flats_of
 
 AVERAGE = "average"  # its key in a master's state
-_COUNT = "averaged"  # updates that are in it
+COUNT = "averaged"  # updates that are in it
 
 # Elements that are exchanged at a time: what the exchange needs beside both.
 _CHUNK = 1 << 24
@@ -43,17 +43,17 @@ class Ema:
         for master in masters:
             if AVERAGE not in states[master]:
                 states[master][AVERAGE] = master.detach().clone()
-                states[master][_COUNT] = 0
+                states[master][COUNT] = 0
 
     @torch.no_grad()
     def follow(self, states: States, masters: Sequence[Tensor], scale: Tensor | None) -> None:
         """After an update; where `scale`, () on the device, is not finite, it was left out."""
         for master in masters:
             state = states[master]
-            weight = 1.0 - self.decay_at(int(state[_COUNT]))
+            weight = 1.0 - self.decay_at(int(state[COUNT]))
             moves = weight if scale is None else weight * scale.isfinite()
             state[AVERAGE].lerp_(master, moves)
-            state[_COUNT] = int(state[_COUNT]) + 1
+            state[COUNT] = int(state[COUNT]) + 1
 
     def decay_at(self, update: int) -> float:
         """Of an update, counted from 0."""
