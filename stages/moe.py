@@ -3,8 +3,8 @@
 From a Hugging Face directory of a mixture, published or made of a dense one by
 `tools/upcycle_moe.py`. Routers are kept even by the losses of `model.moe`; with
 `model.freeze=[language]` only experts and routers train. metrics.jsonl has each sparse layer's
-`balance_loss` (1 when even), `z_loss` and, once an interval, `expert_load`: the tokens of every
-expert of every sparse layer.
+`balance_loss` (1 when even), `z_loss` and, once an interval, `expert_load`, the tokens of every
+expert of every sparse layer, of text and images apart, with entropy and largest share.
 
     python tools/upcycle_moe.py runs/pretrain_tiny/export runs/moe_tiny/start --experts 4 --top-k 2
     deepspeed stages/moe.py --config stages/configs/moe_tiny.yaml parallel.expert=2

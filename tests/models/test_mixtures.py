@@ -217,3 +217,26 @@ def test_parts_are_those_that_the_configuration_knows(build: Any, family: str) -
 def test_what_cannot_be_is_refused(build: Any, family: str, folder: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(family, folder=folder)
+
+
+def test_load_of_images_is_that_of_their_tokens(build: Any) -> None:
+    model = build("qwen3_vl_moe")
+    chosen = documents("qwen3_vl_moe")
+    chosen[1].shift_labels[:] = -100  # a document without a target is not counted
+    metrics = model(**pack("qwen3_vl_moe", chosen)).metrics
+    # Routed one by one: what stock's routers choose for each token.
+    stock, wanted = stock_twin(model), torch.zeros(2, 2, 4)
+    picked: list[Tensor] = []
+    for layer in stock.model.language_model.layers[:2]:
+        layer.mlp.gate.register_forward_hook(lambda *call: picked.append(call[-1][-1]))
+    for document in (chosen[0], chosen[2], chosen[3]):
+        picked.clear()
+        images.stock_logits(stock, model, document)
+        kind = (document.input_ids == tiny.IMAGE).long()
+        for number, experts in enumerate(picked):
+            for token, pair in zip(kind, experts, strict=True):
+                wanted[number, token, pair] += 1
+    assert torch.equal(metrics["expert_load"], wanted.sum(1))
+    assert torch.equal(metrics["expert_load_images"], wanted[:, 1])
+    alone = model(**pack("qwen3_vl_moe", chosen[:1])).metrics
+    assert alone.keys() == metrics.keys() and not alone["expert_load_images"].any()

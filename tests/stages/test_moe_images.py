@@ -56,7 +56,11 @@ def test_a_run_with_images_goes_on_with_experts_divided(workspace: Path) -> None
     check_same(two, one)
     known = json.loads((two / "run.json").read_text())["parameters"]
     assert [*known] == ["vision", "projector", "language", "router", "experts"]
-    assert len(metrics(two)[-1]["expert_load"]) == 3
+    ours, theirs = metrics(two)[-1], metrics(one)[-1]
+    assert len(ours["expert_load"]) == len(ours["expert_entropy_text"]) == 3
+    assert ours["expert_load_images"] == theirs["expert_load_images"]
+    assert 0 < sum(ours["expert_load_images"][0]) < sum(ours["expert_load"][0])
+    assert "Tokens of images" in (two / "report.html").read_text()
     stock, info = AutoModelForImageTextToText.from_pretrained(
         two / "export", output_loading_info=True
     )

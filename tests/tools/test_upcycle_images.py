@@ -1,4 +1,4 @@
-"""A dense Qwen3-VL becomes a Qwen3-VL-MoE with its logits; routers that begin with data's tokens."""
+"""A dense Qwen3-VL becomes a Qwen3-VL-MoE with its logits; routers begin with tokens of data."""
 
 import json
 import sys

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from triptych_core.config import StageConfig, dump_config, is_due
 from triptych_core.lines import keep_steps_until
 from triptych_core.readout import FinishedStep, Readout, StepRecord
+from triptych_core.report.expert_load import describe_load
 
 # Dense bf16 peaks in TFLOP/s, from the vendors' data sheets; the first name found counts.
 PEAK_TFLOPS = {
@@ -189,6 +190,7 @@ class Metrics:
             "peak_memory_bytes": peak_memory_bytes(),
             "time": step.time,
             **{key: value for key, value in step.figures.items() if is_shown or _is_number(value)},
+            **(describe_load(step.figures) if is_shown else {}),
         }
 
     def _show(self, lines: Sequence[dict[str, Any]]) -> None:

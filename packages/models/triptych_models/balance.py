@@ -35,6 +35,7 @@ class Segments(NamedTuple):
     is_counted: Tensor  # (T,) bool, False for tokens in no segment
     weights: Tensor  # (T,) fp32, n_s / L_s of the token's segment, 0 for those in none
     num_tokens: Tensor  # (S,) fp32, L_s
+    is_image: Tensor  # (T,) bool
 
 
 class RouterFigures(NamedTuple):
@@ -42,16 +43,20 @@ class RouterFigures(NamedTuple):
 
     balance: Tensor  # () fp32
     z: Tensor  # () fp32
-    load: Tensor  # (E,) fp32, choices per expert
+    load: Tensor  # (2, E) fp32, choices per expert: of tokens of text, and of images
 
 
 def segment_row(
-    shift_labels: Tensor, cu_seqlens: Tensor, over: Over, sequence: SequenceGroup
+    shift_labels: Tensor,
+    cu_seqlens: Tensor,
+    over: Over,
+    sequence: SequenceGroup,
+    image_positions: Tensor | None = None,
 ) -> Segments:
     """Segments of a row of which this rank has the labels shift_labels (1, T); no host sync.
 
     cu_seqlens (num_docs + 1,) int32 is the whole row's; of its tokens the rank holds the
-    sequence.rank-th part.
+    sequence.rank-th part, and among these image_positions are those of images.
     """
     labels = shift_labels.flatten()
     starts = len(labels) * sequence.rank
@@ -65,7 +70,10 @@ def segment_row(
         targets, tokens = targets.sum(0, keepdim=True), tokens.sum(0, keepdim=True)
         document = torch.zeros_like(document)
     weights = (targets / tokens.clamp_min(1))[document] * is_counted
-    return Segments(document, is_counted, weights, tokens)
+    is_image = torch.zeros_like(is_counted)
+    if image_positions is not None:
+        is_image = is_image.index_fill(0, image_positions, True)
+    return Segments(document, is_counted, weights, tokens, is_image)
 
 
 def router_figures(
@@ -80,13 +88,14 @@ def router_figures(
     keys = segments.of_token[:, None] * num_experts + experts  # (T, k)
     counts = expert_counts(keys, num_segments * num_experts, mask=segments.is_counted)
     counts = counts.view(num_segments, num_experts).float()
-    load = counts.sum(0)
+    kinds = segments.is_image[:, None] * num_experts + experts  # (T, k)
+    load = expert_counts(kinds, 2 * num_experts, mask=segments.is_counted)
     choices = experts.shape[1] * segments.num_tokens.clamp_min(1)  # (S,)
     shares = _sum_over(counts, sequence) / choices[:, None]  # (S, E)
     per_token = (shares[segments.of_token] * probabilities).sum(-1)  # (T,)
     balance = num_experts * (per_token * segments.weights).sum()
     z = (logits.logsumexp(-1).square() * segments.weights).sum()
-    return RouterFigures(balance, z, load)
+    return RouterFigures(balance, z, load.view(2, num_experts).float())
 
 
 def _sum_over(values: Tensor, sequence: SequenceGroup) -> Tensor:

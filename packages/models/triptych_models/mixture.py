@@ -72,11 +72,13 @@ class Mixture(PackedModel):
         """Summed loss of one packed row; in training with the routers' losses, if they count.
 
         metrics: `balance_loss` and `z_loss`, means over the sparse layers, summed over targets;
-        `expert_load` (sparse layers, E), the tokens of each expert.
+        `expert_load` (sparse layers, E), the tokens of each expert, and where the model sees images
+        `expert_load_images`, those of them that are an image's.
         """
         self.input_store = InputStore()
         over, sequence = self.moe.aux_over, self.sequence
-        segments = segment_row(shift_labels, batch["cu_seqlens"], over, sequence)
+        images = batch.get("image_positions")
+        segments = segment_row(shift_labels, batch["cu_seqlens"], over, sequence, images)
         figures: list[RouterFigures] = []
         hidden_states = self.hidden_states(**batch, segments=segments, figures=figures)
         loss_sum = self.hf.lm_head(hidden_states, shift_labels, num_targets)
@@ -85,7 +87,9 @@ class Mixture(PackedModel):
         balance, z, load = (torch.stack(each) for each in zip(*figures, strict=True))
         if self.training:  # what is held out is scored by its own loss
             loss_sum = loss_sum + self.moe.aux_loss * balance.sum() + self.moe.z_loss * z.sum()
-        metrics = {"balance_loss": balance.mean(), "z_loss": z.mean(), "expert_load": load}
+        metrics = {"balance_loss": balance.mean(), "z_loss": z.mean(), "expert_load": load.sum(1)}
+        if tower(self.hf) is not None:  # of text alone too: all ranks report the same
+            metrics["expert_load_images"] = load[:, 1]
         return LossOutput(loss_sum, num_targets, {k: v.detach() for k, v in metrics.items()})
 
     def parts(self) -> dict[str, list[nn.Module]]:
