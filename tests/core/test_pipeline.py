@@ -50,6 +50,7 @@ def steps(*lines):
         (steps("dir: {run: [make.py]}"), "dir: must be a name of its own"),
         (steps("a: {stage: staeg.py}"), "must name files below its folder or one above it"),
         ("steps: {}", "steps"),
+        (steps("a: {stage: stage.py, set: {x.y: 1, x: {y: 2}}}"), "steps.a.set.x.y: must stand"),
         ("steps: [", "must be YAML"),
         (
             steps(f"make: {MAKE}", "a: {stage: stage.py, set: {model.path: '{mak.model}'}}"),

@@ -169,6 +169,7 @@ def _check_order(recipe: RecipeConfig) -> None:
     for name, step in recipe.steps.items():
         for reference in find_references([step.set, step.run, [step.ranks]]):
             mistakes += _mistake(recipe, name, reference, seen)
+        mistakes += _repeated(name, step)
         mistakes += _ill_typed(recipe, name, step)
         seen.add(name)
     if mistakes:
@@ -196,6 +197,16 @@ def _mistake(
     elif name not in seen:
         what = f"must be of an earlier step, got {name}, which comes later; move it up"
     return [f"{where} {what}"] if what else []
+
+
+def _repeated(at: str, step: StepConfig) -> list[str]:
+    """Keys that stand twice, dotted and in a section: a merged YAML can bring one along."""
+    keys = [key for key, _ in flatten(step.set)]
+    return [
+        f"steps.{at}.set.{key}: must stand once, got it dotted and in a section; drop one"
+        for key in dict.fromkeys(keys)
+        if keys.count(key) > 1
+    ]
 
 
 def _ill_typed(recipe: RecipeConfig, at: str, step: StepConfig) -> list[str]:

@@ -91,7 +91,7 @@ def changes(step: Step, record: Record, *, is_finished: bool) -> list[str]:
         made_of = record["inputs"].get(name)
         if made_of is None and not is_finished:
             continue
-        if not path.exists() or fingerprint(path) != made_of:
+        if path.exists() and fingerprint(path) != made_of:  # what is gone is made again first
             lines.append(f"{name} must be what it was made of, got other contents in {path}")
     for name, was in record.get("outputs", {}).items() if is_finished else ():
         output = step.outputs.get(name)
