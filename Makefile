@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 DATA ?=
 HELDOUT ?=
 DEMO_ARGS ?=
+PIPELINE_ARGS ?=
 
 # One thread a rank: ranks times threads beyond the cores stall in OpenMP's spinning.
 export OMP_NUM_THREADS ?= 1
@@ -14,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.torch_extensions
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo pipeline test lint format clean
 
 setup: $(VENV)/.ready
 
@@ -27,6 +28,10 @@ $(VENV)/.ready: requirements.txt requirements-dev.txt constraints.txt VERSION $(
 
 demo: setup
 	$(BIN)/python tools/demo.py $(if $(DATA),--data $(DATA)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(DEMO_ARGS)
+
+# Align, pretrain, fine-tune, average, search, experts; goes on where it was cut. make pipeline PIPELINE_ARGS=--dry-run
+pipeline: setup
+	$(BIN)/triptych run recipes/mindvl_tiny.yaml $(PIPELINE_ARGS)
 
 test: setup
 	$(BIN)/python -m pytest
