@@ -220,7 +220,7 @@ def pack(documents: list[Document], seq_len: int) -> dict[str, Any]:
     tail = seq_len - sum(lengths)
     assert tail >= 0
     if tail:
-        nothing = torch.zeros(0, PATCH_DIM, dtype=torch.uint8)
+        nothing = documents[0].pixel_values[:0]
         padding = Document(
             torch.full((tail,), PAD),
             torch.arange(tail).expand(3, tail),
@@ -262,3 +262,54 @@ def pack_text(documents: list[Document], seq_len: int) -> dict[str, Any]:
 def inputs_only(batch: dict[str, Any]) -> dict[str, Any]:
     """The batch without what only the loss reads."""
     return {k: v for k, v in batch.items() if k not in ("shift_labels", "num_targets")}
+
+
+LLAVA_SIDE, LLAVA_PATCH = 14, 4  # pixels: 3 x 3 patches and two that are cut off
+
+
+def write_llava_model_dir(directory: Path, *, tied: bool = False, **fields: Any) -> Path:
+    """config.json and preprocessor_config.json of a LLaVA: SigLIP of 3 blocks, 2 of which run."""
+    write_text_model_dir(directory, tied=tied)
+    text = json.loads((directory / "config.json").read_text())
+    vision = {
+        "model_type": "siglip_vision_model",
+        "num_hidden_layers": 3,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_attention_heads": 2,
+        "image_size": LLAVA_SIDE,
+        "patch_size": LLAVA_PATCH,
+        "vision_use_head": False,
+    }
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "text_config": text,
+        "vision_config": vision,
+        "image_token_index": IMAGE,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "full",
+        "tie_word_embeddings": tied,
+    }
+    (directory / "config.json").write_text(json.dumps(config | fields))
+    preprocessor = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return directory
+
+
+def llava_document(seed: int, *, words: int = 7, images: int = 0) -> Document:
+    """As `document`, with images of one size and plain positions."""
+    n = (LLAVA_SIDE // LLAVA_PATCH) ** 2
+    made = document(seed, words=words, grids=[(1, MERGE, MERGE * n)] * images)
+    rng = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (images * n, 3 * LLAVA_PATCH**2), generator=rng)
+    made.position_ids = torch.arange(len(made.input_ids)).expand(3, -1)
+    made.image_grid_thw = torch.tensor([[1, 3, 3]] * images, dtype=torch.int64).view(-1, 3)
+    made.pixel_values = pixels.to(torch.uint8)
+    return made
+
+
+def pack_llava(documents: list[Document], seq_len: int) -> dict[str, Any]:
+    """One packed row as a LLaVA takes it."""
+    batch = pack(documents, seq_len)
+    return batch | {"position_ids": batch["position_ids"][0]}

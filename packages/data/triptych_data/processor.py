@@ -63,8 +63,9 @@ class _Medium(NamedTuple):
 class Processor:
     """Samples to model inputs by the rules of a Hugging Face model folder (Qwen3-VL's layout).
 
-    A folder without preprocessor files is one of text alone (`position_axes` is 1 then, not
-    3), and one without a chat template takes documents alone.
+    A folder without preprocessor files is one of text alone, and one without a chat template takes
+    documents alone. `position_axes` is 3 for M-RoPE; 1 for text alone, and for towers that see all
+    images in one size, their `image_side`.
 
     Pickling stores the folder's path, not the tokenizer; unpickling reads it again and raises
     ValueError if the folder has changed meanwhile.
@@ -96,7 +97,8 @@ class Processor:
         self.patch_size, self.merge_size, self.temporal_patch_size = (
             rules[:3] if rules else (0,) * 3
         )
-        self.position_axes = 3 if rules else 1
+        self.image_side = rules.side if rules else None
+        self.position_axes = 3 if rules and rules.side is None else 1  # M-RoPE's, or plain
         self.image_mean: tuple[float, ...] = tuple(settings.get("image_mean", (0.5, 0.5, 0.5)))
         self.image_std: tuple[float, ...] = tuple(settings.get("image_std", (0.5, 0.5, 0.5)))
         self.eos_token_id = self._find_end()
@@ -110,7 +112,7 @@ class Processor:
             {
                 "version": ENCODING_VERSION,
                 "chat": (self._chat or self._text).fingerprint,
-                "image": rules._asdict() if rules else None,
+                "image": _given(rules) if rules else None,
                 "video": video_rules._asdict() if video_rules else None,
                 "jpeg": self._jpeg.model_dump() if self._jpeg else None,
             },
@@ -256,7 +258,9 @@ class Processor:
         grids = grids.reshape(-1, 3)
         pads = [self.image_token_id, self.video_token_id]
         is_image = np.isin(tokens.input_ids, pads)
-        positions = mrope_positions(is_image, grids, self.merge_size)[: self.position_axes]
+        positions = np.arange(len(is_image))[None]
+        if self.position_axes == 3:
+            positions = mrope_positions(is_image, grids, self.merge_size)
         return EncodedSample(
             key=raw.key,
             input_ids=torch.from_numpy(tokens.input_ids),
@@ -371,6 +375,11 @@ def _check_alike(directory: Path, image: ImageRules, video: VideoRules | None) -
             f"{directory}: images and videos must have the same patch, merge and temporal patch "
             f"size, got {image[:3]} and {video[:3]}; fix the preprocessor files"
         )
+
+
+def _given(rules: ImageRules) -> dict[str, int]:
+    """Rules without those that a folder does not have."""
+    return {name: value for name, value in rules._asdict().items() if value is not None}
 
 
 def _fingerprint(settings: dict[str, Any]) -> str:

@@ -7,10 +7,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Family = Literal["mixtral", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe"]
+Family = Literal["llava", "mixtral", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe"]
 Part = Literal["vision", "projector", "language", "router", "experts"]
 
 PARTS: dict[Family, tuple[Part, ...]] = {
+    "llava": ("vision", "projector", "language"),
     "mixtral": ("language", "router", "experts"),
     "qwen2_moe": ("language", "router", "experts"),
     "qwen3": ("language",),

@@ -5,6 +5,7 @@ import torch
 from .config import ModelConfig
 from .experts import EVERY_EXPERT, ExpertGroup
 from .freeze import freeze
+from .llava import Llava
 from .mixtral import Mixtral
 from .mixture import Mixture
 from .packed import PackedModel
@@ -17,6 +18,7 @@ from .sequence import ALONE, SequenceGroup
 from .weights import Gather, initialize, load_weights, whole
 
 FAMILIES: dict[str, type[PackedModel]] = {
+    "llava": Llava,
     "mixtral": Mixtral,
     "qwen2_moe": Qwen2MoE,
     "qwen3": Qwen3,

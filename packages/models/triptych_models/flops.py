@@ -106,6 +106,43 @@ def vision_flops(
     )
 
 
+def llava_flops(
+    config: PretrainedConfig,
+    batch: Mapping[str, Any],
+    trainable: Collection[str],
+    *,
+    num_blocks: int,
+    adapted: bool = False,
+) -> float:
+    """Forward + backward FLOPs of a LLaVA whose tower runs num_blocks blocks; see qwen3_vl_flops.
+
+    A patch is a token. The tower's learned positions train with it, so that gradients flow back
+    through all of its blocks.
+    """
+    vision, hidden = config.vision_config, config.text_config.hidden_size
+    grid = batch.get("image_grid_thw")
+    grids = [] if grid is None else [tuple(int(n) for n in row) for row in grid]
+    patches = sum(t * h * w for t, h, w in grids)
+    pixels = vision.num_channels * vision.patch_size**2
+    embed = Work(2.0 * pixels * vision.hidden_size * patches, 0.0)
+    blocks = tower_blocks(vision.hidden_size, vision.intermediate_size, num_blocks, grids)
+    first, second = (
+        Work(2.0 * width * hidden * patches, 0.0) for width in (vision.hidden_size, hidden)
+    )
+    weights = set() if adapted else trainable
+    sees, projects = "vision" in trainable, "projector" in trainable
+    vision_weight, projector_weight = "vision" in weights, "projector" in weights
+    return (
+        with_backward(embed, weight=vision_weight, inputs=False)  # pixels need no gradient
+        + with_backward(blocks, weight=vision_weight, inputs=sees)
+        + with_backward(first, weight=projector_weight, inputs=sees)
+        + with_backward(second, weight=projector_weight, inputs=sees or projects)
+        + language_flops(
+            config.text_config, batch, weight="language" in weights, inputs=bool(trainable)
+        )
+    )
+
+
 def with_backward(work: Work, *, weight: bool, inputs: bool) -> float:
     """Forward + backward of a part whose weights, or whose inputs, need gradients."""
     return work.linear * (1 + weight + inputs) + work.attention * (3 if weight or inputs else 1)
@@ -136,11 +173,14 @@ def language_layers(text: PretrainedConfig, bounds: list[int]) -> Work:
 
 def vision_blocks(vision: PretrainedConfig, grids: list[tuple[int, ...]]) -> Work:
     """All blocks of the tower over frames that each attend to themselves."""
-    hidden = vision.hidden_size
-    weights = 4 * hidden * hidden + 2 * hidden * vision.intermediate_size
+    return tower_blocks(vision.hidden_size, vision.intermediate_size, vision.depth, grids)
+
+
+def tower_blocks(hidden: int, intermediate: int, depth: int, grids: list[tuple[int, ...]]) -> Work:
+    weights = 4 * hidden * hidden + 2 * hidden * intermediate
     patches = sum(t * h * w for t, h, w in grids)
     pairs = sum(t * (h * w) ** 2 for t, h, w in grids)
-    return Work(2.0 * vision.depth * weights * patches, 4.0 * vision.depth * hidden * pairs)
+    return Work(2.0 * depth * weights * patches, 4.0 * depth * hidden * pairs)
 
 
 def patch_embedding(vision: PretrainedConfig, grids: list[tuple[int, ...]]) -> float:

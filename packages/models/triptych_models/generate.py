@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from .llava import Llava
 from .packed import PackedModel
 from .qwen3_vl import Qwen3VL
 from .vision import normalize_pixels
@@ -69,13 +70,16 @@ def model_inputs(
 ) -> dict[str, Tensor]:
     """Inputs (B, L) of `generate`, on the model's device.
 
-    With force_image a batch without images gets one: its token stands in the padding, where
+    With force_image a batch without images gets one: its tokens stand in the padding, where
     attention does not look, so the tower runs on every rank as ZeRO-3 needs.
     """
     rows = [prompt.input_ids.cpu() for prompt in prompts] or [torch.tensor([pad_token_id])]
-    inputs = left_padded(rows, pad_token_id, room=int(force_image))
+    room = model.grid_side**2 if isinstance(model, Llava) else 1
+    inputs = left_padded(rows, pad_token_id, room=room if force_image else 0)
     if isinstance(model, Qwen3VL):
         inputs |= image_inputs(model, prompts, inputs["input_ids"], force=force_image)
+    elif isinstance(model, Llava):
+        inputs |= whole_image_inputs(model, prompts, inputs["input_ids"], force=force_image)
     device = next(model.parameters()).device
     return {name: x.to(device) for name, x in inputs.items()}
 
@@ -115,3 +119,20 @@ def image_inputs(
         inputs["image_grid_thw"] = torch.cat(grids)
         inputs["pixel_values"] = normalize_pixels(patches, model.image_mean, model.image_std)
     return inputs
+
+
+def whole_image_inputs(
+    model: Llava, prompts: Sequence[Prompt], input_ids: Tensor, *, force: bool
+) -> dict[str, Tensor]:
+    """As `image_inputs`, for a tower that takes images of one size uncut."""
+    pixels = [p.pixel_values.cpu() for p in prompts if p.pixel_values is not None]
+    pixels = [patches for patches in pixels if len(patches)]
+    if force and not pixels:
+        _, patches = model.dummy_image()
+        input_ids[0, : len(patches)] = model.hf.config.image_token_id  # all of it padding
+        pixels = [patches]
+    if not pixels:
+        return {}
+    device = next(model.parameters()).device
+    scaled = normalize_pixels(torch.cat(pixels).to(device), model.image_mean, model.image_std)
+    return {"pixel_values": model.whole_images(scaled)}

@@ -12,7 +12,7 @@ def decoder(hf: PreTrainedModel) -> Any:
 
 def tower(hf: PreTrainedModel) -> Any:
     """The vision tower, or None in a model of text alone."""
-    return getattr(hf.model, "visual", None)
+    return getattr(hf.model, "visual", getattr(hf.model, "vision_tower", None))
 
 
 def text_config(config: PretrainedConfig) -> Any:

@@ -159,7 +159,8 @@ def adapter_flops(model: PackedModel, batch: Mapping[str, Any]) -> float:
     patches = 0 if grid is None else sum(int(t) * int(h) * int(w) for t, h, w in grid)
     tokens = {"language": int(batch["cu_seqlens"][-1]), "vision": patches, "projector": 0}
     if "projector" in model.parts():
-        tokens["projector"] = patches // model.hf.config.vision_config.spatial_merge_size**2
+        merge_size = getattr(model.hf.config.vision_config, "spatial_merge_size", 1)
+        tokens["projector"] = patches // merge_size**2
     part_of = {
         id(inner): part
         for part, modules in model.parts().items()

@@ -18,6 +18,7 @@ from .config import ModelConfig
 from .families import build_shell
 from .freeze import freeze
 from .layout import tower
+from .llava import Llava
 from .lora import add_adapters
 from .packed import PackedModel
 from .sequence import ALONE, SequenceGroup
@@ -130,6 +131,8 @@ def pretend_batch(
     taken: list[int] = []  # by images
     if tower(model.hf) is not None:
         side = max(1, round(math.sqrt(image_tokens))) if image_share else 1  # in tokens
+        if isinstance(model, Llava):
+            side = model.grid_side
         count = max(1, min(round(seq_len * image_share / side**2), seq_len // side**2))
         starts = [seq_len * image // count for image in range(count)]
         taken = [start + token for start in starts for token in range(side**2)]
@@ -139,7 +142,7 @@ def pretend_batch(
     labels = [-100] * seq_len
     for target in range(num_targets):
         labels[free[len(free) * target // num_targets]] = 0
-    axes = (3,) if images else ()  # of M-RoPE
+    axes = (3,) if images and not isinstance(model, Llava) else ()  # of M-RoPE
     return {
         "input_ids": torch.zeros(1, seq_len, dtype=torch.int64),
         "shift_labels": _known([labels]),
@@ -151,11 +154,10 @@ def pretend_batch(
     }
 
 
-def _pretend_images(model: PackedModel, count: int, side: int) -> dict[str, Any]:
+def _pretend_images(model: Any, count: int, side: int) -> dict[str, Any]:
     """count images of side × side tokens each."""
-    vision = model.hf.config.vision_config
-    height = side * vision.spatial_merge_size  # in patches
-    patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    height = side * getattr(model.hf.config.vision_config, "spatial_merge_size", 1)  # in patches
+    patch_dim = model.dummy_image()[1].shape[1]
     return {
         "pixel_values": torch.zeros(count * height**2, patch_dim, dtype=torch.uint8),
         "image_grid_thw": _known([[1, height, height]] * count),

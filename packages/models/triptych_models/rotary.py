@@ -19,7 +19,7 @@ def restore_rotary(model: PreTrainedModel) -> None:
         decoder(model).rotary_emb,
         inverse_frequencies(head_dim(text), text.rope_parameters["rope_theta"]),
     )
-    if tower(model) is None:
+    if not hasattr(tower(model), "rotary_pos_emb"):
         return
     vision = model.config.vision_config
     rope = getattr(vision, "rope_parameters", None) or {}  # fixed at 10000 before transformers 5.6

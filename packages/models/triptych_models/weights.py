@@ -54,7 +54,7 @@ def initialize(hf: PreTrainedModel, seed: int, gather: Gather = whole) -> None:
     for module, own in own_parameters(hf):
         in_tower = id(module) in vision_ids
         section = hf.config.vision_config if in_tower else text_config(hf.config)
-        std = section.initializer_range
+        std = getattr(section, "initializer_range", 0.02)  # SigLIP's section does not say it
         with gather(list(own.values())):
             for name, parameter in own.items():
                 parameter.copy_(initial_value(module, name, parameter, std, generator))

@@ -22,6 +22,10 @@ from triptych_data.media.probe import BROKEN, FORMATS, MAX_PIXELS, ORIENTATION
 if TYPE_CHECKING:
     from triptych_data.media.video import VideoRules
 
+BICUBIC = 3
+INTERPOLATIONS = {2: InterpolationMode.BILINEAR, BICUBIC: InterpolationMode.BICUBIC}
+"""By Pillow's numbers, as preprocessor files write them."""
+
 _MAX_ASPECT_RATIO = 200  # transformers' Qwen2-VL refuses slimmer images
 
 # (file format, Pillow mode) of what torchvision decodes to the same pixels at twice the speed. Not
@@ -49,13 +53,17 @@ _ORIENTATIONS = {
 
 class ImageRules(NamedTuple):
     """How a model cuts images: pixels per patch side, patches per token side, frames per patch,
-    and the bounds on an image's pixels after resizing."""
+    and the bounds on an image's pixels after resizing; or the one size that all images get."""
 
     patch_size: int
     merge_size: int
     temporal_patch_size: int
     min_pixels: int
     max_pixels: int
+    side: int | None = None
+    """Of the square that every image is stretched to, and cut to whole patches."""
+    interpolation: int | None = None
+    """Pillow's number for it; None is bicubic."""
 
 
 def encode_image(
@@ -70,7 +78,12 @@ def encode_image(
     if vary is not None:
         image = vary(image)
     grid = image_grid(image.shape[2], image.shape[1], rules)
-    image = resize(image, grid[1] * rules.patch_size, grid[2] * rules.patch_size).contiguous()
+    height, width = grid[1] * rules.patch_size, grid[2] * rules.patch_size
+    if rules.side is not None:
+        image = resize(image, rules.side, rules.side, rules.interpolation)[:, :height, :width]
+    else:
+        image = resize(image, height, width)
+    image = image.contiguous()
     return patchify(image.expand(rules.temporal_patch_size, -1, -1, -1), rules), grid
 
 
@@ -78,11 +91,14 @@ def image_grid(width: int, height: int, rules: ImageRules) -> tuple[int, int, in
     """Return the patch grid (t, h, w) of an image of `width` x `height` pixels.
 
     Both sides become multiples of `patch_size * merge_size`, the area stays within `min_pixels`
-    and `max_pixels`: `smart_resize` of transformers' Qwen2-VL.
+    and `max_pixels`: `smart_resize` of transformers' Qwen2-VL. By rules with a `side` all images
+    have one grid.
 
     Raises ValueError if one side is over 200 times the other.
     """
     check_ratio(width, height)
+    if rules.side is not None:
+        return 1, rules.side // rules.patch_size, rules.side // rules.patch_size
     factor = rules.patch_size * rules.merge_size
     new_height = round(height / factor) * factor
     new_width = round(width / factor) * factor
@@ -130,13 +146,15 @@ def decode_image(data: bytes) -> Tensor:
         ) from error
 
 
-def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """Resize (3, H, W) uint8 to `height` x `width`: bicubic with antialias, rounded to uint8."""
+def resize(image: Tensor, height: int, width: int, interpolation: int | None = None) -> Tensor:
+    """Resize (3, H, W) uint8 to `height` x `width`, with antialias, rounded to uint8.
+
+    `interpolation` is Pillow's number for it; None is bicubic.
+    """
     if image.shape[1:] == (height, width):
         return image
-    return transforms.resize(
-        image, [height, width], interpolation=InterpolationMode.BICUBIC, antialias=True
-    )
+    mode = INTERPOLATIONS[interpolation or BICUBIC]
+    return transforms.resize(image, [height, width], interpolation=mode, antialias=True)
 
 
 def patchify(frames: Tensor, rules: "ImageRules | VideoRules") -> Tensor:

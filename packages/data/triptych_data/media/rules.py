@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from triptych_data.media.config import VideoConfig
-from triptych_data.media.images import ImageRules
+from triptych_data.media.images import BICUBIC, INTERPOLATIONS, ImageRules
 from triptych_data.media.video import VideoRules
 
 IMAGE_FILE = "preprocessor_config.json"
 VIDEO_FILE = "video_preprocessor_config.json"
-_BICUBIC = 3  # Pillow's number for it, as the files write it
+PROCESSOR_FILE = "processor_config.json"
 # What transformers' Qwen3-VL video processor does where the file does not say.
 _VIDEO_DEFAULTS = {"fps": 2, "min_frames": 4, "max_frames": 768}
 _VIDEO_FRAME_TOKENS = 768
@@ -27,6 +27,8 @@ def read_image_rules(
     path = directory / IMAGE_FILE
     settings = read_json(path)
     bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    if "height" in (settings.get("size") or {}):
+        return _one_size(path, settings, bounds), settings
     rules = ImageRules(**_geometry(path, settings, bounds))
     _check_bounds(path, rules, "data.min_pixels", "data.max_pixels")
     return rules, settings
@@ -80,13 +82,42 @@ def read_bytes(path: Path) -> bytes:
         ) from error
 
 
+def _one_size(
+    path: Path, settings: Mapping[str, Any], bounds: Mapping[str, int | None]
+) -> ImageRules:
+    """The rules of a tower whose images are all squares of one size, as SigLIP's."""
+    side, interpolation = settings["size"]["height"], settings.get("resample", BICUBIC)
+    patch_size: Any = settings.get("patch_size") or read_json(path.with_name(PROCESSOR_FILE)).get(
+        "patch_size"
+    )
+    for name, given, is_right, wanted in (
+        ("size.width", settings["size"].get("width"), settings["size"].get("width") == side, side),
+        ("resample", interpolation, interpolation in INTERPOLATIONS, "2 or 3"),
+        ("do_center_crop", True, not settings.get("do_center_crop"), "false"),
+        ("patch_size", patch_size, isinstance(patch_size, int) and 0 < patch_size <= side, "given"),
+    ):
+        if not is_right:
+            raise ValueError(
+                f"{path}: {name} must be {wanted} for images of one size, got {given}; "
+                "make the folder by tools/assemble_vlm.py"
+            )
+    for name, value in bounds.items():
+        if value is not None:
+            raise ValueError(
+                f"data.{name}: must be left out for a model whose images are all "
+                f"{side}x{side} pixels, got {value}"
+            )
+    mode = None if interpolation == BICUBIC else interpolation
+    return ImageRules(patch_size, 1, 1, side**2, side**2, side, mode)
+
+
 def _geometry(
     path: Path, settings: Mapping[str, Any], bounds: Mapping[str, int | None]
 ) -> dict[str, int]:
     """The numbers that images and videos share, checked."""
-    if settings.get("resample", _BICUBIC) != _BICUBIC:
+    if settings.get("resample", BICUBIC) != BICUBIC:
         raise ValueError(
-            f"{path}: resample must be {_BICUBIC} (bicubic), got {settings['resample']}; "
+            f"{path}: resample must be {BICUBIC} (bicubic), got {settings['resample']}; "
             "use a model that does"
         )
     size = settings.get("size") or {}

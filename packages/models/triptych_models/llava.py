@@ -1,0 +1,218 @@
+"""LLaVA as a packed-sequence module: a SigLIP tower, a projector of two layers, a Qwen3.
+
+The architecture is transformers' own LlavaForConditionalGeneration, arXiv 2310.03744; with
+projector_hidden_act "linear" the projector is a linear map. All images are of one size, so that a
+tower sees a plain batch of them.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers import LlavaForConditionalGeneration, PretrainedConfig
+
+from .flops import llava_flops
+from .layout import tower
+from .lora import adapter_flops
+from .packed import PackedModel, compile_forward
+from .qwen3_vl import image_statistics
+from .sequence import exchange_features
+from .vision import normalize_pixels
+
+
+class HasFixedImages(Protocol):
+    """What of a data processor must agree with the model."""
+
+    patch_size: int
+    image_side: int | None
+    image_token_id: int
+    position_axes: int
+
+
+class Llava(PackedModel):
+    """Transformers' LLaVA with a SigLIP tower and a Qwen3, `self.hf`, fed with packed rows.
+
+    Features are those after tower block `vision_feature_layer`; what comes behind it (blocks, the
+    last norm) never runs, in stock neither, and does not train. Every rank calls the same
+    submodules in the same order on every batch, images or not.
+    """
+
+    hf_class = LlavaForConditionalGeneration
+    model_type = "llava"
+
+    def __init__(
+        self,
+        hf_config: PretrainedConfig,
+        *,
+        dtype: torch.dtype,
+        image_mean: list[float],
+        image_std: list[float],
+        fused: bool = True,
+    ) -> None:
+        check_config(hf_config)
+        super().__init__(hf_config, dtype=dtype, fused=fused)
+        self.image_mean = image_mean
+        self.image_std = image_std
+        self.num_blocks = blocks_that_run(hf_config)
+        visual = tower(self.hf)
+        for idle in (visual.encoder.layers[self.num_blocks :], visual.post_layernorm):
+            idle.requires_grad_(False)
+
+    @classmethod
+    def from_directory(cls, path: Path, **settings: Any) -> Self:
+        """As every family's; with preprocessor_config.json, which says how pixels are scaled."""
+        mean, std = image_statistics(path)
+        return super().from_directory(path, image_mean=mean, image_std=std, **settings)
+
+    @property
+    def grid_side(self) -> int:
+        """Patches along a side of every image."""
+        vision = self.hf.config.vision_config
+        return int(vision.image_size) // int(vision.patch_size)
+
+    def hidden_states(
+        self,
+        *,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        pixel_values: Tensor | None = None,
+        image_positions: Tensor | None = None,
+        image_sends: Sequence[int] | None = None,
+        image_receives: Sequence[int] | None = None,
+        image_grid_thw: Tensor | None = None,
+        vision_cu_seqlens: Tensor | None = None,
+        vision_max_seqlen: int | None = None,
+        **settings: Any,
+    ) -> Tensor:
+        """Hidden states (1, T, H) after the final norm, documents kept apart.
+
+        input_ids and position_ids (1, T) int64, cu_seqlens (num_docs + 1,) int32, pixel_values
+        (P, patch_dim) uint8, image_positions (P,) int64; what a batch has of grids is known here.
+        In a sequence group a rank runs the tower on its share of the row's images, and
+        image_positions are those of its own tokens. settings are for each language layer.
+        """
+        hidden_states = self.hf.model.language_model.embed_tokens(input_ids)  # (1, T, H)
+        positions = image_positions
+        if positions is None:
+            positions = torch.zeros(0, dtype=torch.int64, device=input_ids.device)
+        if pixel_values is None:  # a dummy image, of whose features none is kept
+            _, pixels = self.dummy_image(input_ids.device)
+            features = self._image_features(pixels)[:0]
+        else:
+            features = self._image_features(pixel_values)
+        if image_sends is not None and image_receives is not None:
+            (features,) = exchange_features([features], image_sends, image_receives, self.sequence)
+        hidden_states = hidden_states.index_copy(
+            1, positions, features.to(hidden_states.dtype)[None]
+        )
+        return self.run_decoder(hidden_states, position_ids, cu_seqlens, max_seqlen, **settings)
+
+    def check_processor(self, processor: HasFixedImages) -> None:
+        """Raise ValueError unless the data's processor cuts images as this model expects."""
+        super().check_processor(processor)
+        config = self.hf.config
+        expected = {
+            "patch_size": config.vision_config.patch_size,
+            "image_side": config.vision_config.image_size,
+            "image_token_id": config.image_token_id,
+            "position_axes": 1,
+        }
+        for name, value in expected.items():
+            given = getattr(processor, name)
+            if given != value:
+                raise ValueError(
+                    f"model.path: {name} of the processor files must be config.json's {value}, "
+                    f"got {given}; take all files of the folder from one model"
+                )
+
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """Modules of each part; every parameter is in exactly one."""
+        model = self.hf.model
+        return {
+            "vision": [model.vision_tower],
+            "projector": [model.multi_modal_projector],
+            "language": [model.language_model, self.hf.lm_head],
+        }
+
+    def layers(self) -> list[nn.Module]:
+        """Every layer that runs of the tower, and of the language model."""
+        return [*tower(self.hf).encoder.layers[: self.num_blocks], *super().layers()]
+
+    def compile_layers(self) -> None:
+        """Compile every layer in place; the tower's for any number of images."""
+        super().compile_layers()
+        for block in tower(self.hf).encoder.layers[: self.num_blocks]:
+            compile_forward(block, dynamic=True)
+
+    def flops(self, batch: Mapping[str, Any]) -> float:
+        """Forward and backward FLOPs of one packed row; see triptych_models.flops."""
+        parts, adapted = self.trainable_parts(), self.lora is not None
+        return llava_flops(
+            self.hf.config, batch, parts, num_blocks=self.num_blocks, adapted=adapted
+        ) + adapter_flops(self, batch)
+
+    def dummy_image(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """A black image: grid (1, 3) on the host, uint8 patches on device."""
+        vision, side = self.hf.config.vision_config, self.grid_side
+        patch_dim = vision.num_channels * vision.patch_size**2
+        pixels = torch.zeros(side * side, patch_dim, dtype=torch.uint8, device=device)
+        with unset_fake_temporarily():  # read on the host, also where a plan runs on fake tensors
+            grid = torch.tensor([[1, side, side]])
+        return grid, pixels
+
+    def whole_images(self, patches: Tensor) -> Tensor:
+        """Patches (N * side**2, C * p * p) put together as stock takes them: (N, C, H, W)."""
+        side, patch = self.grid_side, self.hf.config.vision_config.patch_size
+        cut = patches.view(-1, side, side, self.hf.config.vision_config.num_channels, patch, patch)
+        return cut.permute(0, 3, 1, 4, 2, 5).reshape(
+            len(cut), cut.shape[3], side * patch, side * patch
+        )
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        """Features (P, H) of the patches (P, patch_dim) uint8 of whole images."""
+        visual, patch = tower(self.hf), self.hf.config.vision_config.patch_size
+        embeddings, num_patches = visual.embeddings, self.grid_side**2
+        scaled = normalize_pixels(pixels, self.image_mean, self.image_std)
+        scaled = scaled.to(embeddings.patch_embedding.weight.dtype)
+        hidden_states = embeddings.patch_embedding(scaled.view(len(scaled), -1, patch, patch))
+        hidden_states = hidden_states.view(-1, num_patches, hidden_states.shape[1])
+        places = torch.arange(num_patches, device=pixels.device)
+        hidden_states = hidden_states + embeddings.position_embedding(places)
+        for block in visual.encoder.layers[: self.num_blocks]:
+            hidden_states = self._run_layer(block, hidden_states, attention_mask=None)
+        features: Tensor = self.hf.model.multi_modal_projector(hidden_states)
+        return features.flatten(0, 1)
+
+
+def blocks_that_run(config: Any) -> int:
+    """How many blocks lie before the features that stock takes."""
+    layer, blocks = int(config.vision_feature_layer), int(config.vision_config.num_hidden_layers)
+    return layer if layer >= 0 else blocks + 1 + layer
+
+
+def check_config(config: Any) -> None:
+    """Raise ValueError for a LLaVA of other parts than are computed here."""
+    layer, vision = config.vision_feature_layer, config.vision_config
+    blocks = vision.num_hidden_layers
+    for name, given, wanted in (
+        ("vision_config.model_type", vision.model_type, "siglip_vision_model"),
+        ("vision_config.vision_use_head", getattr(vision, "vision_use_head", True), False),
+        ("vision_config.attention_dropout", vision.attention_dropout, 0.0),
+        ("text_config.model_type", config.text_config.model_type, "qwen3"),
+        ("vision_feature_select_strategy", config.vision_feature_select_strategy, "full"),
+    ):
+        if given != wanted:
+            raise ValueError(
+                f"model.path: config.json's {name} must be {wanted} for a llava, got {given}; "
+                "make a model of such parts by tools/assemble_vlm.py"
+            )
+    if not isinstance(layer, int) or not -blocks <= layer <= blocks or layer == 0:
+        raise ValueError(
+            "model.path: config.json's vision_feature_layer must be the number of a block "
+            f"(1 to {blocks}, or -1 for the last), got {layer}; name one"
+        )
