@@ -87,14 +87,14 @@ def whole_gradients(engine: Any) -> dict[str, torch.Tensor]:
     light = engine.gradients() if engine.zero_optimization_stage() == 0 else None
     whole = safe_get_full_grad if light is None else light.get
     return {
-        name: _of_all_holders(p, whole(p).clone())
+        name: of_all_holders(p, whole(p).clone())
         for name, p in engine.module.named_parameters()
         if p.requires_grad
     }
 
 
-def _of_all_holders(parameter: Any, gradient: torch.Tensor) -> torch.Tensor:
-    """Of stacked experts that ranks have divided, the whole stack."""
+def of_all_holders(parameter: Any, gradient: torch.Tensor) -> torch.Tensor:
+    """Of stacked experts that ranks have divided, the whole stack, of values as of gradients."""
     if not hasattr(parameter, "expert_groups"):
         return gradient
     holders = parameter.expert_groups[1]

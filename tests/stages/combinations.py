@@ -20,12 +20,21 @@ MODES = {
         *("parallel.sequence=2", "parallel.tensor=2"),
         "engine.gradient_accumulation_steps=2",
     ],
+    "expert": ["parallel.expert=2"],
+    "sequence and expert": [
+        *("parallel.sequence=2", "parallel.expert=2"),
+        "engine.gradient_accumulation_steps=2",
+    ],
 }
+# Those whose model has experts: Qwen3-VL-MoE instead of Qwen3-VL.
+MIXTURES = ("expert", "sequence and expert")
 MODE_TITLES = {
     "rows": "rows (data parallel)",
     "sequence": "`parallel.sequence`",
     "tensor": "`parallel.tensor`",
-    "both": "both",
+    "both": "`sequence` and `tensor`",
+    "expert": "`parallel.expert`",
+    "sequence and expert": "`sequence` and `expert`",
 }
 FEATURES = {
     "bf16": "engine.precision=bf16",
@@ -55,6 +64,11 @@ EXACT = {
         *("3 full states", "3 bf16 offload chunks", "3 host params full"),
     ],
     "both": ["1 full states", "3 offload chunks"],
+    "expert": [
+        *("0 full muon", "0 selective states", "1 full states", "1 offload muon"),
+        *("2 selective muon", "2 full states", "3 offload states", "3 selective muon"),
+    ],
+    "sequence and expert": ["0 full states", "1 selective muon", "2 offload", "3 full states"],
 }
 # By torchrun, since torch.compile does not work in forked children.
 COMPILED = {
@@ -68,6 +82,9 @@ REFUSED = [
     ("tensor", "1", "selective"),
     ("tensor", "1", "compile"),
     ("tensor", "1", "muon"),
+    ("expert", "auto", ""),
+    ("expert", "3", "host"),
+    ("expert", "1", "compile"),
     ("rows", "1", "host muon"),
     ("rows", "1", "host states"),
     ("rows", "0", "host"),

@@ -55,8 +55,10 @@ def one_step(folder: Path, runtime: Any, run_dir: Path, words: list[str]) -> Ste
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
     from triptych_core.optim.groups import build_optimizer, parameter_groups
+    from triptych_core.parallel.expert import make_expert_place
     from triptych_core.parallel.mesh import make_mesh
     from triptych_core.parallel.tensor import TensorCuts
+    from triptych_models.experts import ExpertGroup
     from triptych_models.families import build_model
     from triptych_models.freeze import parameter_parts
     from triptych_models.lora import add_adapters
@@ -78,6 +80,7 @@ def one_step(folder: Path, runtime: Any, run_dir: Path, words: list[str]) -> Ste
         ],
     )
     mesh = make_mesh(config.parallel, runtime)
+    place = make_expert_place(config.parallel, runtime)
     group = SequenceGroup(mesh.sp_group, mesh.sp_size, mesh.sp_rank)
     if runtime.is_main:
         run_dir.mkdir(parents=True)
@@ -87,6 +90,7 @@ def one_step(folder: Path, runtime: Any, run_dir: Path, words: list[str]) -> Ste
             dtype=compute_dtype(config.engine),
             gather=gather_parameters(config.engine),
             sequence=group,
+            experts=ExpertGroup(place.group, place.size, place.rank, place.mark),
         )
     if config.model.lora is not None:
         gather = gather_parameters(config.engine)
@@ -143,10 +147,12 @@ def whole_masters(engine: Any) -> dict[str, torch.Tensor]:
     """Every parameter's fp32 master, whole but for tensor parallelism."""
     from deepspeed.utils import safe_get_full_fp32_param
 
+    from tests.tiny import of_all_holders
+
     named = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
-    if engine.zero_optimization_stage() == 0:
-        return {name: engine.masters[p] for name, p in named.items()}
-    return {name: safe_get_full_fp32_param(p) for name, p in named.items()}
+    light = engine.zero_optimization_stage() == 0
+    master = engine.masters.get if light else safe_get_full_fp32_param
+    return {name: of_all_holders(p, master(p).detach().clone()) for name, p in named.items()}
 
 
 def compare(found: Step, wanted: Step, where: str, tolerance: float = 1e-5) -> None:

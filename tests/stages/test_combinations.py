@@ -17,7 +17,7 @@ import pytest
 
 from tests.models import tiny
 from tests.ranks import run_ranks
-from tests.stages.combinations import COMPILED, EXACT, MODES, REFUSED, refusal, words
+from tests.stages.combinations import COMPILED, EXACT, MIXTURES, MODES, REFUSED, refusal, words
 from tests.stages.one_step import Step, compare, on_a_rank
 from tests.tiny import ROOT
 
@@ -31,9 +31,16 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(folder) -> dict[tuple[str, ...], Step]:
+def mixture(tmp_path_factory) -> Path:
+    """Such a model with 4 experts in two of three layers."""
+    return tiny.write_vl_moe_model_dir(tmp_path_factory.mktemp("experts") / "model", tied=True)
+
+
+Steps = dict[tuple[str, ...], Step]
+
+
+def steps_of_one_rank(folder: Path, kinds: list[tuple[str, ...]]) -> Steps:
     """By what changes the numbers: a step of one rank on two rows, nothing divided."""
-    kinds = [(), ("muon",), ("states",), ("bf16",), ("states", "bf16")]
     runs = [
         [*words("rows", " ".join(("0", *kind))), "engine.gradient_accumulation_steps=2"]
         for kind in kinds
@@ -42,8 +49,27 @@ def reference(folder) -> dict[tuple[str, ...], Step]:
     return dict(zip(kinds, steps, strict=True))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.fixture(scope="module")
+def reference(folder) -> Steps:
+    return steps_of_one_rank(folder, [(), ("muon",), ("states",), ("bf16",), ("states", "bf16")])
+
+
+@pytest.fixture(scope="module")
+def reference_of_experts(mixture) -> Steps:
+    return steps_of_one_rank(mixture, [(), ("muon",), ("states",)])
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in MIXTURES])
 def test_a_step_equals_that_of_one_rank(folder, reference, mode):
+    check_steps(folder, reference, mode)
+
+
+@pytest.mark.parametrize("mode", MIXTURES)
+def test_a_step_with_divided_experts_too(mixture, reference_of_experts, mode):
+    check_steps(mixture, reference_of_experts, mode)
+
+
+def check_steps(folder: Path, reference: Steps, mode: str) -> None:
     world_size = 4 if mode == "both" else 2
     runs = [words(mode, run) for run in EXACT[mode]]
     results = run_ranks(on_a_rank, world_size, folder, folder / mode, runs)
