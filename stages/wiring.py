@@ -15,8 +15,10 @@ from triptych_data.config import CostConfig, DataConfig
 from triptych_models.config import PARTS, ModelConfig, Part
 
 if TYPE_CHECKING:
+    from triptych_core.checkpoint.saver import Saver
     from triptych_core.launch import Runtime
     from triptych_core.loop import Part as RowPart
+    from triptych_core.metrics import Metrics
     from triptych_core.plan.plan import Plan
     from triptych_data.heldout import Heldout
     from triptych_data.loader import PackLoader
@@ -289,6 +291,7 @@ def run(config: PackedConfig) -> None:
     from triptych_core.engine.recompiles import RecompileWatch
     from triptych_core.evaluation.evaluate import evaluate_if_due
     from triptych_core.faults.oversight import Oversight
+    from triptych_core.faults.watch import Watch
     from triptych_core.launch import shutdown
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
@@ -320,8 +323,12 @@ def run(config: PackedConfig) -> None:
         metrics.note(describe_run(config, runtime, facts, start_step))
         answer = partial(_answer, job, heldout)
         test = partial(evaluate_if_due, engine, config, heldout, answer, metrics, part=part)
-        oversight = Oversight(engine, config, metrics.note, resumed)
+        watch = Watch(config.run, model, model.layers(), batches.doing)
+        oversight = Oversight(
+            engine, config, metrics.note, resumed, asked=watch.stop, heart=watch.heart
+        )
         save = Saver(engine, config, batches, metrics, oversight)
+        oversight.leave = partial(_leave, config, save, metrics, is_main=runtime.is_main)
         stream, on_step = iter(batches), [test, save]
         if config.data.ledger and job.is_first:
             ledger = Ledger(config.run.dir / "ledger", start_step=start_step, **job.place)
@@ -346,7 +353,20 @@ def run(config: PackedConfig) -> None:
         with averaged_weights(engine):
             _export(config, model, is_main=runtime.is_main)
     close_run(config, runtime)
+    watch.close()
     shutdown()
+
+
+def _leave(
+    config: PackedConfig, save: "Saver", metrics: "Metrics", step: int, *, is_main: bool
+) -> None:
+    """What is done before the end of a run that was asked to stop; every rank takes part."""
+    from triptych_core.report.page import write_report
+
+    save.save_now(step)
+    metrics.flush()
+    if is_main:
+        write_report(config.run.dir)
 
 
 def _answer(job: Job, heldout: "Heldout | None", questions: list[int]) -> list[str]:

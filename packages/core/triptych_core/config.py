@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from triptych_core.faults.codes import USER_ERROR, EndsRun
 from triptych_core.faults.config import LossGuardConfig
 from triptych_core.parallel.expert_config import check_expert
 from triptych_core.parallel.tensor_config import check_tensor
@@ -87,6 +88,8 @@ class StageConfig(Section):
             )
         return self
 
+
+_MOST_YAML = 1 << 18  # bytes of a configuration; reading one of a megabyte takes seconds
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -218,6 +221,10 @@ def run_main(main: Callable[[Stage], None], config: Stage) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
     try:
         main(config)
+    except EndsRun as end:
+        if os.environ.get("RANK", "0") == "0":
+            print(end, file=sys.stderr, flush=True)  # noqa: T201
+        os._exit(end.code)  # the other ranks leave at the same step
     except ValueError as error:
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
@@ -226,7 +233,7 @@ def run_main(main: Callable[[Stage], None], config: Stage) -> None:
         if not raised_in.startswith("triptych_"):
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
-        os._exit(2)  # at once: peers may be waiting for this rank in a collective
+        os._exit(USER_ERROR)  # at once: peers may be waiting for this rank in a collective
 
 
 def die(lines: Sequence[str]) -> NoReturn:
@@ -240,9 +247,14 @@ def die(lines: Sequence[str]) -> NoReturn:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"--config: must be an existing YAML file, got '{path}'; check the path")
+    if path.stat().st_size > _MOST_YAML:
+        raise ValueError(
+            f"{path}: must have at most {_MOST_YAML} bytes, got {path.stat().st_size}; name a "
+            "configuration"
+        )
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: must be YAML, got {' '.join(str(error).split())}") from None
     if tree is None:
         return {}

@@ -29,6 +29,17 @@ class RunConfig(Section):
     device: Literal["auto", "cpu"] = Field(
         "auto", description="auto: what DeepSpeed's accelerator finds; cpu: never a GPU"
     )
+    hang_seconds: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
+        "auto",
+        description="a rank that does nothing for so long ends the job, with stacks of all ranks; "
+        "auto: 10 s or 3 times the slowest step; 0: never",
+    )
+    grace_seconds: float = Field(
+        25.0,
+        gt=0,
+        description="after SIGTERM, SIGUSR1 or Ctrl-C a rank leaves without a checkpoint if "
+        "stopping takes longer; DeepSpeed's launcher kills after 30 s",
+    )
 
 
 class ScheduleConfig(Section):

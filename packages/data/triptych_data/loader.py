@@ -1,7 +1,7 @@
 """Endless batches for one rank, prepared by worker processes, resumable at any position."""
 
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,8 @@ class PackLoader:
         self._config = config
         self._stream = RankStream(self.plan, self.builder, rank, world_size)
         self._job = Job(self._stream) if config.num_workers else None
+        self._says: Callable[[], str] | None = None  # what the worker waited for is on
+        self._sample = -1  # that this process itself is on
 
     @property
     def has_workers(self) -> bool:
@@ -91,6 +93,12 @@ class PackLoader:
                     self.faults.add(len(batch["sample_keys"]) + len(holes), holes)
                     self.position = expected = batch["place"].next_position
                     yield batch
+
+    def doing(self) -> str:
+        """What is being read now, for people; may be asked from another thread."""
+        if self._says is not None:
+            return self._says()
+        return f"reading {self.shards.where(self._sample)}" if self._sample >= 0 else ""
 
     def describe(self) -> dict[str, int]:
         """Counts for people: samples of an epoch, and those left out."""
@@ -125,7 +133,7 @@ class PackLoader:
 
     def _batches_from(self, position: int) -> Generator[Batch]:
         config = self._config
-        inline = self._stream(lambda sample: None, 0, 1, position)
+        inline = self._stream(self._take_note, 0, 1, position)
         if self._job is None:
             yield from inline
         else:
@@ -139,7 +147,14 @@ class PackLoader:
                 prefetch=config.prefetch,
                 timeout=config.timeout_s,
                 where=self.shards.where,
+                waits=self._wait_for,
             )
+
+    def _take_note(self, sample: int) -> None:
+        self._sample = sample
+
+    def _wait_for(self, says: Callable[[], str]) -> None:
+        self._says = says
 
 
 def open_sources(config: DataConfig) -> tuple[Shards, list[PlanSource]]:

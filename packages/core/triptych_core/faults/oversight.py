@@ -36,7 +36,6 @@ class Oversight:
         resumed: the last step already taken, and the guard's state then.
         asked: whether this rank was asked to stop.
         heart: told what this rank does.
-        leave: called on every rank with the last step taken, before all end because one was asked.
     """
 
     def __init__(
@@ -48,13 +47,14 @@ class Oversight:
         *,
         asked: StopRequest | None = None,
         heart: Heartbeat | None = None,
-        leave: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.guard = LossGuard(engine, config, say, resumed.step)
         if resumed.loss_guard is not None:
             self.guard.load_state_dict(resumed.loss_guard)
         self.heart = heart or Heartbeat()
-        self._asked, self._leave = asked, leave
+        self.leave: Callable[[int], None] | None = None
+        """called on every rank with the last step, before all end because one was asked to"""
+        self._asked = asked
         self._is_pending = False  # whether the step before has not been learned of
         self._stops = False
         self._coming: tuple[Tensor, Mark] | None = None
@@ -101,7 +101,8 @@ class Oversight:
         """
         if self._stops:
             self.settle()
-            self._leave(step)
+            if self.leave is not None:
+                self.leave(step)
             raise EndsRun(PREEMPTED, f"stopped after step {step}; the same command goes on")
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from triptych_data.workers.server import DUMP_SIGNAL, NOTE, Work
@@ -53,9 +54,12 @@ def run_workers(
     prefetch: int,
     timeout: float,
     where: Callable[[int], str],
+    waits: Callable[[Callable[[], str]], None] = lambda says: None,
 ) -> Generator[Any]:
     """Yield what the work of `job`, called with (note, w, num_workers, *args), yields in worker w:
     one item of each worker in turn.
+
+    Before each wait `waits` is given a function that says what the worker waited for is on.
 
     Ends when the worker whose turn it is has no more. Each worker is ahead by `prefetch` items at
     most. Workers end with this iterator and with this process, whatever kills it.
@@ -71,6 +75,7 @@ def run_workers(
             request = work, number, num_workers, args, prefetch
             workers.append(_Worker(server, number, request))
         for worker in itertools.cycle(workers):
+            waits(partial(worker.says, where))
             try:
                 yield worker.next_item(timeout, where)
             except StopIteration:
@@ -216,6 +221,10 @@ class _Worker:
             with suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
             self._server.notes.append(("forget", self._pid))
+
+    def says(self, where: Callable[[int], str]) -> str:
+        """Which worker it is, and the sample it is on."""
+        return f"data worker {self._number} {self._place(where)}"
 
     def _hanging(self, timeout: float, where: Callable[[int], str]) -> ValueError:
         assert self._pid is not None

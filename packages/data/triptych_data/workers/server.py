@@ -50,7 +50,9 @@ def serve(descriptor: int) -> None:
       signal ended it, or 0 if it takes longer
     - `("forget", pid)` collects the exit code of a worker that was killed; no answer
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
+    # The trainer's to handle: a group is told to stop, and its last batches are still wanted.
+    for number in (signal.SIGINT, signal.SIGTERM, DUMP_SIGNAL):
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     control = socket.socket(fileno=descriptor)
     for name in _PRELOADED:
