@@ -196,15 +196,15 @@ def check_stock(job: Job, rows: list[Row], folder: Path) -> Check:
         gather=read_parameters(config.engine),
         is_main=is_main,
     )
-    shortest = sorted((a for row in rows for a in row.alone), key=lambda a: int(a["num_tokens"]))[
-        :3
-    ]
+    documents = [alone for row in rows for alone in row.alone]
+    shortest = sorted(documents, key=lambda alone: int(alone["num_tokens"]))[:3]
     ours = [states(job, alone)[: int(alone["num_tokens"])] for alone in shortest]
     errors: list[Any] = [None]
     if is_main:
         stock = type(job.model.hf).from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa"
         )
+        shutil.rmtree(folder)
         wanted = (_stock_states(job, stock.eval(), alone) for alone in shortest)
         errors = [[relative_error(*pair) for pair in zip(ours, wanted, strict=True)]]
     dist.broadcast_object_list(errors, src=0)
