@@ -99,8 +99,8 @@ class Processor:
         )
         self.image_side = rules.side if rules else None
         self.position_axes = 3 if rules and rules.side is None else 1  # M-RoPE's, or plain
-        self.image_mean: tuple[float, ...] = tuple(settings.get("image_mean", (0.5, 0.5, 0.5)))
-        self.image_std: tuple[float, ...] = tuple(settings.get("image_std", (0.5, 0.5, 0.5)))
+        self.image_mean = _statistics(directory, settings, "image_mean")
+        self.image_std = _statistics(directory, settings, "image_std")
         self.eos_token_id = self._find_end()
         pad = self._text.pad_token_id
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
@@ -380,6 +380,21 @@ def _check_alike(directory: Path, image: ImageRules, video: VideoRules | None) -
 def _given(rules: ImageRules) -> dict[str, int]:
     """Rules without those that a folder does not have."""
     return {name: value for name, value in rules._asdict().items() if value is not None}
+
+
+def _statistics(directory: Path, settings: dict[str, Any], name: str) -> tuple[float, ...]:
+    """Mean or deviation of the three colours. Raises ValueError for what is none."""
+    value = settings.get(name, (0.5, 0.5, 0.5))
+    numbers = value if isinstance(value, list | tuple) else ()
+    low = 0.0 if name == "image_mean" else 1e-6  # pixels are divided by the deviation
+    if len(numbers) != 3 or not all(
+        isinstance(number, int | float) and low <= number <= 1 for number in numbers
+    ):
+        raise ValueError(
+            f"{directory / IMAGE_FILE}: {name} must be three numbers from {low} to 1, got "
+            f"{str(value)[:80]}; fetch the file again"
+        )
+    return tuple(numbers)
 
 
 def _fingerprint(settings: dict[str, Any]) -> str:

@@ -8,6 +8,8 @@ JSON_LIMIT = 64 << 20
 """Bytes of one sample's JSON: no chat has as many, and a line without end would fill the memory."""
 DEPTH_LIMIT = 100
 """Levels of nesting; Python's own limit is how much of its stack happens to be left."""
+OBJECT_LIMIT = 300_000
+"""Opening braces of one sample's JSON, each of which becomes hundreds of bytes of memory."""
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -15,12 +17,15 @@ def load_json(data: str | bytes, where: str) -> Any:
     """`data` as JSON, UTF-8 with or without a byte order mark.
 
     Raises ValueError for what is no JSON, and for NaN and infinities, a key that comes twice in one
-    object, half a surrogate pair, more than JSON_LIMIT bytes or DEPTH_LIMIT levels.
+    object, half a surrogate pair, more than JSON_LIMIT bytes, OBJECT_LIMIT objects or DEPTH_LIMIT
+    levels.
     """
     try:
         if len(data) > JSON_LIMIT:
             raise ValueError(f"{len(data)} bytes, of at most {JSON_LIMIT}")
         text = data if isinstance(data, str) else data.decode()
+        if (objects := text.count("{")) > OBJECT_LIMIT:
+            raise ValueError(f"{objects} opening braces, of at most {OBJECT_LIMIT}")
         value = _DECODER.decode(text.removeprefix("\ufeff"))
         if text.count("{") + text.count("[") > DEPTH_LIMIT:
             _check_depth(value)

@@ -1,11 +1,12 @@
 """What a stage's YAML says about its model. Imports no torch: it is validated before torch is."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from .foreign_config import read_foreign
 
 Family = Literal["llava", "mixtral", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe"]
 Part = Literal["vision", "projector", "language", "router", "experts"]
@@ -146,7 +147,7 @@ class ModelConfig(BaseModel):
             raise ValueError(
                 f"model.path: must hold a config.json, got {self.path}; name a model directory"
             )
-        model_type = json.loads(file.read_text()).get("model_type")
+        model_type = read_foreign(file).get("model_type")
         for family in PARTS:
             if family == model_type:
                 return family

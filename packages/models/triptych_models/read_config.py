@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
+from transformers.activations import ACT2FN
 
+from .foreign_config import read_foreign
 from .layout import text_config
 
 
@@ -15,13 +17,28 @@ def read_config(path: Path, model_type: str) -> PretrainedConfig:
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"model.path: must hold a config.json, got {path}; name a model directory")
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    read_foreign(file)
+    # What values of a wrong kind make transformers raise is of any kind.
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{file}: must be a configuration that transformers reads without code of the folder, "
+            f"got {type(error).__name__}: {reason}; download it again"
+        ) from error
     if config.model_type != model_type:
         raise ValueError(
             f"{file}: model_type must be {model_type}, got {config.model_type}; "
             "set model.family to what the directory holds"
         )
     text = text_config(config)
+    activation = getattr(text, "hidden_act", "silu")
+    if activation not in ACT2FN:
+        raise ValueError(
+            f"{file}: hidden_act must be an activation of transformers, got {activation!r}; "
+            "download it again"
+        )
     where = f"{file}: {'' if text is config else 'text_config.'}"
     if text.rope_parameters["rope_type"] != "default":
         raise ValueError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -100,8 +100,7 @@ def load_weights(hf: PreTrainedModel, directory: Path, gather: Gather = whole) -
     misfits = []
     with ExitStack() as stack:
         readers = {
-            file: stack.enter_context(safe_open(file, framework="pt"))
-            for file in sorted(set(files.values()))
+            file: stack.enter_context(open_weights(file)) for file in sorted(set(files.values()))
         }
 
         def shape_of(key: str) -> list[int]:
@@ -129,16 +128,42 @@ def weight_files(directory: Path) -> dict[str, Path]:
     """File of each stored tensor; ValueError if the directory has no safetensors."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = json.loads(index.read_text())["weight_map"]
-        return {name: directory / file for name, file in weight_map.items()}
+        return {name: directory / file for name, file in _read_index(index).items()}
     single = directory / "model.safetensors"
     if not single.is_file():
         raise ValueError(
             f"model.path: must hold model.safetensors or its index, got {directory}; "
             "set model.init=random to start without weights"
         )
-    with safe_open(single, framework="pt") as reader:
+    with open_weights(single) as reader:
         return dict.fromkeys(reader.keys(), single)
+
+
+def open_weights(file: Path) -> Any:
+    """A safetensors file, open. Raises ValueError for one that is missing, cut off or damaged."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file}: must be a whole safetensors file, got {error}; copy or download it again"
+        ) from error
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The file of each tensor. Raises ValueError for names that are none of files beside it."""
+    try:
+        weight_map: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"{index}: must hold a weight_map, got {error!r}; copy or download it again"
+        ) from error
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(
+                f"{index}: must name files of its own folder, got {file!r} for {name}; download it "
+                "again"
+            )
+    return weight_map
 
 
 def check_names(

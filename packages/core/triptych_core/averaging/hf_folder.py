@@ -65,7 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path}: must be a JSON object, got {error}; copy or download it again"
         ) from None
@@ -76,6 +76,11 @@ def _by_index(index: Path, read: Callable[[Path], dict[str, Stored]]) -> dict[st
     if not isinstance(content.get("weight_map"), dict):
         raise ValueError(f"{index}: must have a weight_map, got none; copy or download it again")
     weight_map: dict[str, str] = content["weight_map"]
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(
+                f"{index}: must name files of its own folder, got {name!r}; download it again"
+            )
     tensors: dict[str, Stored] = {}
     for name in sorted(set(weight_map.values())):
         file = index.parent / name

@@ -29,7 +29,9 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         metadata = dict(header.pop("__metadata__", {}))
         begin = 8 + length
         tensors = {name: _stored(path, name, entry, begin) for name, entry in header.items()}
-    except (UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if str(error).startswith(f"{path}: "):
+            raise
         raise _broken(path, f"a header that cannot be read ({error})") from None
     end = max([begin, *(s.places[0].offset + s.num_bytes for s in tensors.values())])
     if end != size:
@@ -45,6 +47,8 @@ def _stored(path: Path, name: str, entry: dict[str, Any], begin: int) -> Stored:
         )
     first, last = entry["data_offsets"]
     shape = tuple(entry["shape"])
+    if any(not isinstance(size, int) or size < 0 for size in (first, *shape)):
+        raise _broken(path, f"shape {list(shape)} from byte {first} for {name}")
     stored = Stored(
         SAFETENSORS_DTYPES[entry["dtype"]],
         shape,

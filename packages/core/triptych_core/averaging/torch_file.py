@@ -28,6 +28,13 @@ def read_torch_file(path: Path) -> dict[str, Stored]:
             f"{path}: must be a whole zip archive of torch.save, got another format or a file cut "
             "off; save it again by torch 1.6 or newer, or copy it again"
         )
+    with zipfile.ZipFile(path) as archive:
+        packed = [each for each in archive.infolist() if each.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise ValueError(
+            f"{path}: must be stored as torch.save does it, got {packed[0].filename} compressed; "
+            "save it again"
+        )
     try:
         with FakeTensorMode():
             content = torch.load(path, weights_only=True)

@@ -71,7 +71,7 @@ def load_checkpoint(engine: Any, config: StageConfig, path: Path) -> Loaded:
         ValueError: the checkpoint is of another model (unless `checkpoint.resume_anyway`),
             optimizer or set of trainable parameters, or lies beyond `run.steps`.
     """
-    state = json.loads((path / "state.json").read_text())
+    state = _read_state(path / "state.json")
     wanted, anyway = identity(engine.module, config), config.checkpoint.resume_anyway
     passed = check_identity(path / "state.json", state, wanted, anyway=anyway)
     step = int(state["step"])
@@ -124,6 +124,22 @@ def _compare(
         "changed": changed,
         "resumed_anyway": passed,
     }
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    """The facts of a checkpoint whose files are those of its manifest, whoever wrote that."""
+    try:
+        state = json.loads(file.read_text())
+        step, ranks = state["step"], state["world_size"]
+        if not (
+            isinstance(step, int) and isinstance(ranks, int) and isinstance(state["data"], dict)
+        ):
+            raise TypeError(f"step {step!r} of {ranks!r} ranks")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"{file}: must be the state of a checkpoint, got {error!r}; take another checkpoint"
+        ) from error
+    return dict(state)
 
 
 def _check_visible(path: Path) -> None:

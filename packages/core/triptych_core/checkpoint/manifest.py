@@ -74,9 +74,9 @@ def read_manifest(folder: Path) -> dict[str, Record]:
     try:
         found = json.loads(path.read_bytes())
         files = dict(found["files"])
-        if found["sha256"] == _digest(files):
+        if found["sha256"] == _digest(files) and all(map(_is_record, files.items())):
             return files
-    except (ValueError, TypeError, KeyError):  # no JSON, or of another shape
+    except (ValueError, TypeError, KeyError, RecursionError):  # no JSON, or of another shape
         pass
     raise ValueError(f"{path}: is damaged")
 
@@ -88,6 +88,12 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _is_record(entry: tuple[str, Any]) -> bool:
+    """Whether it names a file of this folder, and its size and SHA-256."""
+    name, record = entry
+    return Path(name).name == name and {type(record["bytes"]), type(record["sha256"])} == {int, str}
 
 
 def _digest(files: dict[str, Record]) -> str:

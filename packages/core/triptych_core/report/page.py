@@ -126,7 +126,7 @@ def _parse(text: str, where: str, *keys: str) -> Record:
     """A JSON object that has `keys`; NaN and infinity become None, as if not measured."""
     try:
         value = json.loads(text, parse_constant=lambda name: None)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         value = None
     if not isinstance(value, dict) or not all(key in value for key in keys):
         wanted = " with " + " and ".join(keys) if keys else ""

@@ -17,7 +17,7 @@ from torchvision import io
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-from triptych_data.media.probe import BROKEN, FORMATS, MAX_PIXELS, ORIENTATION
+from triptych_data.media.probe import BROKEN, FORMATS, MAX_PIXELS, ORIENTATION, check_effort
 
 if TYPE_CHECKING:
     from triptych_data.media.video import VideoRules
@@ -180,6 +180,7 @@ def _decode(data: bytes) -> Tensor:
             raise Image.DecompressionBombError(
                 f"{image.width} x {image.height} pixels, over {MAX_PIXELS}"
             )
+        check_effort(data, *image.size)
         orientation = image.getexif().get(ORIENTATION, 1)
         fast = _FAST_DECODERS.get((image.format or "", image.mode))
         pixels = None

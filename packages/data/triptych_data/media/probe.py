@@ -18,6 +18,12 @@ MEDIA_SUFFIXES = {*SUFFIXES.values(), "jpeg", *clips.VIDEO_SUFFIXES, *clips.AUDI
 """What a member's name may end in; `probe_media` looks at the content alone."""
 MAX_PIXELS = 89_478_485
 """Pillow's own bound, 256 MiB of RGB; what unpacks to more is taken for a decompression bomb."""
+BLANK_PIXELS = 1 << 24
+"""What an image may unpack to however small its file is: decoding takes up to 15 bytes a pixel."""
+PIXELS_PER_BYTE = 64
+"""Of larger ones: photographs have 4 to 40, a file of one colour a thousand and more."""
+MAX_SCANS = 100
+"""Scans of a JPEG, each of which decodes the whole picture; encoders write some ten."""
 ORIENTATION = 0x0112
 BROKEN = (OSError, SyntaxError, ValueError, IndexError, TypeError, OverflowError, EOFError)
 """What Pillow's decoders raise on damaged files, beside struct.error and zlib.error."""
@@ -66,6 +72,7 @@ def probe_image(
         with image:
             width, height = image.size
             if width * height <= max_pixels:
+                check_effort(data, width, height)
                 if decode:
                     image.load()
                 turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
@@ -80,3 +87,14 @@ def probe_image(
         f"{where}: an image must have at most {max_pixels} pixels, got {width} x {height}; "
         "shrink it"
     )
+
+
+def check_effort(data: bytes, width: int, height: int) -> None:
+    """Raise ValueError for an image far harder to decode than its bytes let expect."""
+    if width * height > max(BLANK_PIXELS, PIXELS_PER_BYTE * len(data)):
+        raise ValueError(
+            f"{width} x {height} pixels in {len(data)} bytes, over {PIXELS_PER_BYTE} a byte"
+        )
+    scans = data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 0
+    if scans > MAX_SCANS:
+        raise ValueError(f"{scans} scans, over {MAX_SCANS}")

@@ -64,10 +64,13 @@ def read_video_rules(directory: Path, config: VideoConfig) -> VideoRules | None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of a model folder. Raises ValueError, with the file, if there is none."""
     try:
-        return json.loads(read_bytes(path))
-    except json.JSONDecodeError as error:
+        value = json.loads(read_bytes(path))
+        if not isinstance(value, dict):
+            raise TypeError(f"a {type(value).__name__}")
+        return value
+    except (UnicodeDecodeError, json.JSONDecodeError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{path}: must be valid JSON, got {error}; fetch the file again"
+            f"{path}: must be a JSON object, got {error}; fetch the file again"
         ) from error
 
 

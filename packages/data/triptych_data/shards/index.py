@@ -354,6 +354,7 @@ def _consistent(index: ShardIndex) -> bool:
         and (np.diff(index.member_start) > 0).all()
         and _members_inside(index)
         and index.member_suffix.max() < len(index.suffixes)
+        and all("/" not in suffix and ".." not in suffix for suffix in index.suffixes)
         and index.layout in get_args(Layout)
     )
 

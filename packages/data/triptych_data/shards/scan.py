@@ -26,6 +26,8 @@ META = re.compile(r"__[^/]*__(/|$)")
 FIELD = re.compile(r"([A-Za-z_][\w-]*|\d+)(\.[A-Za-z0-9_][\w-]*)*")
 """What may follow the first dot of a file's name: `jpg`, `0.jpg`, `left.png`; in `v1.0_img.jpg`
 `0_img.jpg` does, and shows that the dot was part of a key."""
+MOST_MEMBERS = 4096
+"""Of a sample: more are no chat, and take minutes to look at."""
 SAMPLE_LIMIT = 1 << 32
 """A sample is held in memory as one piece."""
 MOST_SUFFIXES = 256
@@ -122,6 +124,11 @@ def _groups(entries: Iterable[Entry], tar: str) -> Iterator[tuple[str | None, li
             key, group, size = mine, [], 0
         group.append(entry)
         size += len(entry.raw)
+        if mine is not None and len(group) > MOST_MEMBERS:
+            raise ValueError(
+                f"{tar}: byte {group[0].member.start}: a sample must have at most {MOST_MEMBERS} "
+                f"members, got more of key {key!r}; split it"
+            )
         if size > SAMPLE_LIMIT:
             raise ValueError(
                 f"{tar}: byte {group[0].member.start}: a sample must have at most {SAMPLE_LIMIT} "

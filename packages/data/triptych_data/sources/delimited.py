@@ -95,6 +95,15 @@ def _records(data: mmap.mmap, path: Path, delimiter: bytes) -> Iterator[Span]:
                 f"{path}:{first}: a record must have at most {RECORD_LIMIT} bytes, got a quote "
                 "that does not close; fix the quoting"
             )
+        if quoted:  # over all lines that the field holds: one by one takes minutes
+            quote = data.find(b'"', at)
+            if quote < 0:
+                break
+            skipped = data[at:quote].count(b"\n")
+            if skipped:
+                number += skipped
+                at = data.rfind(b"\n", at, quote) + 1
+                end = data.find(b"\n", at) + 1 or len(data)
         line = data[at:end]
         quoted = _open_quote(line, quoted, delimiter) if quoted or b'"' in line else False
         if not quoted:

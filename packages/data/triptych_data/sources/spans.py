@@ -5,7 +5,6 @@ import gzip
 import lzma
 import mmap
 import os
-import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,9 @@ import numpy as np
 from triptych_data.sources.source import RECORD_LIMIT, Reopened
 
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+MOST_GROWTH = 200
+"""How many times as large as its file a text may be, beyond GROWTH_FREE: text has 3 to 50."""
+GROWTH_FREE = 64 << 20
 Span = tuple[int, int, int]
 """(number as an error names it, first byte, byte after the last)."""
 
@@ -101,7 +103,14 @@ def _decompressed(path: Path, scratch: Path) -> Path:
     temporary = text.with_name(text.name + ".tmp")
     try:
         with COMPRESSED[path.suffix](path, "rb") as packed, temporary.open("wb") as file:
-            shutil.copyfileobj(packed, file, 1 << 20)
+            most = GROWTH_FREE + MOST_GROWTH * path.stat().st_size
+            while chunk := packed.read(1 << 20):
+                if file.tell() + len(chunk) > most:
+                    raise ValueError(
+                        f"{path}: must unpack to at most {MOST_GROWTH} times its size, got over "
+                        f"{most} bytes; unpack it yourself if you trust it"
+                    )
+                file.write(chunk)
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise ValueError(
             f"{path}: must be a whole {path.suffix[1:]} file, got {error}; fetch it again"

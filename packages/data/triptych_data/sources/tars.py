@@ -4,12 +4,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from triptych_data.shards.scan import MOST_MEMBERS
 from triptych_data.shards.tar import Member, walk
 from triptych_data.sources.members import split_name, to_row
 from triptych_data.sources.source import Reopened, Row
@@ -44,7 +45,7 @@ class TarRows(Reopened):
         return None
 
     def _members(self, row: int) -> tuple[str, list[tuple[str, Member]]]:
-        key, members = next(_samples(walk(self.path, int(self._starts[row]))))
+        key, members = next(_samples(walk(self.path, int(self._starts[row])), self.path))
         return key, [(suffixes, member) for _, suffixes, member in members]
 
     @cached_property
@@ -61,7 +62,7 @@ def open_tar(path: Path, scratch: Path) -> TarRows:
     table = scratch.with_name(scratch.name + ".npy")
     if not table.exists():
         starts, seen = [], set[str]()
-        for key, members in _samples(walk(path)):
+        for key, members in _samples(walk(path), path):
             if key in seen:
                 raise ValueError(
                     f"{path}: byte {members[0][2].start}: members of one sample must lie side by "
@@ -78,10 +79,16 @@ def open_tar(path: Path, scratch: Path) -> TarRows:
     return TarRows(path, table)
 
 
-def _samples(members: Iterator[Member]) -> Iterator[tuple[str, list[tuple[str, str, Member]]]]:
+def _samples(
+    members: Iterator[Member], path: Path
+) -> Iterator[tuple[str, list[tuple[str, str, Member]]]]:
     """Neighbours of one key: (key, suffixes, member) each."""
-    named = (
-        (*parts, member) for member in members if (parts := split_name(member.name)) is not None
-    )
+    named = ((*name, member) for member in members if (name := split_name(member.name)) is not None)
     for key, group in groupby(named, key=lambda part: part[0]):
-        yield key, list(group)
+        parts = list(islice(group, MOST_MEMBERS + 1))
+        if len(parts) > MOST_MEMBERS:
+            raise ValueError(
+                f"{path}: byte {parts[0][2].start}: a sample must have at most {MOST_MEMBERS} "
+                f"members, got more of key {key!r}; split it"
+            )
+        yield key, parts

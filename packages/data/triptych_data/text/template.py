@@ -10,7 +10,8 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.nodes
-import jinja2.sandbox
+
+from triptych_data.text.bounds import MOST_TEMPLATE, BoundedEnvironment
 
 Message = Mapping[str, Any]
 
@@ -36,7 +37,8 @@ class ChatTemplate:
     """A compiled chat template; `where` begins every error, `variables` are what it may read.
 
     Same sandbox, globals, filters and tags as transformers' `apply_chat_template`, except that
-    `strftime_now` tells the given `date`: tokens must not depend on the day they are made.
+    every rendering ends (`bounds`) and `strftime_now` tells the given `date`: tokens must not
+    depend on the day they are made.
 
     Raises ValueError if the source is no template.
     """
@@ -56,6 +58,11 @@ class ChatTemplate:
                 f"{where}: the chat template must be valid Jinja, got {error} in line "
                 f"{error.lineno}; fetch the file again"
             ) from error
+        except (RecursionError, SyntaxError, MemoryError) as error:  # of what Jinja compiles it to
+            raise ValueError(
+                f"{where}: the chat template must nest as people write it, got {error!r}; fetch "
+                "the file again"
+            ) from error
         self.literals = _literals(parsed)
         self.has_generation = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source))
 
@@ -72,6 +79,9 @@ class ChatTemplate:
         Raises ValueError if the template refuses the messages or fails on them.
         """
         template = self._marking if mark_generations else self._plain
+        environment = template.environment
+        assert isinstance(environment, BoundedEnvironment)
+        environment.begin()
         try:
             return template.render(
                 messages=[_with_reasoning_names(message) for message in messages],
@@ -105,6 +115,11 @@ def find_template(directory: Path) -> str | None:
     """
     path = directory / "chat_template.jinja"
     if path.exists():
+        if path.stat().st_size > MOST_TEMPLATE:
+            raise ValueError(
+                f"{path}: must have at most {MOST_TEMPLATE} bytes, got {path.stat().st_size}; "
+                "fetch the file again"
+            )
         return path.read_text(encoding="utf-8")
     for name in ("chat_template.json", "tokenizer_config.json"):
         path = directory / name
@@ -118,7 +133,7 @@ def find_template(directory: Path) -> str | None:
 def _load_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: must be valid JSON, got {error}; fetch the file again"
         ) from error
@@ -191,7 +206,7 @@ def _check_name(name: Any) -> None:
         )
 
 
-def _environment(date: datetime | None, *, mark: bool) -> jinja2.sandbox.SandboxedEnvironment:
+def _environment(date: datetime | None, *, mark: bool) -> BoundedEnvironment:
     def strftime_now(layout: str) -> str:
         if date is None:
             raise jinja2.TemplateError(
@@ -200,7 +215,7 @@ def _environment(date: datetime | None, *, mark: bool) -> jinja2.sandbox.Sandbox
             )
         return date.strftime(layout)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = BoundedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_MarkedGeneration if mark else _Generation, jinja2.ext.loopcontrols],

@@ -24,10 +24,20 @@ _log = logging.getLogger(__name__)
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a local model folder as transformers has it."""
+    """The tokenizer of a local model folder. Raises ValueError for one that cannot be read."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    # What broken files make transformers and tokenizers raise is of any kind.
+    try:
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{directory}: must hold a tokenizer that transformers reads without code of the "
+            f"folder, got {type(error).__name__}: {reason}; fetch its files again"
+        ) from error
 
 
 def check_text(text: str) -> None:
