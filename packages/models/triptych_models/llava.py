@@ -6,8 +6,7 @@ tower sees a plain batch of them.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,24 +14,14 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import LlavaForConditionalGeneration, PretrainedConfig
 
 from .flops import llava_flops
+from .image_model import ImageModel
 from .layout import tower
 from .lora import adapter_flops
-from .packed import PackedModel, compile_forward
-from .qwen3_vl import image_statistics
 from .sequence import exchange_features
 from .vision import normalize_pixels
 
 
-class HasFixedImages(Protocol):
-    """What of a data processor must agree with the model."""
-
-    patch_size: int
-    image_side: int | None
-    image_token_id: int
-    position_axes: int
-
-
-class Llava(PackedModel):
+class Llava(ImageModel):
     """Transformers' LLaVA with a SigLIP tower and a Qwen3, `self.hf`, fed with packed rows.
 
     Features are those after tower block `vision_feature_layer`; what comes behind it (blocks, the
@@ -43,29 +32,13 @@ class Llava(PackedModel):
     hf_class = LlavaForConditionalGeneration
     model_type = "llava"
 
-    def __init__(
-        self,
-        hf_config: PretrainedConfig,
-        *,
-        dtype: torch.dtype,
-        image_mean: list[float],
-        image_std: list[float],
-        fused: bool = True,
-    ) -> None:
+    def __init__(self, hf_config: PretrainedConfig, **settings: Any) -> None:
         check_config(hf_config)
-        super().__init__(hf_config, dtype=dtype, fused=fused)
-        self.image_mean = image_mean
-        self.image_std = image_std
+        super().__init__(hf_config, **settings)
         self.num_blocks = blocks_that_run(hf_config)
         visual = tower(self.hf)
         for idle in (visual.encoder.layers[self.num_blocks :], visual.post_layernorm):
             idle.requires_grad_(False)
-
-    @classmethod
-    def from_directory(cls, path: Path, **settings: Any) -> Self:
-        """As every family's; with preprocessor_config.json, which says how pixels are scaled."""
-        mean, std = image_statistics(path)
-        return super().from_directory(path, image_mean=mean, image_std=std, **settings)
 
     @property
     def grid_side(self) -> int:
@@ -112,23 +85,15 @@ class Llava(PackedModel):
         )
         return self.run_decoder(hidden_states, position_ids, cu_seqlens, max_seqlen, **settings)
 
-    def check_processor(self, processor: HasFixedImages) -> None:
-        """Raise ValueError unless the data's processor cuts images as this model expects."""
-        super().check_processor(processor)
+    def image_rules(self) -> dict[str, Any]:
+        """What the data's processor must say of images, by the name of its attribute."""
         config = self.hf.config
-        expected = {
+        return {
             "patch_size": config.vision_config.patch_size,
             "image_side": config.vision_config.image_size,
             "image_token_id": config.image_token_id,
             "position_axes": 1,
         }
-        for name, value in expected.items():
-            given = getattr(processor, name)
-            if given != value:
-                raise ValueError(
-                    f"model.path: {name} of the processor files must be config.json's {value}, "
-                    f"got {given}; take all files of the folder from one model"
-                )
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """Modules of each part; every parameter is in exactly one."""
@@ -139,15 +104,10 @@ class Llava(PackedModel):
             "language": [model.language_model, self.hf.lm_head],
         }
 
-    def layers(self) -> list[nn.Module]:
-        """Every layer that runs of the tower, and of the language model."""
-        return [*tower(self.hf).encoder.layers[: self.num_blocks], *super().layers()]
-
-    def compile_layers(self) -> None:
-        """Compile every layer in place; the tower's for any number of images."""
-        super().compile_layers()
-        for block in tower(self.hf).encoder.layers[: self.num_blocks]:
-            compile_forward(block, dynamic=True)
+    def tower_layers(self) -> Sequence[nn.Module]:
+        """The layers of the tower that run."""
+        blocks: Sequence[nn.Module] = tower(self.hf).encoder.layers[: self.num_blocks]
+        return blocks
 
     def flops(self, batch: Mapping[str, Any]) -> float:
         """Forward and backward FLOPs of one packed row; see triptych_models.flops."""
@@ -183,7 +143,7 @@ class Llava(PackedModel):
         hidden_states = hidden_states.view(-1, num_patches, hidden_states.shape[1])
         places = torch.arange(num_patches, device=pixels.device)
         hidden_states = hidden_states + embeddings.position_embedding(places)
-        for block in visual.encoder.layers[: self.num_blocks]:
+        for block in self.tower_layers():
             hidden_states = self._run_layer(block, hidden_states, attention_mask=None)
         features: Tensor = self.hf.model.multi_modal_projector(hidden_states)
         return features.flatten(0, 1)

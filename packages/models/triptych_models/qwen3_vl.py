@@ -1,9 +1,7 @@
 """Qwen3-VL (dense) as a packed-sequence module with its loss inside."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +10,13 @@ from transformers import PretrainedConfig, Qwen3VLForConditionalGeneration
 
 from .attention import pack_vision_attention
 from .flops import qwen3_vl_flops
+from .image_model import ImageModel
 from .lora import adapter_flops
-from .packed import PackedModel, compile_forward
 from .sequence import exchange_features
 from .vision import normalize_pixels, vision_features
 
 
-class HasImageRules(Protocol):
-    """What of a data processor must agree with the model."""
-
-    patch_size: int
-    merge_size: int
-    temporal_patch_size: int
-    image_token_id: int
-
-
-class Qwen3VL(PackedModel):
+class Qwen3VL(ImageModel):
     """Transformers' Qwen3-VL, `self.hf`, fed with packed rows.
 
     Every rank calls the same submodules in the same order on every batch, images or not: ZeRO-2
@@ -37,25 +26,9 @@ class Qwen3VL(PackedModel):
     hf_class = Qwen3VLForConditionalGeneration
     model_type = "qwen3_vl"
 
-    def __init__(
-        self,
-        hf_config: PretrainedConfig,
-        *,
-        dtype: torch.dtype,
-        image_mean: list[float],
-        image_std: list[float],
-        fused: bool = True,
-    ) -> None:
-        super().__init__(hf_config, dtype=dtype, fused=fused)
+    def __init__(self, hf_config: PretrainedConfig, **settings: Any) -> None:
+        super().__init__(hf_config, **settings)
         pack_vision_attention(self.hf)
-        self.image_mean = image_mean
-        self.image_std = image_std
-
-    @classmethod
-    def from_directory(cls, path: Path, **settings: Any) -> Self:
-        """As every family's; with preprocessor_config.json, which says how pixels are scaled."""
-        mean, std = image_statistics(path)
-        return super().from_directory(path, image_mean=mean, image_std=std, **settings)
 
     def hidden_states(
         self,
@@ -112,23 +85,15 @@ class Qwen3VL(PackedModel):
             hidden_states, position_ids, cu_seqlens, max_seqlen, add_deepstack, **settings
         )
 
-    def check_processor(self, processor: HasImageRules) -> None:
-        """Raise ValueError unless the data's processor cuts images as this model expects."""
-        super().check_processor(processor)
+    def image_rules(self) -> dict[str, Any]:
+        """What the data's processor must say of images, by the name of its attribute."""
         config = self.hf.config
-        expected = {
+        return {
             "patch_size": config.vision_config.patch_size,
             "merge_size": config.vision_config.spatial_merge_size,
             "temporal_patch_size": config.vision_config.temporal_patch_size,
             "image_token_id": config.image_token_id,
         }
-        for name, value in expected.items():
-            given = getattr(processor, name)
-            if given != value:
-                raise ValueError(
-                    f"model.path: {name} of the processor files must be config.json's {value}, "
-                    f"got {given}; take all files of the folder from one model"
-                )
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """Modules of each part; every parameter is in exactly one."""
@@ -139,15 +104,10 @@ class Qwen3VL(PackedModel):
             "language": [self.hf.model.language_model, self.hf.lm_head],
         }
 
-    def layers(self) -> list[nn.Module]:
-        """Every layer of the tower and of the language model."""
-        return [*self.hf.model.visual.blocks, *super().layers()]
-
-    def compile_layers(self) -> None:
-        """Compile every layer in place; the tower's for any number of patches."""
-        super().compile_layers()
-        for block in self.hf.model.visual.blocks:
-            compile_forward(block, dynamic=True)
+    def tower_layers(self) -> Sequence[nn.Module]:
+        """The layers of the tower that run."""
+        blocks: Sequence[nn.Module] = self.hf.model.visual.blocks
+        return blocks
 
     def flops(self, batch: Mapping[str, Any]) -> float:
         """Forward and backward FLOPs of one packed row; see triptych_models.flops."""
@@ -193,11 +153,3 @@ class Qwen3VL(PackedModel):
             patches,
         )
         return features[:0], [x[:0] for x in deepstack]
-
-
-def image_statistics(path: Path) -> tuple[list[float], list[float]]:
-    """Mean and std per channel from preprocessor_config.json, 0.5 where it says nothing."""
-    file = path / "preprocessor_config.json"
-    preprocessor = json.loads(file.read_text()) if file.is_file() else {}
-    half = [0.5, 0.5, 0.5]
-    return preprocessor.get("image_mean", half), preprocessor.get("image_std", half)
