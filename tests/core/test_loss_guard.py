@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tests.core.test_steady_step import Model
 from tests.ranks import run_ranks
 from triptych_core.faults.loss_window import LossWindow
 
@@ -30,23 +31,6 @@ LAYOUTS = [
     (3, "bf16", "muon", 1, ()),
     (3, "fp32", "adamw", 1, ("engine.zero.offload_optimizer=true",)),
 ]
-
-
-class Model(nn.Module):
-    """Just enough for the loop; a batch may spoil its own loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(8, 4)
-        self.layer = nn.Linear(4, 4)
-        self.lm_head = nn.Linear(4, 8)
-
-    def forward(self, input_ids: Tensor, num_targets: int, factor: float) -> Any:
-        from triptych_models.output import LossOutput
-
-        logits = self.lm_head(self.layer(self.embedding(input_ids)))  # (1, T, 8)
-        loss = nn.functional.cross_entropy(logits[0].float(), input_ids[0], reduction="sum")
-        return LossOutput(loss * factor, num_targets, {})
 
 
 def batches(steps: Sequence[int], rank: int, accumulation: int) -> list[dict[str, Any]]:
