@@ -189,6 +189,7 @@ def begin(config: PackedConfig) -> "tuple[PackedConfig, Runtime, str | None]":
     from triptych_core.plan.settle import settle
 
     runtime = launch(config.run)
+    config.parallel.check_ranks(runtime.world_size)  # before a plan is made for them
     config.model.compile = settle_compile(config, on_cuda=runtime.on_cuda)
     settle_cost(config)  # first: a configuration that was settled names everything
     config, chosen = settle(config, plan)

@@ -49,7 +49,7 @@ def test_a_model_of_text_alone_takes_every_key_of_a_batch_of_documents(tmp_path)
     taken = set(inspect.signature(Qwen3.forward).parameters)
     taken |= set(inspect.signature(Qwen3.hidden_states).parameters)
     assert batch.keys() - taken == LABEL_KEYS
-    assert batch.keys() >= taken - {"self", "batch", "sequence"}
+    assert batch.keys() >= taken - {"self", "batch", "sequence", "settings"}
 
 
 def test_a_processor_of_another_model_is_refused(tmp_path):

@@ -169,7 +169,7 @@ def check_config(config: Any) -> None:
         if given != wanted:
             raise ValueError(
                 f"model.path: config.json's {name} must be {wanted} for a llava, got {given}; "
-                "make a model of such parts by tools/assemble_vlm.py"
+                "take a model of such parts"
             )
     if not isinstance(layer, int) or not -blocks <= layer <= blocks or layer == 0:
         raise ValueError(

@@ -38,13 +38,7 @@ def make_mesh(config: ParallelConfig, runtime: Runtime) -> Mesh:
     Raises ValueError where the ranks cannot be grouped.
     """
     n, tensor, world_size = config.sequence, config.tensor, runtime.world_size
-    if world_size % config.ranks_per_row:
-        key = "parallel.sequence" if tensor == 1 else "parallel.tensor"
-        what = f"{key}{' times parallel.sequence' if n > 1 and tensor > 1 else ''}"
-        raise ValueError(
-            f"{what}: must divide the number of ranks ({world_size}), got {config.ranks_per_row}; "
-            f"start a multiple of {config.ranks_per_row} ranks or lower it"
-        )
+    config.check_ranks(world_size)
     dp_rank, rest = divmod(runtime.rank, config.ranks_per_row)
     sp_rank, tp_rank = divmod(rest, tensor)
     name = ""

@@ -102,7 +102,7 @@ def _one_size(
         if not is_right:
             raise ValueError(
                 f"{path}: {name} must be {wanted} for images of one size, got {given}; "
-                "make the folder by tools/assemble_vlm.py"
+                "take the files of a model of one size"
             )
     for name, value in bounds.items():
         if value is not None:
