@@ -1,4 +1,4 @@
-"""JSON-lines files of a run, one object a step, rewritten without ever being half there."""
+"""Files of a run that are replaced in one move, never half there; JSON lines, one a step."""
 
 import json
 from collections.abc import Iterable
@@ -19,8 +19,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def write_lines(path: Path, objects: Iterable[dict[str, Any]]) -> None:
     """Replace the file by these objects, in one move."""
+    write_whole(path, "".join(json.dumps(item) + "\n" for item in objects))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace the file by this text, UTF-8: a kill leaves the old one, or the new one."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(item) + "\n" for item in objects))
+    partial.write_text(text, "utf-8")
     partial.replace(path)
 
 

@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from triptych_core.checkpoint.saver import Resumed
 from triptych_core.config import StageConfig, dump_config
 from triptych_core.launch import Runtime
-from triptych_core.lines import keep_steps_until
+from triptych_core.lines import keep_steps_until, write_whole
 from triptych_core.report.page import write_report
 
 _PACKAGES = ("triptych-core", "torch", "deepspeed", "transformers", "flash-attn-4", "triton")
@@ -130,6 +130,4 @@ def _now() -> str:
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")  # a kill leaves the old one, or the new one
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(value, indent=2) + "\n")

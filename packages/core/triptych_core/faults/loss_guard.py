@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -146,12 +145,6 @@ class LossGuard:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def read_skipped(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's skipped.jsonl."""
-    path = run_dir / SKIPPED
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def _optimizer(engine: Any) -> Any:
     """Ours, whatever DeepSpeed has wrapped it in."""
     optimizer = engine.optimizer
@@ -170,7 +163,7 @@ def _norm(engine: Any, device: torch.device) -> Tensor:
 
 
 def _describe(batch: dict[str, Any]) -> dict[str, Any]:
-    """What a person, or `--replay`, finds a pack by."""
+    """What a person finds a pack by."""
     place = batch.get("place")
     return {
         "position": getattr(place, "position", None),

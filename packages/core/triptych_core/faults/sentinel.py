@@ -12,7 +12,6 @@ import os
 import select
 import signal
 import socket
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 from triptych_core.faults import page
 from triptych_core.faults.codes import HUNG, PEER_LOST, PREEMPTED
 from triptych_core.faults.culprit import Report, Verdict, find_culprit
+from triptych_core.lines import write_whole
 
 POLL = 0.5  # seconds
 ANSWER = 2.0  # within which a rank says what it does, if it can run Python at all
@@ -94,8 +94,8 @@ class _Watch:
         report = self._ask(beat)
         folder = Path(self._set["folder"])
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / f"rank-{self._set['rank']:05d}.txt", report.pop("stacks"))
-        _write(folder / f"rank-{self._set['rank']:05d}.json", json.dumps(report, indent=2))
+        write_whole(folder / f"rank-{self._set['rank']:05d}.txt", report.pop("stacks"))
+        write_whole(folder / f"rank-{self._set['rank']:05d}.json", json.dumps(report, indent=2))
         reports = self._gather(folder)
         verdict = find_culprit(reports, self._set["world_size"])
         self._speak_for_all(reports, verdict, folder)
@@ -186,13 +186,3 @@ def _is_alive(pid: int) -> bool:
 
 def _parent(pid: int) -> int:
     return _status(pid)[1]
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

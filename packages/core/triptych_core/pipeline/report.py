@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from triptych_core.lines import write_whole
 from triptych_core.pipeline.contents import read_json
 from triptych_core.pipeline.flow import draw_flow
 from triptych_core.pipeline.plan import Output, Plan, Step
@@ -37,9 +38,7 @@ def write_pipeline_report(plan: Plan, state: State) -> Path:
         *_draw_loads(runs),
     ]
     path = plan.dir / "report.html"
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(fill_page(f"{plan.name} · Triptych", body, hover), "utf-8")
-    partial.replace(path)
+    write_whole(path, fill_page(f"{plan.name} · Triptych", body, hover))
     return path
 
 
