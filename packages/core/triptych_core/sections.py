@@ -206,13 +206,13 @@ class ParallelConfig(Section):
 
     def check_ranks(self, world_size: int) -> None:
         """Raise ValueError unless so many ranks can be grouped by the rows they hold."""
-        n, tensor = self.sequence, self.tensor
-        if world_size % self.ranks_per_row:
+        n, tensor, size = self.sequence, self.tensor, self.ranks_per_row
+        if world_size % size:
             key = "parallel.sequence" if tensor == 1 else "parallel.tensor"
             what = f"{key}{' times parallel.sequence' if n > 1 and tensor > 1 else ''}"
             raise ValueError(
-                f"{what}: must divide the number of ranks ({world_size}), got {self.ranks_per_row}; "
-                f"start a multiple of {self.ranks_per_row} ranks or lower it"
+                f"{what}: must divide the number of ranks ({world_size}), got {size}; "
+                f"start a multiple of {size} ranks or lower it"
             )
 
     def check_row(self, seq_len: int) -> None:
