@@ -6,6 +6,8 @@
 The model is of random weights, the loop is the stages' own (`triptych_core.loop.train`), but for
 variants named plain, which are what a bare PyTorch loop does: the floor that an engine's cost is
 counted from. Figures are medians over the steps after warm-up; every run keeps metrics.jsonl.
+Shares of a step: waiting for data; with --profile, of two more steps, the time in which the device
+waited for the host and that in which it did nothing but communicate.
 """
 
 import itertools
@@ -21,6 +23,7 @@ from typing import Any
 
 import click
 import torch
+from step_profile import STEPS, Profile
 from torch import Tensor
 
 WARM_UP = 6
@@ -89,7 +92,10 @@ def main(
     if one is not None:
         run_variant(model, out / one, VARIANTS[one], **settings)
         return
-    print(f"{'variant':28}{'tokens/s':>10}{'MFU':>8}{'peak GiB':>10}{'step ms':>9}{'loss':>9}")
+    print(
+        f"{'variant':28}{'tokens/s':>10}{'MFU':>8}{'peak GiB':>10}{'step ms':>9}{'loss':>9}"
+        f"{'data':>7}{'host':>7}{'comm':>7}"
+    )
     started = []
     for name in names or VARIANTS:
         started.append((name, start_variant(model, out, name, ranks, settings)))
@@ -126,7 +132,7 @@ def print_figures(out: Path, name: str, process: subprocess.Popen[bytes], timeou
     except subprocess.TimeoutExpired:
         process.terminate()
         code = process.wait()
-    row = figures(out / name / "metrics.jsonl") if code == 0 else failure(out / name, code)
+    row = figures(out / name) if code == 0 else failure(out / name, code)
     print(f"{name:28}{row}", flush=True)
 
 
@@ -185,7 +191,7 @@ def run_variant(
         None,
         [
             f"run.dir={run_dir}",
-            f"run.steps={steps + 2 * profile}",
+            f"run.steps={steps + STEPS * profile}",
             "optim.lr=1e-5",
             "log.every=1000",
             "log.progress=false",
@@ -353,46 +359,22 @@ def train_plain(
             watch(step)
 
 
-class Profile:
-    """Profiles the two steps after `begin` and writes where the device's time went."""
-
-    def __init__(self, directory: Path, begin: int) -> None:
-        self.directory = directory
-        self.begin = begin
-        self.profiler = torch.profiler.profile(
-            activities=[
-                torch.profiler.ProfilerActivity.CPU,
-                *([torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []),
-            ]
-        )
-
-    def __call__(self, step: int) -> None:
-        if step == self.begin:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.profiler.start()
-        elif step == self.begin + 2:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.profiler.stop()
-            averages = self.profiler.key_averages()
-            key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-            table = averages.table(sort_by=key, row_limit=45, max_name_column_width=90)
-            (self.directory / "profile.txt").write_text(table)
-            self.profiler.export_chrome_trace(str(self.directory / "trace.json.gz"))
-
-
-def figures(path: Path) -> str:
-    """Medians over the steps after warm-up."""
-    lines = [json.loads(line) for line in path.open()][WARM_UP:]
+def figures(run_dir: Path) -> str:
+    """Medians over the steps after warm-up; of a profiled run also how long the device waited."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    measured = lines[WARM_UP:-STEPS] if (run_dir / "profile.txt").exists() else lines[WARM_UP:]
 
     def median(key: str) -> float:
-        return statistics.median(line[key] or 0.0 for line in lines)
+        return statistics.median(line.get(key) or 0.0 for line in measured)
 
-    peak = max(line["peak_memory_bytes"] for line in lines) / 2**30
+    peak = max(line["peak_memory_bytes"] for line in measured) / 2**30
+    shares = run_dir / "shares.json"
+    waits = json.loads(shares.read_text()) if shares.exists() else {}
     return (
         f"{median('tokens_per_second'):10,.0f}{median('mfu'):8.1%}{peak:10.1f}"
-        f"{median('step_seconds') * 1000:9.1f}{lines[-1]['loss']:9.4f}"
+        f"{median('step_seconds') * 1000:9.1f}{measured[-1]['loss']:9.4f}"
+        f"{median('data_wait_seconds') / median('step_seconds'):7.1%}"
+        + "".join(f"{waits[key]:7.1%}" if waits else f"{'-':>7}" for key in ("idle", "exposed"))
     )
 
 
