@@ -211,7 +211,8 @@ def run_variant(
     take = partial(train_ours, config=config, runtime=runtime)
     if loop != "ours":
         take = partial(train_plain, config=config, low_precision_states=loop != "plain")
-    take(model, batches, watch=Profile(run_dir, steps) if profile else lambda step: None)
+    watch = Profile(run_dir, steps) if profile and runtime.rank == 0 else lambda step: None
+    take(model, batches, watch=watch)
     shutdown()
 
 
