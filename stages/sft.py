@@ -7,8 +7,8 @@ asked: greedy answers are compared with the expected ones.
     deepspeed stages/sft.py --config stages/configs/sft_qwen3_vl_2b.yaml optim.lr=1e-5
 
 With `model.lora` adapters train instead (LoRA, or DoRA, through peft; all else is frozen): run.dir
-gets `adapter`, which stock peft loads on `model.path`, and `export` with them merged. Weights in
-four bits (QLoRA) are not offered.
+gets `adapter`, which stock peft loads on `model.path`, and `export` with them merged. With
+`model.lora.quantize=nf4` the weights beside them lie in four bits (QLoRA).
 
     deepspeed stages/sft.py --config stages/configs/sft_qwen3_vl_2b.yaml model.lora.rank=16
 

@@ -60,6 +60,11 @@ class LoraConfig(BaseModel):
     dora: bool = Field(
         default=False, description="also a magnitude for each row of a weight (arXiv 2402.09353)"
     )
+    quantize: Literal["nf4"] | None = Field(
+        default=None,
+        description="nf4: the weights beside adapters are kept in four bits (QLoRA); needs "
+        "bitsandbytes",
+    )
     merge: bool = Field(
         default=True, description="also export the whole model, adapters merged into its weights"
     )

@@ -67,7 +67,8 @@ def export(
 def stored_tensors(hf: nn.Module, gather: Gather) -> Iterator[tuple[str, Tensor]]:
     """All tensors under the names of a directory, whole until the next is asked for.
 
-    Adapters are merged into the weights they are beside, in fp32.
+    Adapters are merged into the weights they are beside, in fp32; into those that four bits stand
+    for, where they are kept so.
     """
     adapted = {id(layer.base_layer): layer for _, layer in adapted_layers(hf)}
     adapters = {id(p) for layer in adapted.values() for p in adapter_parameters(layer).values()}
@@ -78,8 +79,8 @@ def stored_tensors(hf: nn.Module, gather: Gather) -> Iterator[tuple[str, Tensor]
         beside = [] if layer is None else list(adapter_parameters(layer).values())
         with gather([*own.values(), *beside]):
             for name, tensor in tensors_to_store(module, own):
-                if layer is not None and name.endswith(".weight"):
-                    tensor = merged_weight(layer)
+                if layer is not None and name.endswith((".weight", ".packed")):
+                    name, tensor = name.replace(".packed", ".weight"), merged_weight(layer)
                 yield name.replace(".base_layer.", "."), tensor
 
 

@@ -46,5 +46,7 @@ def count_parameters(model: HasParts) -> dict[str, int]:
     counts = dict.fromkeys(model.parts(), 0)
     for name, parameter in model.named_parameters():
         _, num_parts = getattr(parameter, "expert_part", (0, 1))
-        counts[part_of[name]] += getattr(parameter, "ds_numel", parameter.numel()) * num_parts
+        numel = getattr(parameter, "ds_numel", parameter.numel())
+        numel = getattr(parameter, "num_weights", numel)  # of those in four bits
+        counts[part_of[name]] += numel * num_parts
     return counts

@@ -2,7 +2,8 @@
 
 Peft's layers take the place of the chosen linears in `model.hf`, so that a linear's own weight is
 then `….base_layer.weight`. They are added to a model whose weights are filled already; its base is
-frozen. LoRA: arXiv 2106.09685; DoRA: arXiv 2402.09353.
+frozen. LoRA: arXiv 2106.09685; DoRA: arXiv 2402.09353. With `quantize` the linears themselves are
+kept in four bits (QLoRA, triptych_models.nf4).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from .config import LoraConfig
 from .head import LossHead
+from .nf4 import NF4Linear, quantized, stored_weight
 from .packed import PackedModel
 from .weights import Gather, whole
 
@@ -43,13 +46,28 @@ def add_adapters(model: PackedModel, config: LoraConfig, seed: int, gather: Gath
         ) from None
     targets = find_targets(model, config)
     settings = peft.LoraConfig(**_settings(config), target_modules=targets, init_lora_weights=False)
+    if config.quantize:
+        settings._register_custom_module({NF4Linear: peft.tuners.lora.Linear})
+        quantize(model, targets, gather)
     # Peft 0.21.2 gathers a weight for its norm only where transformers' Trainer set ZeRO-3 up.
-    with patch.object(dora, "gather_params_ctx", lambda parameters: gather(list(parameters))):
+    with (
+        patch.object(dora, "gather_params_ctx", lambda parameters: gather(list(parameters))),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message="Unsupported layer type .*NF4Linear")
         peft.inject_adapter_in_model(settings, model.hf)
     model.lora = config
     generator = torch.Generator().manual_seed(seed)
     for _, layer in adapted_layers(model.hf):
         _begin(layer, generator, gather)
+
+
+def quantize(model: PackedModel, names: list[str], gather: Gather) -> None:
+    """Put the named linears of `model.hf` into four bits, one after the other."""
+    for name in names:
+        linear = model.hf.get_submodule(name)
+        with gather([linear.weight]):
+            model.hf.set_submodule(name, quantized(linear))
 
 
 def find_targets(model: PackedModel, config: LoraConfig) -> list[str]:
@@ -121,7 +139,7 @@ def first_values(shapes: Mapping[str, torch.Size], generator: torch.Generator) -
 @torch.no_grad()
 def _begin(layer: Any, generator: torch.Generator, gather: Gather) -> None:
     parameters = adapter_parameters(layer)
-    weight = layer.base_layer.weight
+    weight = stored_weight(layer.base_layer)
     values = first_values({name: p.shape for name, p in parameters.items()}, generator)
     for name, value in values.items():
         parameters[name].copy_(value)

@@ -87,7 +87,9 @@ class PackedModel(nn.Module):
 
     def fingerprint(self) -> dict[str, Any]:
         """What the weights mean: config.json, less what does not change a number."""
-        adapters = {} if self.lora is None else {"lora": self.lora.model_dump(exclude={"merge"})}
+        adapters = {}
+        if self.lora is not None:
+            adapters["lora"] = self.lora.model_dump(exclude={"merge"}, exclude_none=True)
         return _without(self.hf.config.to_diff_dict(), IMMATERIAL) | adapters
 
     def check_processor(self, processor: Any) -> None:
