@@ -297,14 +297,15 @@ def write_llava_model_dir(directory: Path, *, tied: bool = False, **fields: Any)
     return directory
 
 
-def llava_document(seed: int, *, words: int = 7, images: int = 0) -> Document:
-    """As `document`, with images of one size and plain positions."""
-    n = (LLAVA_SIDE // LLAVA_PATCH) ** 2
-    made = document(seed, words=words, grids=[(1, MERGE, MERGE * n)] * images)
+def llava_document(
+    seed: int, *, words: int = 7, images: int = 0, side: int = 3, tokens: int = 9
+) -> Document:
+    """As `document`, with images of side x side patches, tokens each, and plain positions."""
+    made = document(seed, words=words, grids=[(1, MERGE, MERGE * tokens)] * images)
     rng = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (images * n, 3 * LLAVA_PATCH**2), generator=rng)
+    pixels = torch.randint(0, 256, (images * side**2, 3 * LLAVA_PATCH**2), generator=rng)
     made.position_ids = torch.arange(len(made.input_ids)).expand(3, -1)
-    made.image_grid_thw = torch.tensor([[1, 3, 3]] * images, dtype=torch.int64).view(-1, 3)
+    made.image_grid_thw = torch.tensor([[1, side, side]] * images, dtype=torch.int64).view(-1, 3)
     made.pixel_values = pixels.to(torch.uint8)
     return made
 

@@ -98,6 +98,9 @@ class Processor:
             rules[:3] if rules else (0,) * 3
         )
         self.image_side = rules.side if rules else None
+        self.image_tokens = None  # an image's, where all are of one size
+        if rules and rules.side:
+            self.image_tokens = rules.tokens or (rules.side // rules.patch_size) ** 2
         self.position_axes = 3 if rules and rules.side is None else 1  # M-RoPE's, or plain
         self.image_mean = _statistics(directory, settings, "image_mean")
         self.image_std = _statistics(directory, settings, "image_std")
@@ -307,7 +310,8 @@ class Processor:
 
     def _image(self, grid: Grid) -> _Medium:
         height, width = grid[1:]
-        return _Medium(MediaTokens("image", (height * width // self.merge_size**2,)), [grid])
+        tokens = self._image_rules().tokens or height * width // self.merge_size**2
+        return _Medium(MediaTokens("image", (tokens,)), [grid])
 
     def _video(self, layout: VideoLayout) -> _Medium:
         """A video as one image per temporal patch: so its vision tower and M-RoPE see it."""

@@ -8,11 +8,21 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .foreign_config import read_foreign
 
-Family = Literal["llava", "mixtral", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe"]
+Family = Literal[
+    "llava",
+    "llava_projector",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+]
 Part = Literal["vision", "projector", "language", "router", "experts"]
 
 PARTS: dict[Family, tuple[Part, ...]] = {
     "llava": ("vision", "projector", "language"),
+    "llava_projector": ("vision", "projector", "language"),
     "mixtral": ("language", "router", "experts"),
     "qwen2_moe": ("language", "router", "experts"),
     "qwen3": ("language",),

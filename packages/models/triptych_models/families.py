@@ -6,6 +6,7 @@ from .config import ModelConfig
 from .experts import EVERY_EXPERT, ExpertGroup
 from .freeze import freeze
 from .llava import Llava
+from .llava_projector import LlavaProjector
 from .mixtral import Mixtral
 from .mixture import Mixture
 from .packed import PackedModel
@@ -19,6 +20,7 @@ from .weights import Gather, initialize, load_weights, whole
 
 FAMILIES: dict[str, type[PackedModel]] = {
     "llava": Llava,
+    "llava_projector": LlavaProjector,
     "mixtral": Mixtral,
     "qwen2_moe": Qwen2MoE,
     "qwen3": Qwen3,

@@ -7,9 +7,9 @@ rotary, softmax, what gradient checkpointing computes again, and the dummy image
 Every row of T counts, the padding tail too.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from transformers import PretrainedConfig
 
@@ -21,6 +21,15 @@ class Work(NamedTuple):
 
     linear: float
     attention: float
+
+
+class Layer(NamedTuple):
+    """A product of a projector: its multiply-adds, and what of the model lies before its input."""
+
+    products: float
+    behind: Literal["tower", "projector", "queries"]
+    """the tower's features; also something of the projector that trains; only that"""
+    attention: float = 0.0
 
 
 def qwen3_flops(
@@ -112,31 +121,36 @@ def llava_flops(
     trainable: Collection[str],
     *,
     num_blocks: int,
+    projector: Callable[[int], Sequence[Layer]],
     adapted: bool = False,
 ) -> float:
     """Forward + backward FLOPs of a LLaVA whose tower runs num_blocks blocks; see qwen3_vl_flops.
 
-    A patch is a token. The tower's learned positions train with it, so that gradients flow back
-    through all of its blocks.
+    projector says its products for a number of images. The tower's learned positions train with
+    it, so that gradients flow back through all of its blocks.
     """
-    vision, hidden = config.vision_config, config.text_config.hidden_size
+    vision = config.vision_config
     grid = batch.get("image_grid_thw")
     grids = [] if grid is None else [tuple(int(n) for n in row) for row in grid]
     patches = sum(t * h * w for t, h, w in grids)
     pixels = vision.num_channels * vision.patch_size**2
     embed = Work(2.0 * pixels * vision.hidden_size * patches, 0.0)
     blocks = tower_blocks(vision.hidden_size, vision.intermediate_size, num_blocks, grids)
-    first, second = (
-        Work(2.0 * width * hidden * patches, 0.0) for width in (vision.hidden_size, hidden)
-    )
     weights = set() if adapted else trainable
     sees, projects = "vision" in trainable, "projector" in trainable
-    vision_weight, projector_weight = "vision" in weights, "projector" in weights
+    inputs = {"tower": sees, "projector": sees or projects, "queries": projects}
+    projected = sum(
+        with_backward(
+            Work(2.0 * layer.products, 2.0 * layer.attention),
+            weight="projector" in weights,
+            inputs=inputs[layer.behind],
+        )
+        for layer in projector(len(grids))
+    )
     return (
-        with_backward(embed, weight=vision_weight, inputs=False)  # pixels need no gradient
-        + with_backward(blocks, weight=vision_weight, inputs=sees)
-        + with_backward(first, weight=projector_weight, inputs=sees)
-        + with_backward(second, weight=projector_weight, inputs=sees or projects)
+        with_backward(embed, weight="vision" in weights, inputs=False)  # pixels need no gradient
+        + with_backward(blocks, weight="vision" in weights, inputs=sees)
+        + projected
         + language_flops(
             config.text_config, batch, weight="language" in weights, inputs=bool(trainable)
         )

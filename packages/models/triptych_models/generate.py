@@ -74,7 +74,7 @@ def model_inputs(
     attention does not look, so the tower runs on every rank as ZeRO-3 needs.
     """
     rows = [prompt.input_ids.cpu() for prompt in prompts] or [torch.tensor([pad_token_id])]
-    room = model.grid_side**2 if isinstance(model, Llava) else 1
+    room = model.tokens_per_image if isinstance(model, Llava) else 1
     inputs = left_padded(rows, pad_token_id, room=room if force_image else 0)
     if isinstance(model, Qwen3VL):
         inputs |= image_inputs(model, prompts, inputs["input_ids"], force=force_image)
@@ -129,7 +129,7 @@ def whole_image_inputs(
     pixels = [patches for patches in pixels if len(patches)]
     if force and not pixels:
         _, patches = model.dummy_image()
-        input_ids[0, : len(patches)] = model.hf.config.image_token_id  # all of it padding
+        input_ids[0, : model.tokens_per_image] = model.hf.config.image_token_id  # all of it padding
         pixels = [patches]
     if not pixels:
         return {}

@@ -42,6 +42,11 @@ class ImageModel(PackedModel):
         """The layers of the tower that run."""
         raise NotImplementedError
 
+    def projector_tokens(self, patches: int) -> int:
+        """How many features the projector gives for the patches of whole images."""
+        merge_size: int = getattr(self.hf.config.vision_config, "spatial_merge_size", 1)
+        return patches // merge_size**2
+
     def check_processor(self, processor: Any) -> None:
         """Raise ValueError unless the data's processor cuts images as this model expects."""
         super().check_processor(processor)

@@ -1,8 +1,8 @@
-"""LLaVA as a packed-sequence module: a SigLIP tower, a projector of two layers, a Qwen3.
+"""LLaVA as a packed-sequence module: a SigLIP tower, a projector of two layers, a text model.
 
 The architecture is transformers' own LlavaForConditionalGeneration, arXiv 2310.03744; with
 projector_hidden_act "linear" the projector is a linear map. All images are of one size, so that a
-tower sees a plain batch of them.
+tower sees a plain batch of them. The text model is a Qwen3, a Qwen2 or a Llama.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import LlavaForConditionalGeneration, PretrainedConfig
 
-from .flops import llava_flops
+from .flops import Layer, llava_flops
 from .image_model import ImageModel
 from .layout import tower
 from .lora import adapter_flops
 from .sequence import exchange_features
 from .vision import normalize_pixels
 
+TEXT_TYPES = ("qwen3", "qwen2", "llama")
+
 
 class Llava(ImageModel):
-    """Transformers' LLaVA with a SigLIP tower and a Qwen3, `self.hf`, fed with packed rows.
+    """Transformers' LLaVA with a SigLIP tower, `self.hf`, fed with packed rows.
 
     Features are those after tower block `vision_feature_layer`; what comes behind it (blocks, the
     last norm) never runs, in stock neither, and does not train. Every rank calls the same
@@ -33,7 +35,7 @@ class Llava(ImageModel):
     model_type = "llava"
 
     def __init__(self, hf_config: PretrainedConfig, **settings: Any) -> None:
-        check_config(hf_config)
+        self.check_config(hf_config)
         super().__init__(hf_config, **settings)
         self.num_blocks = blocks_that_run(hf_config)
         visual = tower(self.hf)
@@ -45,6 +47,34 @@ class Llava(ImageModel):
         """Patches along a side of every image."""
         vision = self.hf.config.vision_config
         return int(vision.image_size) // int(vision.patch_size)
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Tokens that stand for an image, as many as the projector gives features."""
+        return self.grid_side**2
+
+    def project(self, features: Tensor) -> Tensor:
+        """The tower's features (N, P, C) of N images to the language model's (N, tokens, H)."""
+        projected: Tensor = self.hf.model.multi_modal_projector(features)
+        return projected
+
+    def projector_tokens(self, patches: int) -> int:
+        """How many features the projector gives for the patches of whole images."""
+        return patches // self.grid_side**2 * self.tokens_per_image
+
+    def projector_layers(self, images: int) -> list[Layer]:
+        """The projector's products for so many images, to count their FLOPs."""
+        vision, text = self.hf.config.vision_config.hidden_size, self.hf.config.text_config
+        rows = images * self.tokens_per_image
+        return [
+            Layer(rows * vision * text.hidden_size, behind="tower"),
+            Layer(rows * text.hidden_size**2, behind="projector"),
+        ]
+
+    @staticmethod
+    def check_config(config: Any) -> None:
+        """Raise ValueError for a LLaVA of other parts than are computed here."""
+        check_tower(config)
 
     def hidden_states(
         self,
@@ -65,9 +95,10 @@ class Llava(ImageModel):
         """Hidden states (1, T, H) after the final norm, documents kept apart.
 
         input_ids and position_ids (1, T) int64, cu_seqlens (num_docs + 1,) int32, pixel_values
-        (P, patch_dim) uint8, image_positions (P,) int64; what a batch has of grids is known here.
-        In a sequence group a rank runs the tower on its share of the row's images, and
-        image_positions are those of its own tokens. settings are for each language layer.
+        (P, patch_dim) uint8, image_positions (image tokens,) int64; what a batch
+        has of grids is known here. In a sequence group a rank runs the tower on its share of the
+        row's images, and image_positions are those of its own tokens. settings are for each
+        language layer.
         """
         hidden_states = self.hf.model.language_model.embed_tokens(input_ids)  # (1, T, H)
         positions = image_positions
@@ -91,6 +122,7 @@ class Llava(ImageModel):
         return {
             "patch_size": config.vision_config.patch_size,
             "image_side": config.vision_config.image_size,
+            "image_tokens": self.tokens_per_image,
             "image_token_id": config.image_token_id,
             "position_axes": 1,
         }
@@ -113,7 +145,12 @@ class Llava(ImageModel):
         """Forward and backward FLOPs of one packed row; see triptych_models.flops."""
         parts, adapted = self.trainable_parts(), self.lora is not None
         return llava_flops(
-            self.hf.config, batch, parts, num_blocks=self.num_blocks, adapted=adapted
+            self.hf.config,
+            batch,
+            parts,
+            num_blocks=self.num_blocks,
+            projector=self.projector_layers,
+            adapted=adapted,
         ) + adapter_flops(self, batch)
 
     def dummy_image(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
@@ -134,7 +171,7 @@ class Llava(ImageModel):
         )
 
     def _image_features(self, pixels: Tensor) -> Tensor:
-        """Features (P, H) of the patches (P, patch_dim) uint8 of whole images."""
+        """Features (image tokens, H) of the patches (P, patch_dim) uint8 of whole images."""
         visual, patch = tower(self.hf), self.hf.config.vision_config.patch_size
         embeddings, num_patches = visual.embeddings, self.grid_side**2
         scaled = normalize_pixels(pixels, self.image_mean, self.image_std)
@@ -145,8 +182,7 @@ class Llava(ImageModel):
         hidden_states = hidden_states + embeddings.position_embedding(places)
         for block in self.tower_layers():
             hidden_states = self._run_layer(block, hidden_states, attention_mask=None)
-        features: Tensor = self.hf.model.multi_modal_projector(hidden_states)
-        return features.flatten(0, 1)
+        return self.project(hidden_states).flatten(0, 1)
 
 
 def blocks_that_run(config: Any) -> int:
@@ -155,21 +191,23 @@ def blocks_that_run(config: Any) -> int:
     return layer if layer >= 0 else blocks + 1 + layer
 
 
-def check_config(config: Any) -> None:
-    """Raise ValueError for a LLaVA of other parts than are computed here."""
+def check_tower(config: Any) -> None:
+    """Raise ValueError unless the tower is a SigLIP and its features are whole, and the text model
+    one of those that are computed here."""
     layer, vision = config.vision_feature_layer, config.vision_config
     blocks = vision.num_hidden_layers
     for name, given, wanted in (
-        ("vision_config.model_type", vision.model_type, "siglip_vision_model"),
-        ("vision_config.vision_use_head", getattr(vision, "vision_use_head", True), False),
-        ("vision_config.attention_dropout", vision.attention_dropout, 0.0),
-        ("text_config.model_type", config.text_config.model_type, "qwen3"),
-        ("vision_feature_select_strategy", config.vision_feature_select_strategy, "full"),
+        ("vision_config.model_type", vision.model_type, ("siglip_vision_model",)),
+        ("vision_config.vision_use_head", getattr(vision, "vision_use_head", True), (False,)),
+        ("vision_config.attention_dropout", vision.attention_dropout, (0.0,)),
+        ("text_config.model_type", config.text_config.model_type, TEXT_TYPES),
+        ("vision_feature_select_strategy", config.vision_feature_select_strategy, ("full",)),
     ):
-        if given != wanted:
+        if given not in wanted:
+            words = " or ".join(map(str, wanted))
             raise ValueError(
-                f"model.path: config.json's {name} must be {wanted} for a llava, got {given}; "
-                "take a model of such parts"
+                f"model.path: config.json's {name} must be {words} for a {config.model_type}, got "
+                f"{given}; put one together of such parts with tools/assemble_vlm.py"
             )
     if not isinstance(layer, int) or not -blocks <= layer <= blocks or layer == 0:
         raise ValueError(

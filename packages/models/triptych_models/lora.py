@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .config import LoraConfig
 from .head import LossHead
+from .image_model import ImageModel
 from .nf4 import NF4Linear, quantized, stored_weight
 from .packed import PackedModel
 from .weights import Gather, whole
@@ -176,9 +177,8 @@ def adapter_flops(model: PackedModel, batch: Mapping[str, Any]) -> float:
     grid = batch.get("image_grid_thw")
     patches = 0 if grid is None else sum(int(t) * int(h) * int(w) for t, h, w in grid)
     tokens = {"language": int(batch["cu_seqlens"][-1]), "vision": patches, "projector": 0}
-    if "projector" in model.parts():
-        merge_size = getattr(model.hf.config.vision_config, "spatial_merge_size", 1)
-        tokens["projector"] = patches // merge_size**2
+    if isinstance(model, ImageModel):
+        tokens["projector"] = model.projector_tokens(patches)
     part_of = {
         id(inner): part
         for part, modules in model.parts().items()

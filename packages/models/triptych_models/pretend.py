@@ -131,11 +131,12 @@ def pretend_batch(
     taken: list[int] = []  # by images
     if tower(model.hf) is not None:
         side = max(1, round(math.sqrt(image_tokens))) if image_share else 1  # in tokens
+        each = side**2
         if isinstance(model, Llava):
-            side = model.grid_side
-        count = max(1, min(round(seq_len * image_share / side**2), seq_len // side**2))
+            side, each = model.grid_side, model.tokens_per_image
+        count = max(1, min(round(seq_len * image_share / each), seq_len // each))
         starts = [seq_len * image // count for image in range(count)]
-        taken = [start + token for start in starts for token in range(side**2)]
+        taken = [start + token for start in starts for token in range(each)]
         images = _pretend_images(model, count, side) | {"image_positions": _known(taken)}
     free = sorted(set(range(seq_len)) - set(taken)) or [0]
     num_targets = max(1, round(len(free) * target_share))
@@ -155,7 +156,7 @@ def pretend_batch(
 
 
 def _pretend_images(model: Any, count: int, side: int) -> dict[str, Any]:
-    """count images of side × side tokens each."""
+    """count images of side × side tokens each; of a LLaVA, patches."""
     height = side * getattr(model.hf.config.vision_config, "spatial_merge_size", 1)  # in patches
     patch_dim = model.dummy_image()[1].shape[1]
     return {

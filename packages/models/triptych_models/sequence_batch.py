@@ -46,8 +46,8 @@ def image_part(batch: Mapping[str, Any], length: int, group: SequenceGroup) -> d
     patches = grids.prod(1)
     cuts = _cut_by_weight(patches, n)  # rank r runs images cuts[r] to cuts[r + 1]
     patch_cuts = [_sum_before(patches, cut) for cut in cuts]
-    merged = patch_cuts[-1] // len(positions)  # patches that make one token
-    made = [cut // merged for cut in patch_cuts]  # and so it makes features made[r] to made[r + 1]
+    # As many tokens a patch in every image; and so it makes features made[r] to made[r + 1]
+    made = [cut * len(positions) // patch_cuts[-1] for cut in patch_cuts]
     held = torch.searchsorted(positions, torch.arange(n + 1) * length).tolist()  # and holds these
     mine = slice(held[rank], held[rank + 1])
     part: dict[str, Any] = {

@@ -64,6 +64,8 @@ class ImageRules(NamedTuple):
     """Of the square that every image is stretched to, and cut to whole patches."""
     interpolation: int | None = None
     """Pillow's number for it; None is bicubic."""
+    tokens: int | None = None
+    """An image of one size becomes so many; None is one for merge_size x merge_size patches."""
 
 
 def encode_image(

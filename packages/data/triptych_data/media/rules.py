@@ -90,9 +90,9 @@ def _one_size(
 ) -> ImageRules:
     """The rules of a tower whose images are all squares of one size, as SigLIP's."""
     side, interpolation = settings["size"]["height"], settings.get("resample", BICUBIC)
-    patch_size: Any = settings.get("patch_size") or read_json(path.with_name(PROCESSOR_FILE)).get(
-        "patch_size"
-    )
+    beside = path.with_name(PROCESSOR_FILE)
+    processor = read_json(beside) if beside.exists() or "patch_size" not in settings else {}
+    patch_size: Any = settings.get("patch_size") or processor.get("patch_size")
     for name, given, is_right, wanted in (
         ("size.width", settings["size"].get("width"), settings["size"].get("width") == side, side),
         ("resample", interpolation, interpolation in INTERPOLATIONS, "2 or 3"),
@@ -111,7 +111,24 @@ def _one_size(
                 f"{side}x{side} pixels, got {value}"
             )
     mode = None if interpolation == BICUBIC else interpolation
-    return ImageRules(patch_size, 1, 1, side**2, side**2, side, mode)
+    tokens = _image_tokens(beside, processor, (side // patch_size) ** 2)
+    return ImageRules(patch_size, 1, 1, side**2, side**2, side, mode, tokens)
+
+
+def _image_tokens(path: Path, processor: Mapping[str, Any], patches: int) -> int | None:
+    """What an image of one size becomes by processor_config.json; None is a token a patch.
+
+    InternVL's says image_seq_length, LLaVA's what is added to the patches.
+    """
+    tokens: Any = processor.get("image_seq_length")
+    if tokens is None:
+        tokens = patches + processor.get("num_additional_image_tokens", 0)
+        tokens -= processor.get("vision_feature_select_strategy") == "default"
+    if not isinstance(tokens, int) or not 0 < tokens <= patches:
+        raise ValueError(
+            f"{path}: an image must become 1 to {patches} tokens, got {tokens}; fetch it again"
+        )
+    return None if tokens == patches else tokens
 
 
 def _geometry(
