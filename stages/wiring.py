@@ -54,11 +54,6 @@ class PackedConfig(StageConfig):
                 "model.compile: must be none with parallel.tensor, got layers; its sums over ranks "
                 "break a layer's graph"
             )
-        if self.parallel.expert > 1 and self.model.compile == "layers":
-            raise ValueError(
-                "model.compile: must be none with parallel.expert, got layers; how many tokens "
-                "travel is known in the middle of a layer"
-            )
         return self
 
     @model_validator(mode="after")
@@ -100,10 +95,9 @@ def settle_compile(config: PackedConfig, *, on_cuda: bool) -> Literal["none", "l
     """What model.compile=auto comes to on this device."""
     if config.model.compile != "auto":
         return config.model.compile
-    parallel = config.parallel
-    if config.model.lora is not None:
+    if config.model.lora is not None or config.parallel.tensor > 1:
         return "none"
-    return "layers" if on_cuda and parallel.tensor == parallel.expert == 1 else "none"
+    return "layers" if on_cuda else "none"
 
 
 def settle_cost(config: PackedConfig) -> None:

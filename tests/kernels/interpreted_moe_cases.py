@@ -47,6 +47,18 @@ def test_moe_mlp(check, monkeypatch, tokens, hidden, width, num_experts, top_k):
     )
 
 
+def test_moe_mlp_of_a_part(check):
+    experts = experts_of(7, 6, 3)
+    check(
+        lambda *a: moe_mlp(*a, experts, part=(1, 2), backend="triton"),
+        lambda *a: moe_mlp_ref(*a, experts, part=(1, 2)),
+        randn(7, 16),
+        randn(3, 16, 16, seed=1) / 4,
+        randn(3, 16, 8, seed=2),
+        randn(7, 3, seed=3),
+    )
+
+
 def test_moe_mlp_without_tokens_and_with_one_expert_for_all(check):
     matrices = randn(3, 16, 8, seed=1), randn(3, 8, 8, seed=2)
     assert moe_mlp(randn(0, 8), *matrices, randn(0, 2), experts_of(0, 3, 2)).shape == (0, 8)

@@ -164,9 +164,9 @@ def test_gradcheck_of_the_reference():
 def test_opcheck():
     *given, experts = inputs()
     leaves = [t.requires_grad_() for t in given]
-    torch.library.opcheck(_moe_mlp, (*leaves, experts, "grouped"))
+    torch.library.opcheck(_moe_mlp, (*leaves, experts, "grouped", 0, 1))
     with torch.no_grad():
-        y, *kept = _moe_mlp(*leaves, experts, "grouped")
+        y, *kept = _moe_mlp(*leaves, experts, "grouped", 0, 1)
     plain = [t.detach() for t in leaves]
     wants = [True, False, True, True]
     torch.library.opcheck(_moe_mlp_backward, (y, *plain, *kept, "grouped", wants))
@@ -178,6 +178,42 @@ def test_compiles_in_one_graph():
     ours = gradients(compiled, *given, experts, torch.float32)
     want = gradients(moe_mlp, *given, experts, torch.float32)
     assert all(map(torch.equal, ours, want))
+
+
+def in_parts(x, gate_up, down, weights, experts, backend=None):
+    """The sum over two parts of six experts, as two ranks would compute it."""
+    halves = zip(gate_up.chunk(2), down.chunk(2), strict=True)
+    return sum(
+        moe_mlp(x, *stacks, weights, experts, part=(rank, 2), backend=backend)
+        for rank, stacks in enumerate(halves)
+    )
+
+
+@pytest.mark.parametrize("backend", ["grouped", "reference"])
+@pytest.mark.parametrize("only", [None, 1])  # of all experts, those that tokens go to
+@pytest.mark.usefixtures("poison")
+def test_parts_of_the_experts_add_up(backend, only):
+    *given, experts = inputs(num_experts=6, top_k=3)
+    if only is not None:
+        experts = torch.full_like(experts, only)
+    ours = gradients(lambda *a: in_parts(*a, backend=backend), *given, experts, torch.float32)
+    want = gradients(exact, *given, experts, torch.float64)
+    for got, true in zip(ours, want, strict=True):
+        torch.testing.assert_close(got.double(), true, atol=1e-5, rtol=1e-4)
+
+
+def test_a_part_compiles_in_one_graph_whatever_its_number_of_rows():
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(in_parts, fullgraph=True, backend=graphs)
+    *given, _ = inputs(num_experts=6, top_k=3)
+    for seed in range(3):
+        noise = torch.rand(13, 6, generator=torch.Generator().manual_seed(seed))
+        experts = noise.argsort(1)[:, :3]
+        ours = gradients(compiled, *given, experts, torch.float32)
+        want = gradients(in_parts, *given, experts, torch.float32)
+        assert all(map(torch.equal, ours, want))
+    assert graphs.frame_count == 1
 
 
 def test_checkpointing_gives_the_same_gradients():
@@ -212,6 +248,8 @@ def test_what_does_not_fit_is_refused():
         moe_mlp(x, gate_up[:, :8], down, weights, experts)
     with pytest.raises(ValueError, match="one dtype"):
         moe_mlp(x, gate_up.bfloat16(), down, weights, experts)
+    with pytest.raises(ValueError, match=r"experts must lie in 0\.\.9, got 0\.\.10"):
+        moe_mlp(x, gate_up, down, weights, torch.arange(26).view(13, 2) % 11, part=(0, 2))
     with pytest.raises(ValueError, match=r"experts must lie in 0\.\.4, got 0\.\.5"):
         moe_mlp(x, gate_up, down, weights, torch.arange(26).view(13, 2) % 6)
 

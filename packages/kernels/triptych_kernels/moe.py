@@ -18,6 +18,9 @@ from .autocast import lowered
 from .autograd import first_order
 from .dispatch import choose, is_traced
 from .moe_by_expert import by_expert
+from .moe_passes import Part
+
+WHOLE: Part = 0, 1
 
 
 def moe_mlp(
@@ -27,6 +30,7 @@ def moe_mlp(
     weights: Tensor,
     experts: Tensor,
     *,
+    part: Part = WHOLE,
     backend: str | None = None,
 ) -> Tensor:
     """Send each token through its experts' SwiGLU blocks and add up what they give.
@@ -37,30 +41,40 @@ def moe_mlp(
     over a token's experts is float32 and rounded once. Experts without a token get zero gradients.
     Bit-equal when repeated. Saved for the backward: T * k * 2F elements beside the arguments.
 
+    part (rank, size): the stacks are the rank-th of `size` equal parts of all experts in order
+    (expert parallelism). experts may then name any of size * E; what falls on other parts adds
+    nothing, costs nothing, and gets no gradient. The host waits once for how many rows there are.
+
     The grouped products need H and F to be multiples of 16 bytes, and on CUDA bfloat16; other
     tensors take the reference, a loop over the experts that on CUDA waits for the device. Under
     torch.compile the op is one node either way.
 
-    Raises ValueError for shapes or dtypes that do not fit, and on the CPU for an expert outside
-    0..E-1 (on CUDA that trips a device-side assertion).
+    Raises ValueError for shapes or dtypes that do not fit, and on the CPU for an expert that does
+    not exist (on CUDA that trips a device-side assertion).
     """
     x, gate_up, down = lowered(x), lowered(gate_up), lowered(down)
     _check(x, gate_up, down, weights, experts)
     # H decides and so does F; both widths are asked about, and a request is refused by either.
     names = {choose("moe_mlp", x, backend), choose("moe_mlp", down, backend)}
     if "reference" in names:
-        return by_expert(x, gate_up, down, weights, experts)
+        return by_expert(x, gate_up, down, weights, experts, part)
     name = names.pop()
     if is_traced(x):
-        return _moe_mlp(x, gate_up, down, weights, experts, name)[0]
-    return _MoEMLP.apply(x, gate_up, down, weights, experts, name)
+        return _moe_mlp(x, gate_up, down, weights, experts, name, *part)[0]
+    return _MoEMLP.apply(x, gate_up, down, weights, experts, name, part)
 
 
 def moe_mlp_ref(
-    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    *,
+    part: Part = WHOLE,
 ) -> Tensor:
     """`moe_mlp` in plain torch, one expert after the other."""
-    return by_expert(x, gate_up, down, weights, experts)
+    return by_expert(x, gate_up, down, weights, experts, part)
 
 
 class _MoEMLP(torch.autograd.Function):
@@ -75,8 +89,9 @@ class _MoEMLP(torch.autograd.Function):
         weights: Tensor,
         experts: Tensor,
         name: str,
+        part: Part,
     ) -> Tensor:
-        y, pre, plan = passes.forward(x, gate_up, down, weights, experts, name)
+        y, pre, plan = passes.forward(x, gate_up, down, weights, experts, name, part)
         ctx.save_for_backward(x, gate_up, down, weights, pre, *plan)
         ctx.name = name
         return y
@@ -88,23 +103,39 @@ class _MoEMLP(torch.autograd.Function):
         wants = ctx.needs_input_grad[:4]
         plan = passes.Plan(*rest)
         grads = passes.backward(dy, x, gate_up, down, weights, pre, plan, ctx.name, wants)
-        return (*grads, None, None)
+        return (*grads, None, None, None)
 
 
 @torch.library.custom_op("triptych::moe_mlp", mutates_args=())
 def _moe_mlp(
-    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor, name: str
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    name: str,
+    rank: int,
+    size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> y (T, H); for the backward the pre-activation and the three tensors of the plan."""
-    y, pre, plan = passes.forward(x, gate_up, down, weights, experts, name)
+    y, pre, plan = passes.forward(x, gate_up, down, weights, experts, name, (rank, size))
     return y, pre, *plan
 
 
 @_moe_mlp.register_fake
 def _(
-    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor, name: str
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    name: str,
+    rank: int,
+    size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_rows = experts.shape[0] * experts.shape[1]
+    num_rows: Any = experts.shape[0] * experts.shape[1] // size
+    if size > 1 and torch.compiler.is_compiling():  # else a plan, of even loads
+        num_rows = torch.library.get_ctx().new_dynamic_size()
     return (
         x.new_empty(x.shape),
         x.new_empty(num_rows, gate_up.shape[1]),
@@ -153,7 +184,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, gate_up, down, weights, _, ctx.name = inputs
+    x, gate_up, down, weights, _, ctx.name, *_ = inputs
     ctx.save_for_backward(x, gate_up, down, weights, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
@@ -161,7 +192,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
     wants = list(ctx.needs_input_grad[:4])
     grads = iter(_moe_mlp_backward(dy, *ctx.saved_tensors, ctx.name, wants))
-    return (*(next(grads) if wanted else None for wanted in wants), None, None)
+    return (*(next(grads) if wanted else None for wanted in wants), None, None, None, None)
 
 
 _moe_mlp.register_autograd(_differentiate, setup_context=_save)

@@ -7,36 +7,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Part = tuple[int, int]  # (rank, size): of all experts in order, the rank-th of size equal parts
+
 
 class Plan(NamedTuple):
-    """The T * k choices sorted by expert; a row is one choice, in that order."""
+    """The S choices of experts that are here, sorted by expert; a row is one, in that order."""
 
-    order: Tensor  # (T * k,) int64: the choice (token * k + j) of each row
-    slots: Tensor  # (T, k) int64: the row of each choice
+    order: Tensor  # (S,) int64: the choice (token * k + j) of each row
+    slots: Tensor  # (T, k) int64: the row of each choice, -1 where its expert is elsewhere
     offsets: Tensor  # (E,) int32: where the rows of each expert end
 
 
-def _plan(experts: Tensor, num_experts: int) -> Plan:
-    """Sort the choices by expert; nothing here waits for the device."""
-    check_experts(experts, num_experts)
+def _plan(experts: Tensor, num_experts: int, part: Part) -> Plan:
+    """Sort the choices by expert; the host waits only to hear how many fell on a part of them."""
+    rank, size = part
+    check_experts(experts, num_experts * size)
+    choices = experts.reshape(-1)
+    if size > 1:  # those of other parts go to the end
+        choices = choices - rank * num_experts
+        here = (choices >= 0) & (choices < num_experts)
+        choices = torch.where(here, choices, num_experts)
     # Short keys: a radix sort passes over them byte by byte.
-    key = experts.reshape(-1).to(torch.int16 if num_experts < 2**15 else torch.int32)
+    key = choices.to(torch.int16 if num_experts < 2**15 - 1 else torch.int32)
     by_expert, order = torch.sort(key, stable=True)
     every = torch.arange(num_experts, dtype=key.dtype, device=key.device)
     offsets = torch.searchsorted(by_expert, every, right=True, out_int32=True)
     slots = torch.empty_like(order)
     slots[order] = torch.arange(len(order), device=order.device)
+    if size > 1:
+        order, slots = order[: int(offsets[-1])].clone(), torch.where(here, slots, -1)
     return Plan(order, slots.view(experts.shape), offsets)
 
 
 def forward(
-    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor, name: str
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    name: str,
+    part: Part,
 ) -> tuple[Tensor, Tensor, Plan]:
-    """-> y (T, H); the pre-activation (T * k, 2F) and the plan, for the backward."""
-    plan = _plan(experts, len(gate_up))
+    """-> y (T, H); the pre-activation (S, 2F) and the plan, for the backward."""
+    plan = _plan(experts, len(gate_up), part)
     if not len(plan.order):
         return x.new_zeros(x.shape), x.new_empty(0, gate_up.shape[1]), plan
-    rows = x.index_select(0, plan.order // experts.shape[1])  # (T * k, H)
+    rows = x.index_select(0, plan.order // experts.shape[1])  # (S, H)
     pre = F.grouped_mm(rows, gate_up.contiguous().mT, offs=plan.offsets)
     del rows
     given = F.grouped_mm(_activate(name, pre), down.contiguous().mT, offs=plan.offsets)
@@ -59,8 +75,8 @@ def backward(
         like = (x, gate_up, down, weights)
         return [t.new_zeros(t.shape) if w else None for t, w in zip(like, wants, strict=True)]
     token = plan.order // weights.shape[1]
-    scale = weights.reshape(-1).index_select(0, plan.order).float()  # (T * k,)
-    dy_rows = dy.index_select(0, token)  # (T * k, H)
+    scale = weights.reshape(-1).index_select(0, plan.order).float()  # (S,)
+    dy_rows = dy.index_select(0, token)  # (S, H)
     d_hidden = F.grouped_mm(dy_rows, down.contiguous(), offs=plan.offsets)  # without the weight
     d_pre, weighted, d_scale = _activate_backward(name, pre, d_hidden, scale)
     del d_hidden
@@ -73,7 +89,9 @@ def backward(
     if wants[0]:
         d_rows = F.grouped_mm(d_pre, gate_up.contiguous(), offs=plan.offsets)
         d_x = _combine(name, d_rows, plan.slots, None)
-    d_weights = d_scale[plan.slots].to(weights.dtype) if wants[3] else None
+    d_weights = None
+    if wants[3]:
+        d_weights = d_scale[plan.slots].masked_fill_(plan.slots < 0, 0).to(weights.dtype)
     return [d_x, d_gate_up, d_down, d_weights]
 
 
@@ -125,15 +143,20 @@ def _activate_backward(
 def _combine(name: str, rows: Tensor, slots: Tensor, weights: Tensor | None) -> Tensor:
     """Back to tokens: (S, H), slots (T, k), weights (T, k) or all 1 -> (T, H), summed in float32.
 
-    Each token gathers its rows in the order of its choices: the same bits each time.
+    Each token gathers its rows in the order of its choices: the same bits each time. A slot of -1
+    adds nothing.
     """
     if name == "triton":
         from .triton_ops import moe as kernels
 
         return kernels.combine(rows, slots, weights)
     total = torch.zeros(len(slots), rows.shape[1], dtype=torch.float32, device=rows.device)
+    is_part = len(rows) < slots.numel()
     for j in range(slots.shape[1]):
-        picked = rows.index_select(0, slots[:, j]).float()
+        slot = slots[:, j]
+        picked = rows.index_select(0, slot.clamp_min(0) if is_part else slot).float()
+        if is_part:
+            picked = picked.masked_fill_(slot[:, None] < 0, 0)
         total += picked if weights is None else picked * weights[:, j, None].float()
     return total.to(rows.dtype)
 

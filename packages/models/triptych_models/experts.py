@@ -1,24 +1,27 @@
 """A mixture of experts: a router in fp32, stacked experts, and their tokens' way to other ranks.
 
-In an ExpertGroup of N ranks each holds 1/N of the experts of every layer. Tokens travel to the
-ranks of their experts and back by all-to-all with as many rows as there are (none is dropped, none
-padded). Every rank stays a data-parallel rank: an expert's gradient holds the tokens of all ranks
-of the group, so summed over the ranks that hold the same experts it is the sum over all ranks.
+In an ExpertGroup of N ranks each holds 1/N of the experts of every layer. Every rank of it sees the
+tokens of all, runs those its experts were chosen for (none is dropped), and gives each rank the sum
+for its tokens. With k choices a token goes to nearly every rank where N is at most k; sent once to
+each, and not once a choice, it crosses k / N times less often, and what crosses has the same size
+whatever the routers do. Every rank stays a data-parallel rank: an expert's gradient holds the
+tokens of all ranks of the group, so summed over the ranks that hold the same experts it is the sum
+over all ranks.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from triptych_kernels import expert_counts, moe_mlp, route
+from triptych_kernels import moe_mlp, route
 
 from .balance import RouterFigures, Segments, router_figures
+from .expert_rows import gather_rows, largest, sum_rows
 from .layout import StoredExperts
-from .sequence import ALONE, SequenceGroup, exchange
+from .sequence import ALONE, SequenceGroup
 
 
 def _leave(parameter: nn.Parameter) -> None:
@@ -114,19 +117,27 @@ class Experts(nn.Module):
         return range(self.group.rank * count, (self.group.rank + 1) * count)
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """x (T, H), weights and experts (T, k) → (T, H); in a group all its ranks must call it."""
-        if self.group.size == 1:
+        """x (T, H), weights and experts (T, k) → (T, H).
+
+        In a group all its ranks must call it, in training with as many tokens each.
+        """
+        group, count = self.group, len(x)
+        if group.size == 1:
             return moe_mlp(x, self.gate_up_proj, self.down_proj, weights, experts)
-        # The choices (T * k) expert by expert; and of each token's, where they went.
-        order = experts.flatten().argsort(stable=True)
-        slots = torch.empty_like(order)
-        slots[order] = torch.arange(len(order), device=order.device)
-        way = _Way.of(experts, self.num_experts, self.group)
-        rows = way.there(_Spread.apply(x, order, slots.view(experts.shape)))
-        # Weighted where the experts are: what they give need not wait for the backward.
-        once = way.there(weights.flatten().index_select(0, order)[:, None])
-        given = way.back(moe_mlp(rows, self.gate_up_proj, self.down_proj, once, way.local[:, None]))
-        return _Collect.apply(given, order, slots.view(experts.shape))
+        most = count if self.training else largest(count, x.device, group.name)
+        # One small tensor for both: fp32 has every number of an expert exactly.
+        routes = torch.cat([weights, experts.to(weights.dtype)], 1)
+        x, routes = (F.pad(rows, (0, 0, 0, most - count)) for rows in (x, routes))
+        weights, numbers = gather_rows(routes, group.size, group.name).chunk(2, 1)
+        given = moe_mlp(
+            gather_rows(x, group.size, group.name),  # (N * T, H)
+            self.gate_up_proj,
+            self.down_proj,
+            weights,
+            numbers.long(),
+            part=(group.rank, group.size),
+        )
+        return sum_rows(given, group.size, group.name)[:count]
 
 
 class SharedGate(nn.Module):
@@ -176,68 +187,3 @@ class MoEBlock(nn.Module):
         if segments is None:
             return out, None
         return out, router_figures(logits, experts, segments, sequence)
-
-
-@dataclass(frozen=True)
-class _Way:
-    """How rows sorted by expert travel to their experts' ranks, and how they come back."""
-
-    sends: list[int]
-    receives: list[int]
-    local: Tensor  # (sum(receives),) int64: of each row that comes, which of the experts here
-    group: str
-
-    @classmethod
-    def of(cls, experts: Tensor, num_experts: int, group: ExpertGroup) -> "_Way":
-        """Counted together; the host waits for the counts, since it must know the sizes."""
-        n, here = group.size, num_experts // group.size
-        going = expert_counts(experts, num_experts)  # (E,)
-        coming = exchange(going, [here] * n, [here] * n, group.name)  # from each rank, per expert
-        sends, receives = torch.stack([going, coming]).view(2, n, here).sum(-1).tolist()
-        ids = torch.arange(here, device=experts.device).repeat(n)
-        local = ids.repeat_interleave(coming, output_size=sum(receives))
-        return cls(sends, receives, local, group.name)
-
-    def there(self, rows: Tensor) -> Tensor:
-        return exchange(rows, self.sends, self.receives, self.group)
-
-    def back(self, rows: Tensor) -> Tensor:
-        return exchange(rows, self.receives, self.sends, self.group)
-
-
-class _Spread(torch.autograd.Function):
-    """Tokens x (T, H) → their rows (T * k, H), in the order of the choices; slots (T, k)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, slots: Tensor) -> Tensor:
-        ctx.save_for_backward(order, slots)
-        return _rows(x, order, slots)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _tokens(grad, ctx.saved_tensors[1]), None, None
-
-
-class _Collect(torch.autograd.Function):
-    """The other way: rows (T * k, H) → the sum (T, H) of each token's, in fp32, rounded once.
-
-    Each token picks up its own: the same bits each time, as index_add on a GPU does not give.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, slots: Tensor) -> Tensor:
-        ctx.save_for_backward(order, slots)
-        return _tokens(rows, slots)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _rows(grad, *ctx.saved_tensors), None, None
-
-
-def _rows(x: Tensor, order: Tensor, slots: Tensor) -> Tensor:
-    return x.index_select(0, order // slots.shape[1])
-
-
-def _tokens(rows: Tensor, slots: Tensor) -> Tensor:
-    picked = rows.index_select(0, slots.flatten()).view(*slots.shape, -1)  # (T, k, H)
-    return picked.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32)).to(rows.dtype)

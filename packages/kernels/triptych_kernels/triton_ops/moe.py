@@ -11,7 +11,10 @@ _BLOCK = 1024  # with 4 warps each thread moves 8 elements: 16 bytes of bfloat16
 
 
 def combine(rows: Tensor, slots: Tensor, weights: Tensor | None) -> Tensor:
-    """rows (S, H), slots (T, k), weights (T, k) or None for 1 -> (T, H), summed in float32."""
+    """rows (S, H), slots (T, k), weights (T, k) or None for 1 -> (T, H), summed in float32.
+
+    A slot of -1 adds nothing.
+    """
     num_tokens, top_k = slots.shape
     width = rows.shape[1]
     y = torch.empty(num_tokens, width, dtype=rows.dtype, device=rows.device)
@@ -67,7 +70,8 @@ def _combine_kernel(
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for j in tl.static_range(TOP_K):
         slot = tl.load(slots_ptr + token * TOP_K + j)
-        row = tl.load(rows_ptr + slot * width + col, mask=inside, other=0.0).to(tl.float32)
+        row = tl.load(rows_ptr + slot * width + col, mask=inside & (slot >= 0), other=0.0)
+        row = row.to(tl.float32)
         if WEIGHTED:
             row *= tl.load(weights_ptr + token * TOP_K + j).to(tl.float32)
         total += row
