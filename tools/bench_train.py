@@ -5,9 +5,15 @@
 
 The model is of random weights, the loop is the stages' own (`triptych_core.loop.train`), but for
 variants named plain, which are what a bare PyTorch loop does: the floor that an engine's cost is
-counted from. Figures are medians over the steps after warm-up; every run keeps metrics.jsonl.
-Shares of a step: waiting for data; with --profile, of two more steps, the time in which the device
+counted from, and one rank's. Figures are of a rank, medians over the steps after warm-up; every run
+keeps metrics.jsonl. Shares of a step: waiting for data; with --profile, of two more steps, the time in which the device
 waited for the host and that in which it did nothing but communicate.
+
+A mixture of experts on two devices:
+
+    python tools/make_bench_model.py bench/moe --shape qwen3-30b-a3b-6l
+    python tools/bench_train.py bench/moe bench/runs --ranks 2 --seq-len 8192 \\
+        --variant stock_bf16_adam --variant zero1 --variant zero1_ep2
 """
 
 import itertools
@@ -17,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +40,7 @@ VARIANTS = {
     "plain_bf16_adam": [*COMPILED, "loop=plain_bf16_adam"],
     "plain_eager": ["loop=plain"],
     "plain_fp32": ["loop=plain", "engine.precision=fp32", "model.fuse=false"],
+    "stock_bf16_adam": ["loop=plain_bf16_adam", "model=stock"],  # of a mixture, see bench_stock.py
     "zero0": [*COMPILED, "engine.zero.stage=0"],
     "zero0_bf16_states": [*COMPILED, "engine.zero.stage=0", "optim.state_dtype=bf16"],
     "zero0_eager": ["engine.zero.stage=0"],
@@ -55,6 +63,12 @@ VARIANTS = {
     "zero3_selective": [*COMPILED, "engine.zero.stage=3", "engine.checkpointing=selective"],
     "zero3_keep": [*COMPILED, "engine.zero.stage=3", "engine.zero.max_live=4000000000"],
     "zero3_full": [*COMPILED, "engine.zero.stage=3", "engine.checkpointing=full"],
+    "zero1_selective": [*COMPILED, "engine.zero.stage=1", "engine.checkpointing=selective"],
+    "zero1_ep2_eager": ["engine.zero.stage=1", "parallel.expert=2"],
+}
+VARIANTS |= {
+    f"{name}_ep2": [*VARIANTS[name], "parallel.expert=2"]
+    for name in ("zero1", "zero1_selective", "zero3", "zero3_selective")
 }
 
 
@@ -98,21 +112,27 @@ def main(
     )
     started = []
     for name in names or VARIANTS:
-        started.append((name, start_variant(model, out, name, ranks, settings)))
+        used = 1 if is_plain(name) else ranks
+        started.append((name, used, start_variant(model, out, name, used, settings)))
         if not together:
             print_figures(out, *started[-1], timeout)
     if together:
-        for pair in started:
-            print_figures(out, *pair, timeout)
+        for each in started:
+            print_figures(out, *each, timeout)
     if losses is not None:
-        plot_losses(out, [name for name, _ in started], losses)
+        plot_losses(out, [name for name, *_ in started], losses)
+
+
+def is_plain(name: str) -> bool:
+    """Whether a variant is a bare loop, of one process."""
+    return any(word.startswith("loop=") for word in VARIANTS[name])
 
 
 def start_variant(
     model: Path, out: Path, name: str, ranks: int, settings: dict[str, Any]
 ) -> subprocess.Popen[bytes]:
     """Start a variant in processes of its own."""
-    several = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     words = [sys.executable, *(several if ranks > 1 else []), __file__]
     words += [str(model), str(out), "--one", name]
     for key, value in settings.items():
@@ -125,14 +145,16 @@ def start_variant(
         return subprocess.Popen([*words, *settings["overrides"]], stdout=log, stderr=log)
 
 
-def print_figures(out: Path, name: str, process: subprocess.Popen[bytes], timeout: int) -> None:
+def print_figures(
+    out: Path, name: str, ranks: int, process: subprocess.Popen[bytes], timeout: int
+) -> None:
     """Wait for a variant and print its row."""
     try:
         code = process.wait(timeout)
     except subprocess.TimeoutExpired:
         process.terminate()
         code = process.wait()
-    row = figures(out / name) if code == 0 else failure(out / name, code)
+    row = figures(out / name, ranks) if code == 0 else failure(out / name, code)
     print(f"{name:28}{row}", flush=True)
 
 
@@ -178,14 +200,16 @@ def run_variant(
     """Take the steps in this process."""
     from triptych_core.config import StageConfig, load_config
     from triptych_core.launch import launch, shutdown
+    from triptych_core.parallel.expert import make_expert_place
     from triptych_core.parallel.mesh import make_mesh
     from triptych_models.config import ModelConfig
+    from triptych_models.experts import ExpertGroup
     from triptych_models.sequence import SequenceGroup
 
     words = [*words, *overrides]
     loop = next((w.partition("=")[2] for w in words if w.startswith("loop=")), "ours")
     of_model = dict(w.removeprefix("model.").split("=") for w in words if w.startswith("model."))
-    rest = [w for w in words if not w.startswith(("model.", "loop="))]
+    rest = [w for w in words if not w.startswith(("model.", "model=", "loop="))]
     config = load_config(
         StageConfig,
         None,
@@ -204,7 +228,12 @@ def run_variant(
     settings = ModelConfig.model_validate({"path": model_dir, "init": "random", **of_model})
     mesh = make_mesh(config.parallel, runtime)
     sequence = SequenceGroup(mesh.sp_group, mesh.sp_size, mesh.sp_rank)
-    model = build(settings, config.engine, runtime.world_size, sequence)
+    place = make_expert_place(config.parallel, runtime)
+    experts = ExpertGroup(place.group, place.size, place.rank, place.mark)
+    if "model=stock" in words:
+        model = build_stock(settings)
+    else:
+        model = build(settings, config.engine, runtime.world_size, sequence, experts)
     batches = make_batches(model, seq_len, seed=mesh.dp_rank, **batch)
     if distinct_rows:
         batches = itertools.cycle(list(itertools.islice(batches, distinct_rows)))
@@ -216,30 +245,52 @@ def run_variant(
     shutdown()
 
 
-def build(settings: Any, engine: Any, world_size: int, sequence: Any) -> Any:
+def build(settings: Any, engine: Any, world_size: int, sequence: Any, experts: Any) -> Any:
     """The model, filled where it is: the stages draw on the host, the same on any device."""
     from triptych_core.engine.build import compute_dtype, gather_parameters, sharded_init
     from triptych_models.families import build_shell
-    from triptych_models.weights import own_parameters
 
-    with sharded_init(engine, world_size):
-        model = build_shell(settings, dtype=compute_dtype(engine))
-    if engine.stage < 3 and torch.cuda.is_available():
-        model.to("cuda")
-    gather = gather_parameters(engine)
-    for module, own in own_parameters(model.hf):
-        with gather(list(own.values())), torch.no_grad():
-            for name, parameter in own.items():
-                if "Norm" in type(module).__name__ and name.endswith("weight"):
-                    parameter.fill_(1.0)
-                else:
-                    parameter.normal_(0.0, 0.0 if name.endswith("bias") else 0.02)
+    with sharded_init(engine, world_size) if engine.stage == 3 else on_device():
+        model = build_shell(settings, dtype=compute_dtype(engine), experts=experts)
+    fill(model.hf, gather_parameters(engine))
     model.set_sequence(sequence)
     model.set_mlp_chunks(engine.mlp_chunks)
     if settings.compile == "layers":
         model.compile_layers()
     model.set_checkpointing(engine.checkpointing)
     return model
+
+
+def build_stock(settings: Any) -> Any:
+    """Transformers' own model in the place of ours."""
+    from bench_stock import StockModel
+
+    from triptych_models.pretend import build_pretend_model
+
+    like = build_pretend_model(settings, dtype=torch.bfloat16)
+    with on_device():
+        model = StockModel(settings.path, like)
+    fill(model.hf, lambda parameters: nullcontext())
+    return model
+
+
+def on_device() -> torch.device:
+    """Where tensors are made within a `with` block."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@torch.no_grad()
+def fill(hf: Any, gather: Any) -> None:
+    """normal(0, 0.02), biases 0, norms 1, as an untrained model is."""
+    from triptych_models.weights import own_parameters
+
+    for module, own in own_parameters(hf):
+        with gather(list(own.values())):
+            for name, parameter in own.items():
+                if "Norm" in type(module).__name__ and name.endswith("weight"):
+                    parameter.fill_(1.0)
+                else:
+                    parameter.normal_(0.0, 0.0 if name.endswith("bias") else 0.02)
 
 
 def make_batches(model: Any, seq_len: int, *, seed: int, **shape: Any) -> Iterator[dict[str, Any]]:
@@ -269,6 +320,7 @@ def make_batches(model: Any, seq_len: int, *, seed: int, **shape: Any) -> Iterat
 def train_ours(model: Any, batches: Any, *, config: Any, runtime: Any, watch: Any) -> None:
     """The loop and the engine of the stages."""
     from triptych_core.engine.build import build_engine
+    from triptych_core.engine.recompiles import RecompileWatch
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
     from triptych_core.optim.groups import build_optimizer, parameter_groups
@@ -298,7 +350,7 @@ def train_ours(model: Any, batches: Any, *, config: Any, runtime: Any, watch: An
             flops=model.flops,
             metrics=metrics,
             part=partial(take_part, group=model.sequence),
-            on_step=[watch],
+            on_step=[RecompileWatch(), watch],
         )
 
 
@@ -360,7 +412,7 @@ def train_plain(
             watch(step)
 
 
-def figures(run_dir: Path) -> str:
+def figures(run_dir: Path, ranks: int) -> str:
     """Medians over the steps after warm-up; of a profiled run also how long the device waited."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
     measured = lines[WARM_UP:-STEPS] if (run_dir / "profile.txt").exists() else lines[WARM_UP:]
@@ -371,11 +423,13 @@ def figures(run_dir: Path) -> str:
     peak = max(line["peak_memory_bytes"] for line in measured) / 2**30
     shares = run_dir / "shares.json"
     waits = json.loads(shares.read_text()) if shares.exists() else {}
+    again = (run_dir / "log.txt").read_text().count(" again: ")
     return (
-        f"{median('tokens_per_second'):10,.0f}{median('mfu'):8.1%}{peak:10.1f}"
+        f"{median('tokens_per_second') / ranks:10,.0f}{median('mfu'):8.1%}{peak:10.1f}"
         f"{median('step_seconds') * 1000:9.1f}{measured[-1]['loss']:9.4f}"
         f"{median('data_wait_seconds') / median('step_seconds'):7.1%}"
         + "".join(f"{waits[key]:7.1%}" if waits else f"{'-':>7}" for key in ("idle", "exposed"))
+        + f"  {again} compiled again" * (again > 0)
     )
 
 

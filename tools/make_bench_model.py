@@ -78,23 +78,55 @@ QWEN3_REST = {
     "use_sliding_window": False,
     "tie_word_embeddings": True,
 }
+# The published 30B-A3B with fewer of its 48 layers: 4.36 B parameters, 0.65 B at work on a token.
+QWEN3_MOE = {
+    "qwen3-30b-a3b-6l": {"num_hidden_layers": 6},
+    "qwen3-moe-tiny": {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_hidden_layers": 3,
+        "num_experts": 8,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 32,
+        "intermediate_size": 64,
+    },
+}
+QWEN3_MOE_REST = QWEN3_REST | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "tie_word_embeddings": False,
+}
+TEXTS = {name: QWEN3_REST | shape for name, shape in QWEN3.items()}
+TEXTS |= {name: QWEN3_MOE_REST | shape for name, shape in QWEN3_MOE.items()}
 TOKENIZER = ("tokenizer.json", "chat_template.jinja", "generation_config.json")
 
 
 @click.command()
 @click.argument("out_dir", type=click.Path(path_type=Path))
-@click.option("--shape", type=click.Choice(["qwen3-vl-2b", *QWEN3]), default="qwen3-vl-2b")
+@click.option("--shape", type=click.Choice(["qwen3-vl-2b", *TEXTS]), default="qwen3-vl-2b")
 def main(out_dir: Path, shape: str) -> None:
     """Write the folder to OUT_DIR, which must not exist."""
     if out_dir.exists():
         raise click.ClickException(f"{out_dir}: must not exist; name another folder")
-    if shape in QWEN3:
-        write_qwen3(out_dir, shape)
+    if shape in TEXTS:
+        write_text(out_dir, TEXTS[shape])
     else:
         write_qwen3_vl(out_dir)
 
 
-def write_qwen3(out_dir: Path, shape: str) -> None:
+def write_text(out_dir: Path, config: dict[str, Any]) -> None:
     """A folder of text alone: config.json and the tokenizer's files."""
     out_dir.mkdir(parents=True)
     for name in TOKENIZER:
@@ -102,7 +134,7 @@ def write_qwen3(out_dir: Path, shape: str) -> None:
     tokenizer = json.loads((TINY / "tokenizer_config.json").read_text())
     del tokenizer["processor_class"]
     write_json(out_dir / "tokenizer_config.json", tokenizer)
-    write_json(out_dir / "config.json", QWEN3_REST | QWEN3[shape])
+    write_json(out_dir / "config.json", config)
 
 
 def write_qwen3_vl(out_dir: Path) -> None:
