@@ -54,6 +54,16 @@ class PackedConfig(StageConfig):
                 "model.compile: must be none with parallel.tensor, got layers; its sums over ranks "
                 "break a layer's graph"
             )
+        if (
+            self.parallel.expert > 1
+            and self.model.compile == "layers"
+            and self.engine.checkpointing == "selective"
+        ):
+            raise ValueError(
+                "engine.checkpointing: must be none, full or offload with parallel.expert and "
+                "model.compile=layers, got selective; what the compiler may keep cannot depend on "
+                "the tokens of an expert, but norms and gates it computes again by itself"
+            )
         return self
 
     @model_validator(mode="after")
@@ -95,7 +105,10 @@ def settle_compile(config: PackedConfig, *, on_cuda: bool) -> Literal["none", "l
     """What model.compile=auto comes to on this device."""
     if config.model.compile != "auto":
         return config.model.compile
-    if config.model.lora is not None or config.parallel.tensor > 1:
+    parallel = config.parallel
+    if config.model.lora is not None or parallel.tensor > 1:
+        return "none"
+    if parallel.expert > 1 and config.engine.checkpointing == "selective":
         return "none"
     return "layers" if on_cuda else "none"
 

@@ -6,8 +6,8 @@
 The model is of random weights, the loop is the stages' own (`triptych_core.loop.train`), but for
 variants named plain, which are what a bare PyTorch loop does: the floor that an engine's cost is
 counted from, and one rank's. Figures are of a rank, medians over the steps after warm-up; every run
-keeps metrics.jsonl. Shares of a step: waiting for data; with --profile, of two more steps, the time in which the device
-waited for the host and that in which it did nothing but communicate.
+keeps metrics.jsonl. Shares of a step: waiting for data; with --profile, of two more steps, the time
+in which the device waited for the host and that in which it did nothing but communicate.
 
 A mixture of experts on two devices:
 
@@ -63,12 +63,12 @@ VARIANTS = {
     "zero3_selective": [*COMPILED, "engine.zero.stage=3", "engine.checkpointing=selective"],
     "zero3_keep": [*COMPILED, "engine.zero.stage=3", "engine.zero.max_live=4000000000"],
     "zero3_full": [*COMPILED, "engine.zero.stage=3", "engine.checkpointing=full"],
-    "zero1_selective": [*COMPILED, "engine.zero.stage=1", "engine.checkpointing=selective"],
-    "zero1_ep2_eager": ["engine.zero.stage=1", "parallel.expert=2"],
+    "zero1_selective": ["engine.zero.stage=1", "engine.checkpointing=selective"],
+    "zero1_full": [*COMPILED, "engine.zero.stage=1", "engine.checkpointing=full"],
 }
 VARIANTS |= {
     f"{name}_ep2": [*VARIANTS[name], "parallel.expert=2"]
-    for name in ("zero1", "zero1_selective", "zero3", "zero3_selective")
+    for name in ("zero1", "zero1_eager", "zero1_selective", "zero1_full", "zero3", "zero3_eager")
 }
 
 

@@ -12,11 +12,13 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from .experts import Experts
 from .offload import InputStore, KeptInput
 
 Checkpointing = Literal["none", "selective", "full", "offload"]
 
-_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
+_GROUPED = "aten::_grouped_mm"
+_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", _GROUPED}
 _ATTENTION = {
     "torch_attn::_varlen_attn",
     "triptych::flash4",
@@ -71,12 +73,17 @@ def _run_kept(layer: Callable[..., Tensor], kept: KeptInput, **kwargs: Any) -> T
 
 
 def _last_weight(layer: Any) -> Tensor | None:
-    """The weight of a layer's last product, by the order in which linears were registered.
+    """The weight of a layer's last product, by the order in which linears, and experts, were
+    registered.
 
     What it gives goes to the residual stream and is read by no backward within the layer:
     recomputation ends before it, and keeping it would be for nothing.
     """
-    weights = [module.weight for module in layer.modules() if isinstance(module, nn.Linear)]
+    weights = [
+        module.down_proj if isinstance(module, Experts) else module.weight
+        for module in layer.modules()
+        if isinstance(module, nn.Linear | Experts)
+    ]
     return weights[-1] if weights else None
 
 
@@ -84,7 +91,9 @@ def _policy(
     last: Tensor | None, context: Any, op: Any, *args: Any, **kwargs: Any
 ) -> CheckpointPolicy:
     name = op._schema.name
-    if name in _ATTENTION or (name in _PRODUCTS and not _reads(args[-1], last)):
+    if name in _ATTENTION:
+        return CheckpointPolicy.MUST_SAVE
+    if name in _PRODUCTS and not _reads(args[1 if name == _GROUPED else -1], last):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
