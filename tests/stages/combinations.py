@@ -74,6 +74,8 @@ EXACT = {
 COMPILED = {
     "rows": ["0 compile full", "3 compile offload"],
     "sequence": ["1 compile selective", "3 compile"],
+    "expert": ["1 compile"],
+    "sequence and expert": ["3 compile"],
 }
 # Mode, stage and feature of what is refused before a run starts.
 REFUSED = [
@@ -84,7 +86,7 @@ REFUSED = [
     ("tensor", "1", "muon"),
     ("expert", "auto", ""),
     ("expert", "3", "host"),
-    ("expert", "1", "compile"),
+    ("expert", "1", "compile selective"),
     ("rows", "1", "host muon"),
     ("rows", "1", "host states"),
     ("rows", "0", "host"),

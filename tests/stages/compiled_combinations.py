@@ -1,8 +1,8 @@
 """Run by torchrun on two ranks: steps with compiled layers against those of one rank without.
 
-    torchrun --standalone --nproc_per_node=2 tests/stages/compiled_combinations.py FOLDER REFERENCE
+    torchrun --standalone --nproc_per_node=2 tests/stages/compiled_combinations.py FOLDER MIXTURE
 
-FOLDER has the model, REFERENCE the pickled step of one rank.
+FOLDER has a model, MIXTURE one with experts, and each a `reference`, the pickled step of one rank.
 """
 
 import pickle
@@ -13,14 +13,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.stages.combinations import COMPILED, words
+from tests.stages.combinations import COMPILED, MIXTURES, words
 from tests.stages.one_step import compare, on_a_rank
 
 
-def main(folder: Path, reference: Path) -> None:
+def main(dense: Path, mixture: Path) -> None:
     torch.set_num_threads(1)
-    wanted = pickle.loads(reference.read_bytes())
     for mode, runs in COMPILED.items():
+        folder = mixture if mode in MIXTURES else dense
+        wanted = pickle.loads((folder / "reference").read_bytes())
         torch._dynamo.reset()  # parts of rows are no rows of another length
         settings = [words(mode, run) for run in runs]
         for run, found in zip(
@@ -29,6 +30,35 @@ def main(folder: Path, reference: Path) -> None:
             compare(found, wanted, f"{mode}: {run}")
             sys.stdout.write(f"{mode}: {run}: as one rank\n")
             sys.stdout.flush()
+    check_recompiles(mixture)
+
+
+def check_recompiles(folder: Path) -> None:
+    """A row's tokens may go to any experts of either rank: layers are compiled once."""
+    from tests.stages.test_moe_gradients import build, forward_of
+    from tests.stages.test_sequence import rows
+    from triptych_core.config import RunConfig
+    from triptych_core.engine.recompiles import RecompileWatch
+    from triptych_core.launch import launch
+    from triptych_core.parallel.expert import make_expert_place
+    from triptych_core.sections import ParallelConfig
+    from triptych_models.experts import ExpertGroup
+
+    torch._dynamo.reset()
+    place = make_expert_place(ParallelConfig(expert=2), launch(RunConfig(device="cpu")))
+    model = build(folder, experts=ExpertGroup(place.group, place.size, place.rank))
+    model.compile_layers()
+    batch, watch, loads = forward_of(rows()[0]), RecompileWatch(), []
+    ids = torch.Generator().manual_seed(place.rank)
+    for _ in range(4):
+        batch["input_ids"].random_(20, generator=ids)
+        output = model(**batch)
+        output.loss_sum.backward()
+        loads.append(output.metrics["expert_load"].tolist())
+        if len(loads) == 1:
+            watch.news()
+    assert len({str(load) for load in loads}) == 4, "must go to other experts"
+    assert not watch.news()
 
 
 if __name__ == "__main__":

@@ -84,13 +84,14 @@ def test_what_does_not_go_together_is_refused(case):
     assert " must " in refusal(*case)
 
 
-def test_compiled_layers_too(folder, reference, tmp_path):
-    (tmp_path / "reference").write_bytes(pickle.dumps(reference[()]))
+def test_compiled_layers_too(folder, mixture, reference, reference_of_experts):
+    for path, steps in ((folder, reference), (mixture, reference_of_experts)):
+        (path / "reference").write_bytes(pickle.dumps(steps[()]))
     script = ROOT / "tests/stages/compiled_combinations.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
-        [*command, script, folder, tmp_path / "reference"],
+        [*command, script, folder, mixture],
         capture_output=True,
         text=True,
         env=environment,

@@ -100,6 +100,16 @@ def router_figures(
 
 def _sum_over(values: Tensor, sequence: SequenceGroup) -> Tensor:
     """Summed over the ranks that hold a row; not differentiable."""
-    if sequence.size > 1:
-        dist.all_reduce(values, group=_resolve_process_group(cast("dist.GroupName", sequence.name)))
-    return values
+    return _sum_over_ranks(values, sequence.name) if sequence.size > 1 else values
+
+
+@torch.library.custom_op("triptych_models::sum_over_ranks", mutates_args=())
+def _sum_over_ranks(values: Tensor, group: str) -> Tensor:
+    total = values.clone()
+    dist.all_reduce(total, group=_resolve_process_group(cast("dist.GroupName", group)))
+    return total
+
+
+@_sum_over_ranks.register_fake
+def _(values: Tensor, group: str) -> Tensor:
+    return torch.empty_like(values)
