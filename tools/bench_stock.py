@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -56,6 +57,11 @@ class StockModel(nn.Module):
         total = hidden.new_zeros((), dtype=torch.float32)
         pieces = hidden[0].split(WIDEST), shift_labels[0].split(WIDEST)
         for rows, labels in zip(*pieces, strict=True):
-            logits = self.hf.lm_head(rows).float()
-            total = total + F.cross_entropy(logits, labels, reduction="sum")
+            if len(pieces[0]) > 1:  # several would not fit beside each other
+                total = total + checkpoint(self._loss, rows, labels, use_reentrant=False)
+            else:
+                total = total + self._loss(rows, labels)
         return LossOutput(total, num_targets, {})
+
+    def _loss(self, rows: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.hf.lm_head(rows).float(), labels, reduction="sum")

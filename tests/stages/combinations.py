@@ -67,8 +67,9 @@ EXACT = {
     "expert": [
         *("0 full muon", "0 selective states", "1 full states", "1 offload muon"),
         *("2 selective muon", "2 full states", "3 offload states", "3 selective muon"),
+        *("0 bf16", "1 bf16", "3 bf16"),
     ],
-    "sequence and expert": ["0 full states", "1 selective muon", "2 offload", "3 full states"],
+    "sequence and expert": ["0 full states", "1 selective muon", "2 offload bf16", "3 full states"],
 }
 # By torchrun, since torch.compile does not work in forked children.
 COMPILED = {

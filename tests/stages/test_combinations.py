@@ -21,7 +21,7 @@ from tests.stages.combinations import COMPILED, EXACT, MIXTURES, MODES, REFUSED,
 from tests.stages.one_step import Step, compare, on_a_rank
 from tests.tiny import ROOT
 
-ROUNDING = 3e-2  # of bf16
+ROUNDING = 3e-2  # of bf16 in another order; from fp32 it is up to 4.2e-2 on one rank alone
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def reference(folder) -> Steps:
 
 @pytest.fixture(scope="module")
 def reference_of_experts(mixture) -> Steps:
-    return steps_of_one_rank(mixture, [(), ("muon",), ("states",)])
+    return steps_of_one_rank(mixture, [(), ("muon",), ("states",), ("bf16",)])
 
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in MIXTURES])
@@ -76,7 +76,12 @@ def check_steps(folder: Path, reference: Steps, mode: str) -> None:
     for run, *by_rank in zip(EXACT[mode], *results, strict=True):
         kind = tuple(name for name in ("muon", "states", "bf16") if name in run.split())
         for found in by_rank:
-            compare(found, reference[kind], f"{mode}: {run}", ROUNDING if "bf16" in kind else 1e-5)
+            if "bf16" not in kind:
+                compare(found, reference[kind], f"{mode}: {run}")
+                continue
+            compare(found, reference[kind], f"{mode}: {run}", ROUNDING)
+            in_fp32 = tuple(name for name in kind if name != "bf16")
+            compare(found, reference[in_fp32], f"{mode}: {run}, against fp32", 2 * ROUNDING)
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=" ".join)
