@@ -21,7 +21,8 @@ from tests.stages.combinations import COMPILED, EXACT, MIXTURES, MODES, REFUSED,
 from tests.stages.one_step import Step, compare, on_a_rank
 from tests.tiny import ROOT
 
-ROUNDING = 3e-2  # of bf16 in another order; from fp32 it is up to 4.2e-2 on one rank alone
+ROUNDING = 3e-2  # of bf16 in another order
+FROM_FP32 = 6e-2  # of bf16 with experts; on one rank alone it is up to 4.2e-2
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +81,8 @@ def check_steps(folder: Path, reference: Steps, mode: str) -> None:
                 compare(found, reference[kind], f"{mode}: {run}")
                 continue
             compare(found, reference[kind], f"{mode}: {run}", ROUNDING)
-            in_fp32 = tuple(name for name in kind if name != "bf16")
-            compare(found, reference[in_fp32], f"{mode}: {run}, against fp32", 2 * ROUNDING)
+            if mode in MIXTURES:
+                compare(found, reference[()], f"{mode}: {run}, against fp32", FROM_FP32)
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=" ".join)
