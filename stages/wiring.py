@@ -282,7 +282,7 @@ def build_job(config: PackedConfig, runtime: "Runtime") -> Job:
 
 
 def run(config: PackedConfig) -> None:
-    """Train, evaluate, export; or show the plan, or verify."""
+    """Train, evaluate, export; or show the plan, verify, or replay a step."""
     config.model.check_path(config.optim.lr_by_part)
     if config.plan.show != "no":
         from triptych_core.plan.plan import show_plan
@@ -293,6 +293,11 @@ def run(config: PackedConfig) -> None:
         from verifying import verify
 
         verify(config)
+        return
+    if config.replay.step != "no":
+        from replaying import replay
+
+        replay(config)
         return
     # Not at the top: the configuration is checked before torch is imported.
     from triptych_core.checkpoint.saver import Saver, resume

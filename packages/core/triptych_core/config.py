@@ -22,6 +22,7 @@ from triptych_core.faults.config import LossGuardConfig
 from triptych_core.parallel.expert_config import check_expert
 from triptych_core.parallel.tensor_config import check_tensor
 from triptych_core.plan.config import PlanConfig
+from triptych_core.replay.config import ReplayConfig
 from triptych_core.sections import (
     CheckpointConfig,
     EngineConfig,
@@ -50,6 +51,7 @@ class StageConfig(Section):
     log: LogConfig = LogConfig()
     plan: PlanConfig = PlanConfig()
     verify: VerifyConfig = VerifyConfig()
+    replay: ReplayConfig = ReplayConfig()
 
     @model_validator(mode="after")
     def _check_optimizer(self) -> StageConfig:
@@ -97,7 +99,13 @@ Config = TypeVar("Config", bound=BaseModel)
 Stage = TypeVar("Stage", bound=StageConfig)
 
 
-_OPTIONS = ["--config", "--plan", "--json", "--verify", "--print-config", "--help"]
+# What is done instead of training: its key, and what that is by default.
+_INSTEAD = {
+    "--plan": ("plan.show", "table"),
+    "--verify": ("verify.only", "true"),
+    "--replay": ("replay.step", "last"),
+}
+_OPTIONS = ["--config", "--plan", "--json", "--verify", "--replay", "--print-config", "--help"]
 
 
 def parse_args(cls: type[Config], argv: Sequence[str], description: str = "") -> Config:
@@ -109,7 +117,7 @@ def parse_args(cls: type[Config], argv: Sequence[str], description: str = "") ->
     path: Path | None = None
     overrides: list[str] = []
     print_only = False
-    words = iter(argv)
+    words = iter(sorted(argv, key=lambda word: word == "--json"))  # it says how: behind --plan
     for word in words:
         name, _, inline = word.partition("=")
         if word in ("-h", "--help"):
@@ -121,12 +129,13 @@ def parse_args(cls: type[Config], argv: Sequence[str], description: str = "") ->
             _ = inline or next(words, "")
         elif word == "--print-config":
             print_only = True
-        elif word == "--plan":
-            overrides.append(f"plan.show={'json' if '--json' in argv else 'table'}")
         elif word == "--json" and "--plan" in argv:
-            pass
-        elif word == "--verify":
-            overrides.append("verify.only=true")
+            overrides.append("plan.show=json")
+        elif name in _INSTEAD:
+            key, value = _INSTEAD[name]
+            overrides.append(f"{key}={inline or value}")
+        elif word.isdigit() and overrides[-1:] == ["replay.step=last"]:
+            overrides[-1] = f"replay.step={word}"
         elif not word.startswith("-") and "=" in word:
             overrides.append(word)
         else:
@@ -190,6 +199,8 @@ def render_help(cls: type[BaseModel], description: str = "") -> str:
         "  --plan             print what a step needs under each ZeRO stage, and exit",
         "  --plan --json      the same, sizes in bytes",
         "  --verify           check this configuration on its first rows, and exit",
+        "  --replay [STEP]    run the batch of a step again without its update, by default of the",
+        "                     last that was left out, and say what is wrong with it",
         "  --print-config     print the resolved tree and exit",
         "  --help             this text",
         "",

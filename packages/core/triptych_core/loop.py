@@ -41,10 +41,11 @@ def train(
     metrics: Metrics,
     part: Part = whole_row,
     start_step: int = 0,
+    last_step: int | None = None,
     on_step: Sequence[Callable[[int], None]] = (),
     oversight: Oversight | None = None,
 ) -> None:
-    """Take optimizer steps until `config.run.steps`.
+    """Take optimizer steps until `last_step`, by default `config.run.steps`.
 
     The loss of a step is the sum over its target tokens divided by their number, over the whole
     accumulation window and all data ranks: never a mean of means. `on_step` functions are called
@@ -60,7 +61,7 @@ def train(
     replicas = world_size // parallel.tensor
     watch = oversight or Oversight(engine, config, metrics.note, Resumed(start_step))
     engine.train()
-    for step in range(start_step + 1, config.run.steps + 1):
+    for step in range(start_step + 1, (last_step or config.run.steps) + 1):
         started = time.perf_counter()
         watch.heart.begin(step)
         scale = lr_scale(config.schedule, step, config.run.steps)

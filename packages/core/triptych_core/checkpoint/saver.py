@@ -142,7 +142,12 @@ def resume(engine: Any, config: StageConfig, batches: Resumable) -> Resumed:
             "checkpoint.resume: must be auto where a run has checkpoints, got never with "
             f"{found[-1]}; choose another run.dir or remove the folder"
         )
-    loaded = load_checkpoint(engine, config, newest_whole(found))
+    return go_on_from(engine, config, batches, newest_whole(found))
+
+
+def go_on_from(engine: Any, config: StageConfig, batches: Resumable, path: Path) -> Resumed:
+    """Go on from this checkpoint, which is whole. Raises ValueError where it does not fit."""
+    loaded = load_checkpoint(engine, config, path)
     batches.load_state_dict(loaded.data)
     other_data = batches.state_dict().get("resumed_anyway")
     record = loaded.record | ({"data": other_data} if other_data else {})

@@ -41,7 +41,7 @@ class LossGuard:
         self, engine: Any, config: StageConfig, say: Callable[[str], None], start_step: int = 0
     ) -> None:
         guard = config.loss_guard
-        self._engine, self._config, self._say = engine, guard, say
+        self.engine, self._config, self._say = engine, guard, say
         self._path = config.run.dir / SKIPPED
         self._window = LossWindow(guard.window, guard.sigma, guard.min_steps, engine.device)
         self._in_a_row = 0
@@ -50,7 +50,7 @@ class LossGuard:
         self._packs: list[dict[str, Any]] = []
         self._step = start_step
         if self.is_on:
-            _optimizer(engine).ask = self._admit
+            optimizer_of(engine).ask = self._admit
             if dist.get_rank() == 0:
                 keep_steps_until(self._path, start_step)
 
@@ -87,7 +87,7 @@ class LossGuard:
             return
         self._in_a_row += 1
         if self._report is not None:
-            _optimizer(self._engine).forget_step()
+            optimizer_of(self.engine).forget_step()
         why = _reason(*report[1:])
         self._write(report, why)
         limit = 1 if self._config.mode == "stop" else self._config.max_in_a_row
@@ -115,7 +115,7 @@ class LossGuard:
         The optimizer asks with the scale it was given: DeepSpeed's once for each group.
         """
         if self._report is None:
-            self._report = self._judge(_norm(self._engine, self._loss.device))
+            self._report = self._judge(_norm(self.engine, self._loss.device))
         is_taken = self._report[0] > 0
         scale = torch.ones_like(self._report[0]) if scale is None else scale
         return torch.where(is_taken.to(scale.device), scale, torch.nan)
@@ -145,7 +145,7 @@ class LossGuard:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _optimizer(engine: Any) -> Any:
+def optimizer_of(engine: Any) -> Any:
     """Ours, whatever DeepSpeed has wrapped it in."""
     optimizer = engine.optimizer
     return optimizer if engine.zero_optimization_stage() == 0 else optimizer.optimizer

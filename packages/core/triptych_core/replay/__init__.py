@@ -1,0 +1,1 @@
+"""`--replay`: the batch of a step once more, without an update, looked at closely."""
