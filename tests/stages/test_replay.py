@@ -71,7 +71,7 @@ def files(run_dir: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in every if "replay" not in p.parts}
 
 
-@pytest.fixture(scope="module", params=[0, 3])
+@pytest.fixture(scope="module", params=[0])
 def run(request, workspace) -> tuple[Path, list[str]]:
     """Two ranks, two packs each, of which some step is called a spike; its folder and words."""
     run_dir = workspace / f"run-{request.param}"
