@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triptych_kernels.dispatch import assume_device
 
 from .config import ModelConfig
+from .experts import EVERY_EXPERT, ExpertGroup
 from .families import build_shell
 from .freeze import freeze
 from .layout import tower
@@ -46,18 +47,24 @@ def _attention_backward_bytes(d_out: Tensor, q: Tensor, k: Tensor, *rest: Any) -
 def _experts_bytes(
     x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, *rest: Any
 ) -> tuple[int, int]:
-    """What the experts' activations are and what they give, a row for each choice."""
-    hidden, width = down.shape[1:]
-    return weights.numel() * (width + hidden) * x.element_size(), 0
+    """What the experts' activations are and what they give, a row for each choice of one here."""
+    (hidden, width), parts = down.shape[1:], rest[-1]
+    return weights.numel() // parts * (width + hidden) * x.element_size(), 0
 
 
 def _experts_backward_bytes(
-    d_out: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, *rest: Any
+    d_out: Tensor,
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    pre: Tensor,
+    *rest: Any,
 ) -> tuple[int, int]:
     """Rows of d_out or x, and the gradients of all that lies between gate_up and down."""
     hidden, width = down.shape[1:]
     columns = max(hidden + 4 * width, 2 * hidden + 2 * width)
-    return weights.numel() * columns * x.element_size(), 0
+    return len(pre) * columns * x.element_size(), 0
 
 
 def _exchange_bytes(x: Tensor, *rest: Any) -> tuple[int, int]:
@@ -68,6 +75,21 @@ def _exchange_bytes(x: Tensor, *rest: Any) -> tuple[int, int]:
 def _exchange_crosses(x: Tensor, sends: list[int], *rest: Any) -> float:
     """All but a rank's own share."""
     return x.numel() * x.element_size() * (1 - 1 / len(sends))
+
+
+def _gather_crosses(x: Tensor, size: int, group: str) -> float:
+    """A rank's rows to each of the others."""
+    return float(x.numel() * x.element_size() * (size - 1))
+
+
+def _sum_bytes(x: Tensor, size: int, group: str) -> tuple[int, int]:
+    """What came from the others, and its sum in fp32."""
+    return x.numel() * (x.element_size() + 4 // size), 0
+
+
+def _sum_crosses(x: Tensor, size: int, group: str) -> float:
+    """All but a rank's own rows."""
+    return x.numel() * x.element_size() * (1 - 1 / size)
 
 
 def _nothing_on_device(x: Tensor) -> tuple[int, int]:
@@ -82,18 +104,27 @@ WORKSPACES = {
     "triptych::moe_mlp": _experts_bytes,
     "triptych::moe_mlp_backward": _experts_backward_bytes,
     "triptych_models::exchange": _exchange_bytes,
+    "triptych_models::sum_rows": _sum_bytes,
     "triptych_models::to_host": _nothing_on_device,
 }
 # What ops send to other ranks.
-CROSSINGS = {"triptych_models::exchange": _exchange_crosses}
+CROSSINGS = {
+    "triptych_models::exchange": _exchange_crosses,
+    "triptych_models::gather_rows": _gather_crosses,
+    "triptych_models::sum_rows": _sum_crosses,
+}
 
 
 def build_pretend_model(
-    config: ModelConfig, *, dtype: torch.dtype, sequence: SequenceGroup = ALONE
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    sequence: SequenceGroup = ALONE,
+    experts: ExpertGroup = EVERY_EXPERT,
 ) -> PackedModel:
     """The model of `build_model` on the meta device: config.json is read, weights are not."""
     with torch.device("meta"):
-        model = build_shell(config, dtype=dtype)
+        model = build_shell(config, dtype=dtype, experts=experts)
         model.set_sequence(sequence)
         freeze(model, config.freeze)
         if config.lora is not None:
