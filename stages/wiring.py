@@ -301,6 +301,7 @@ def run(config: PackedConfig) -> None:
         return
     # Not at the top: the configuration is checked before torch is imported.
     from triptych_core.checkpoint.saver import Saver, resume
+    from triptych_core.engine.averaged import averaged_weights
     from triptych_core.engine.recompiles import RecompileWatch
     from triptych_core.evaluation.evaluate import evaluate_if_due
     from triptych_core.faults.oversight import Oversight
@@ -308,7 +309,6 @@ def run(config: PackedConfig) -> None:
     from triptych_core.launch import shutdown
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
-    from triptych_core.optim.ema import averaged_weights
     from triptych_core.plan.postmortem import suggest_remedy
     from triptych_core.run import close_run, describe_run, open_run
     from triptych_data.heldout import Heldout

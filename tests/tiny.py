@@ -84,13 +84,41 @@ def whole_gradients(engine: Any) -> dict[str, torch.Tensor]:
     """Every parameter's gradient over all ranks, whole, whatever the engine has cut up."""
     from deepspeed.utils import safe_get_full_grad
 
-    light = engine.gradients() if engine.zero_optimization_stage() == 0 else None
+    light = engine.gradients() if is_light(engine) else None
     whole = safe_get_full_grad if light is None else light.get
-    return {
-        name: of_all_holders(p, whole(p).clone())
-        for name, p in engine.module.named_parameters()
-        if p.requires_grad
-    }
+    return {name: of_all_holders(p, whole(p).clone()) for name, p in trained(engine)}
+
+
+def whole_masters(engine: Any) -> dict[str, torch.Tensor]:
+    """Every parameter's fp32 master, whole but for tensor parallelism."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    light = engine.masters() if is_light(engine) else None
+    whole = safe_get_full_fp32_param if light is None else light.get
+    return {name: of_all_holders(p, whole(p).detach().clone()) for name, p in trained(engine)}
+
+
+def whole_states(engine: Any, key: str) -> dict[str, torch.Tensor]:
+    """A state of the optimizer by the parameters that have it, whole."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    if is_light(engine):
+        light = engine.states(key)
+        return {name: light[p].clone() for name, p in trained(engine) if p in light}
+    found = {name: safe_get_full_optimizer_state(p, key) for name, p in trained(engine)}
+    return {name: value.clone() for name, value in found.items() if value is not None}
+
+
+def is_light(engine: Any) -> bool:
+    """Whether the engine is our own, not DeepSpeed's."""
+    from triptych_core.engine.light import LightEngine
+
+    return isinstance(engine, LightEngine)
+
+
+def trained(engine: Any) -> list[tuple[str, Any]]:
+    """Parameters that train, by name."""
+    return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
 
 
 def of_all_holders(parameter: Any, gradient: torch.Tensor) -> torch.Tensor:

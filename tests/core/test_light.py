@@ -1,4 +1,4 @@
-"""The engine for ZeRO-0, and what it shares with ZeRO-3: sums of gradients, steps left out."""
+"""The engine for ZeRO-0 to 2, and what it shares with ZeRO-3: sums of gradients, steps left out."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def build(net: Net, *words: str) -> Any:
     return build_engine(net, optimizer, config.engine, config.optim, dist.get_world_size())
 
 
-def sums(micro_steps: int, bucket: int) -> dict[str, Tensor]:
+def sums(micro_steps: int, bucket: int, stage: int) -> dict[str, Tensor]:
     import torch.distributed as dist
 
     from triptych_core.engine import gradient_sums
@@ -65,7 +65,8 @@ def sums(micro_steps: int, bucket: int) -> dict[str, Tensor]:
     net = make_net()
     engine = build(
         net,
-        "engine.zero.stage=0",
+        f"engine.zero.stage={stage}",
+        f"engine.zero.bucket_size={bucket}",
         "engine.precision=fp32",
         f"engine.gradient_accumulation_steps={micro_steps}",
     )
@@ -74,18 +75,20 @@ def sums(micro_steps: int, bucket: int) -> dict[str, Tensor]:
         engine.backward(loss)
         if micro_step < micro_steps - 1:
             engine.step()
-    return {name: engine.gradients()[p].clone() for name, p in net.named_parameters()}
+    gradients = engine.gradients()
+    return {name: gradients[p].clone() for name, p in net.named_parameters()}
 
 
 @pytest.mark.parametrize("bucket", [1, 40, 10**6])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize(("world_size", "micro_steps"), [(1, 2), (2, 1), (2, 3)])
-def test_sums_over_ranks_and_micro_steps(world_size, micro_steps, bucket):
+def test_sums_over_ranks_and_micro_steps(world_size, micro_steps, stage, bucket):
     net = make_net().double()
     for rank in range(world_size):
         for micro_step in range(micro_steps):
             loss = net(rows(rank, micro_step).double(), micro_step < micro_steps - 1)
             (loss / world_size).backward()
-    for found in run_ranks(sums, world_size, micro_steps, bucket):
+    for found in run_ranks(sums, world_size, micro_steps, bucket, stage):
         for name, parameter in net.named_parameters():
             wanted = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             torch.testing.assert_close(found[name].double(), wanted, rtol=1e-5, atol=1e-6)
@@ -93,6 +96,8 @@ def test_sums_over_ranks_and_micro_steps(world_size, micro_steps, bucket):
 
 def steps_with_one_overflow(words: list[str]) -> tuple[list[dict[str, Tensor]], list[float]]:
     """Masters after each of three steps, the second with an infinite gradient; and norms."""
+    from triptych_core.engine.masters import flats_of
+
     net = make_net()
     engine = build(net, *words)
     found, norms = [], []
@@ -100,11 +105,7 @@ def steps_with_one_overflow(words: list[str]) -> tuple[list[dict[str, Tensor]], 
         engine.backward(engine(x=rows(0, 0).to(net.first.weight.dtype), with_late=True) * factor)
         engine.step()
         norms.append(float(engine.get_global_grad_norm()))
-        masters = (
-            engine.masters.values()
-            if engine.zero_optimization_stage() == 0
-            else engine.optimizer.fp32_partitioned_groups_flat
-        )
+        masters = [flat.master for flat in flats_of(engine)]
         states = engine.optimizer.optimizer.state if hasattr(engine.optimizer, "optimizer") else {}
         states = states or engine.optimizer.state
         found.append(
@@ -119,7 +120,7 @@ def steps_with_one_overflow(words: list[str]) -> tuple[list[dict[str, Tensor]], 
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("max_norm", [0, 0.1])
 def test_a_step_whose_gradients_overflow_is_left_out(stage, optimizer, max_norm):
     words = [

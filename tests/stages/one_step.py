@@ -44,7 +44,7 @@ def one_step(folder: Path, runtime: Any, run_dir: Path, words: list[str]) -> Ste
     import torch.distributed as dist
 
     from tests.stages.test_sequence import family_of, rows
-    from tests.tiny import sft_stage, whole_gradients
+    from tests.tiny import sft_stage, whole_gradients, whole_masters
     from triptych_core.config import load_config
     from triptych_core.engine.build import (
         build_engine,
@@ -141,18 +141,6 @@ def one_step(folder: Path, runtime: Any, run_dir: Path, words: list[str]) -> Ste
     engine.destroy()
     dist.barrier()
     return Step(json.loads((run_dir / "metrics.jsonl").read_text()), gradients, masters)
-
-
-def whole_masters(engine: Any) -> dict[str, torch.Tensor]:
-    """Every parameter's fp32 master, whole but for tensor parallelism."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    from tests.tiny import of_all_holders
-
-    named = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
-    light = engine.zero_optimization_stage() == 0
-    master = engine.masters.get if light else safe_get_full_fp32_param
-    return {name: of_all_holders(p, master(p).detach().clone()) for name, p in named.items()}
 
 
 def compare(found: Step, wanted: Step, where: str, tolerance: float = 1e-5) -> None:

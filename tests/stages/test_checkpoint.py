@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.ranks import run_ranks
 from tests.stages.test_muon import Toy, config_of, packs, part
+from tests.tiny import trained, whole_masters, whole_states
 
 SAVED, STEPS, PACKS = 2, 3, 2  # packs of a step, on one rank or two
 STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -107,37 +108,21 @@ def build(config: Any, seed: int) -> Any:
     optimizer = build_optimizer(groups, config.optim)
     engine = build_engine(model, optimizer, config.engine, config.optim, world_size)
     engine.gather = read_parameters(config.engine)
-    engine.by_muon = set(matrix_shapes(model)) if config.optim.name == "muon" else set()
     return engine
 
 
 def held(engine: Any) -> dict[str, Tensor]:
-    """Masters, states and weights, whole, by DeepSpeed's own maps of them."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    stage = engine.zero_optimization_stage()
-    if stage in (1, 2):
-        # DeepSpeed 0.19.8 links the states of all groups once, when only the first has any.
-        engine.optimizer._hp_optimizer_states_linked = False
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    """Masters, states and weights, whole."""
     found = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
     for name, parameter in engine.module.named_parameters():
         with engine.gather([parameter]):
             found[f"{name} weight"] = parameter.detach().clone()
-        if not parameter.requires_grad:
-            continue
-        keys = ("momentum_buffer",) if name in engine.by_muon else ("exp_avg", "exp_avg_sq")
-        keys = (*keys, "average")
-        if stage == 0:
-            master = engine.masters[parameter]
-            state = engine.optimizer.state[master]
-            found |= {f"{name} {key}": state[key].float().clone() for key in keys}
-        else:
-            master = safe_get_full_fp32_param(parameter)
-            for key in keys:
-                value = safe_get_full_optimizer_state(parameter, key)
-                found[f"{name} {key}"] = value.float().clone()
-        found[f"{name} master"] = master.detach().clone()
+    found |= {f"{name} master": master for name, master in whole_masters(engine).items()}
+    for key in ("momentum_buffer", "exp_avg", "exp_avg_sq", "average"):
+        states = whole_states(engine, key)
+        found |= {f"{name} {key}": state.float() for name, state in states.items()}
+    expected = {f"{name} average" for name, _ in trained(engine)}
+    assert expected <= found.keys()
     return found
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.ranks import run_ranks
 from tests.stages.test_checkpoint import Stream, build, join
 from tests.stages.test_muon import STEPS, config_of, packs
+from tests.tiny import whole_masters
 
 STEPS_TAKEN, DECAY = 20, 0.8
 LAYOUTS = [
@@ -37,14 +38,8 @@ class Endless(Stream):
 
 
 def masters(engine: Any) -> dict[str, Tensor]:
-    """Whole, in fp64, gathered by DeepSpeed."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    named = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
-    whole = (
-        engine.masters.get if engine.zero_optimization_stage() == 0 else safe_get_full_fp32_param
-    )
-    return {name: whole(p).detach().double().clone() for name, p in named.items()}
+    """Whole, in fp64."""
+    return {name: master.double() for name, master in whole_masters(engine).items()}
 
 
 def weights(engine: Any) -> dict[str, Tensor]:
@@ -59,9 +54,9 @@ def averages(path: Path) -> Iterator[dict[str, Any]]:
     """Of each layout: all masters, then what averaged_weights showed and left behind."""
     import torch.distributed as dist
 
+    from triptych_core.engine.averaged import averaged_weights
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
-    from triptych_core.optim.ema import averaged_weights
 
     rank, world_size = join()
     for number, (stage, precision, optimizer, warmup) in enumerate(LAYOUTS):

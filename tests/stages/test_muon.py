@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.ranks import run_ranks
+from tests.tiny import whole_masters
 
 STEPS, VOCABULARY, WIDTH = 5, 19, 12
 LR, MUON_LR = 3e-3, 2e-2
@@ -164,7 +165,6 @@ def build(config: Any) -> Any:
 def trained(run_dir: Path, overrides: list[str]) -> tuple[list[float], dict[str, Tensor]]:
     """Losses and final weights of the real loop; a resumed run goes on from its checkpoint."""
     import torch.distributed as dist
-    from deepspeed.utils import safe_get_full_fp32_param
 
     from triptych_core.checkpoint.saver import Saver, resume
     from triptych_core.loop import train
@@ -185,11 +185,7 @@ def trained(run_dir: Path, overrides: list[str]) -> tuple[list[float], dict[str,
             start_step=start,
             on_step=[Saver(engine, config, stream, metrics)],
         )
-    weights = {}
-    for name, parameter in engine.module.named_parameters():
-        is_whole = config.engine.stage == 0
-        master = engine.masters[parameter] if is_whole else safe_get_full_fp32_param(parameter)
-        weights[name] = master.detach().clone().view(-1)
+    weights = {name: master.view(-1) for name, master in whole_masters(engine).items()}
     engine.destroy()
     dist.barrier()
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]

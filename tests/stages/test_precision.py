@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.tiny import make_model_dir, make_shards
+from tests.tiny import make_model_dir, make_shards, whole_gradients, whole_masters
 
 STEPS = 3
 CASES = {
@@ -87,7 +87,7 @@ def train_one(workspace: Path, name: str, words: list[str]) -> dict[str, Any]:
     optimizer = build_optimizer(groups, config.optim)
     engine = build_engine(model, optimizer, config.engine, config.optim, runtime.world_size)
 
-    wanted = {n: m.double().clone().requires_grad_() for n, m in masters(engine).items()}
+    wanted = {n: m.double().clone().requires_grad_() for n, m in whole_masters(engine).items()}
     start = {n: w.detach().clone() for n, w in wanted.items()}
     plain_adamw = torch.optim.AdamW(
         [{"params": [w], "weight_decay": decay_of[n]} for n, w in wanted.items()],
@@ -99,7 +99,7 @@ def train_one(workspace: Path, name: str, words: list[str]) -> dict[str, Any]:
 
     def step_both() -> None:
         if engine.is_gradient_accumulation_boundary():
-            for parameter_name, gradient in gradients(engine).items():
+            for parameter_name, gradient in whole_gradients(engine).items():
                 wanted[parameter_name].grad = gradient.double()
             plain_adamw.step()
         take_step()
@@ -107,7 +107,7 @@ def train_one(workspace: Path, name: str, words: list[str]) -> dict[str, Any]:
     engine.step = step_both
     with Metrics(config, rank=runtime.rank, world_size=runtime.world_size) as metrics:
         train(engine, iter(batches), config, flops=model.flops, metrics=metrics)
-    ours = masters(engine)
+    ours = whole_masters(engine)
     update = max((wanted[n] - start[n]).abs().max().item() for n in wanted)
     off = max((ours[n].double() - wanted[n]).abs().max().item() for n in wanted)
     dtypes = {str(m.dtype) for m in ours.values()}
@@ -119,26 +119,6 @@ def train_one(workspace: Path, name: str, words: list[str]) -> dict[str, Any]:
         "off": off / update,
         "dtypes": dtypes,
     }
-
-
-def masters(engine: Any) -> dict[str, torch.Tensor]:
-    """The fp32 weights the optimizer really updates, whole."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    if engine.zero_optimization_stage() == 0:
-        found = {n: engine.masters[p] for n, p in engine.module.named_parameters()}
-    else:
-        found = {n: safe_get_full_fp32_param(p) for n, p in engine.module.named_parameters()}
-    return {n: m.detach().clone() for n, m in found.items()}
-
-
-def gradients(engine: Any) -> dict[str, torch.Tensor]:
-    """The gradients of this step, averaged over ranks, whole."""
-    from deepspeed.utils import safe_get_full_grad
-
-    if engine.zero_optimization_stage() == 0:
-        return {n: engine.gradients()[p] for n, p in engine.module.named_parameters()}
-    return {n: safe_get_full_grad(p) for n, p in engine.module.named_parameters()}
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "window" not in name])  # other rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +48,7 @@ class GradientSums:
     ) -> None:
         self._reduce_dtype = reduce_dtype
         kept = torch.float32 if micro_steps > 1 else reduce_dtype
-        self._buckets = [_make(some, kept) for some in _split(parameters, bucket)]
+        self._buckets = [_make(some, kept) for some in split_parameters(parameters, bucket)]
         self._bucket_of = {p: each for each in self._buckets for p in each.places}
         self._summed: set[nn.Parameter] = set()  # those with a gradient in this window
         self._next = 0  # the bucket to be reduced: the same order on every rank
@@ -106,19 +106,11 @@ class GradientSums:
         self._next = end
 
 
-def _await(bucket: _Bucket) -> None:
-    if bucket.work is not None:
-        bucket.work.wait()
-        assert bucket.sent is not None
-        if bucket.sent is not bucket.flat:
-            bucket.flat.copy_(bucket.sent)
-        bucket.work = bucket.sent = None
-
-
-def _split(parameters: Sequence[nn.Parameter], size: int) -> Iterator[list[nn.Parameter]]:
+def split_parameters(parameters: Iterable[nn.Parameter], size: int) -> Iterator[list[nn.Parameter]]:
+    """Neighbours of one dtype that the same ranks hold, up to the first that makes `size`."""
     some: list[nn.Parameter] = []
     for parameter in parameters:
-        if some and replicas_of(parameter) is not replicas_of(some[0]):
+        if some and not _go_together(parameter, some[0]):
             yield some
             some = []
         some.append(parameter)
@@ -127,6 +119,19 @@ def _split(parameters: Sequence[nn.Parameter], size: int) -> Iterator[list[nn.Pa
             some = []
     if some:
         yield some
+
+
+def _go_together(one: nn.Parameter, other: nn.Parameter) -> bool:
+    return one.dtype == other.dtype and replicas_of(one) is replicas_of(other)
+
+
+def _await(bucket: _Bucket) -> None:
+    if bucket.work is not None:
+        bucket.work.wait()
+        assert bucket.sent is not None
+        if bucket.sent is not bucket.flat:
+            bucket.flat.copy_(bucket.sent)
+        bucket.work = bucket.sent = None
 
 
 def _make(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> _Bucket:

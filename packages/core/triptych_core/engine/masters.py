@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from triptych_core.optim.shards import Flat, flat_masters, whole_masters
+from triptych_core.engine.light import LightEngine
+from triptych_core.optim.shards import Flat, flat_masters
 
 
 def flats_of(engine: Any) -> Iterable[Flat]:
     """The flat masters of this rank, in the order of the optimizer's groups."""
-    if engine.zero_optimization_stage() == 0:
-        return whole_masters(engine.masters)
+    if isinstance(engine, LightEngine):
+        return engine.flats()
     return flat_masters(engine.optimizer)
 
 
@@ -31,7 +32,7 @@ def changed_masters(engine: Any) -> Iterator[None]:
 
 def _refresh_weights(engine: Any) -> None:
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    if stage == 0:
+    if isinstance(engine, LightEngine):
         engine.refresh_weights()
     elif stage < 3:
         optimizer.update_lp_params()

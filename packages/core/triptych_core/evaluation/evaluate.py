@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 
 from triptych_core.config import EvaluationConfig, StageConfig, is_due
+from triptych_core.engine.averaged import averaged_weights
 from triptych_core.evaluation.answers import METRICS, check_question, exact_match
 from triptych_core.lines import read_lines, write_lines
 from triptych_core.loop import Batch, Part, to_device, whole_row
 from triptych_core.metrics import Metrics
-from triptych_core.optim.ema import averaged_weights
 
 
 class Question(Protocol):

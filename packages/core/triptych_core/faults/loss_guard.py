@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from triptych_core.config import StageConfig
+from triptych_core.engine.light import LightEngine
 from triptych_core.faults.codes import DIVERGED, EndsRun
 from triptych_core.faults.loss_window import LossWindow
 from triptych_core.lines import keep_steps_until
@@ -148,12 +149,12 @@ class LossGuard:
 def optimizer_of(engine: Any) -> Any:
     """Ours, whatever DeepSpeed has wrapped it in."""
     optimizer = engine.optimizer
-    return optimizer if engine.zero_optimization_stage() == 0 else optimizer.optimizer
+    return optimizer if isinstance(engine, LightEngine) else optimizer.optimizer
 
 
 def _norm(engine: Any, device: torch.device) -> Tensor:
     """The gradient norm of the update that is about to be made, () fp32."""
-    if engine.zero_optimization_stage() == 0:
+    if isinstance(engine, LightEngine):
         norm = engine.get_global_grad_norm()
     else:
         norm = engine.optimizer._global_grad_norm  # the engine's own is that of the step before

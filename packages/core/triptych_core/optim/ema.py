@@ -7,21 +7,15 @@ holds, it needs no rank but its own, and is saved, cut anew and loaded as they a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from triptych_core.engine.masters import changed_masters, flats_of
-
 AVERAGE = "average"  # its key in a master's state
 COUNT = "averaged"  # updates that are in it
-
-# Elements that are exchanged at a time: what the exchange needs beside both.
-_CHUNK = 1 << 24
 
 States = MutableMapping[Tensor, Any]
 
@@ -60,36 +54,3 @@ class Ema:
         if not self.warmup:
             return self.decay
         return min(self.decay, (1 + update) / (10 + update))
-
-
-@contextmanager
-def averaged_weights(engine: Any) -> Iterator[None]:
-    """While a model runs, or is exported, with the averages of its weights, where it has any.
-
-    Masters and averages change places, and change back: to the last bit. Every rank takes part.
-    """
-    states = engine.optimizer.state
-    pairs = [
-        (flat.master, states[flat.master][AVERAGE])
-        for flat in flats_of(engine)
-        if AVERAGE in states.get(flat.master, {})
-    ]
-    if not pairs:
-        yield
-        return
-    _exchange(engine, pairs)
-    try:
-        yield
-    finally:
-        _exchange(engine, pairs)
-
-
-@torch.no_grad()
-def _exchange(engine: Any, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    with changed_masters(engine):
-        for master, average in pairs:
-            flats = master.detach().view(-1), average.view(-1)
-            for ours, theirs in zip(*(flat.split(_CHUNK) for flat in flats), strict=True):
-                kept = ours.clone()
-                ours.copy_(theirs)
-                theirs.copy_(kept)

@@ -1,8 +1,9 @@
-"""Where parameters, and matrices in them, lie in the flat fp32 masters that DeepSpeed cuts.
+"""Where parameters, and matrices in them, lie in the flat fp32 masters that ZeRO cuts.
 
-ZeRO-1/2 flatten a whole parameter group and give every rank one equal stretch of it; ZeRO-3 cuts
-every parameter by itself and flattens a rank's parts of a sub-group. Both are: a parameter is a run
-of elements, and a few ranks hold a stretch of that run each, somewhere in their own flat tensor.
+DeepSpeed's ZeRO-1/2 flatten a whole parameter group and give every rank one equal stretch of it,
+ours do so bucket by bucket; ZeRO-3 cuts every parameter by itself and flattens a rank's parts of a
+sub-group. All are: a parameter is a run of elements, and a few ranks hold a stretch of that run
+each, somewhere in their own flat tensor.
 Read in DeepSpeed 0.19.8: stage_1_and_2.py, bf16_optimizer.py, stage3.py.
 """
 
@@ -89,19 +90,14 @@ class Flat:
                     yield run.parameter, piece
 
 
-def find_shards(optimizer: Any, shapes: Shapes) -> list[Shard]:
-    """The masters of DeepSpeed's ZeRO `optimizer` that hold matrices, in the order of its groups.
+def find_shards(flats: Iterable[Flat], shapes: Shapes) -> list[Shard]:
+    """Of an engine's masters those that hold matrices, in their order.
 
     Args:
-        optimizer: `engine.optimizer` of ZeRO-1, 2 or 3.
+        flats: all masters of this rank.
         shapes: the matrices of each of the model's parameters; others are left out.
     """
-    return _with_matrices(flat_masters(optimizer), shapes)
-
-
-def whole_shards(masters: Mapping[nn.Parameter, Tensor], shapes: Shapes) -> list[Shard]:
-    """The masters that hold matrices where nothing is cut: one for each parameter (ZeRO-0)."""
-    return _with_matrices(whole_masters(masters), shapes)
+    return [shard for flat in flats if (shard := flat.shard(shapes)).matrices]
 
 
 def flat_masters(optimizer: Any) -> Iterator[Flat]:
@@ -131,8 +127,15 @@ def whole_masters(masters: Mapping[nn.Parameter, Tensor]) -> Iterator[Flat]:
         yield Flat(master, (_Run(parameter, 0, (whole,)),), None)
 
 
-def _with_matrices(flats: Iterable[Flat], shapes: Shapes) -> list[Shard]:
-    return [shard for flat in flats if (shard := flat.shard(shapes)).matrices]
+def even_flat(master: Tensor, begins: Mapping[Any, int], group: Any) -> Flat:
+    """A master that is this rank's part of a run which the ranks of `group` cut evenly.
+
+    `begins` says where in the run each parameter begins.
+    """
+    size = master.numel()
+    ranks = range(dist.get_world_size(group))
+    cuts = tuple(_Cut(rank, rank * size, (rank + 1) * size, 0) for rank in ranks)
+    return Flat(master, tuple(_Run(p, begin, cuts) for p, begin in begins.items()), group)
 
 
 def _stage_1_or_2(
@@ -143,16 +146,11 @@ def _stage_1_or_2(
 ) -> Iterator[Flat]:
     """Parameters end to end, rank r holding elements r * size to (r + 1) * size of the group."""
     for index, (master, group) in enumerate(zip(masters, groups, strict=True)):
-        size = master.numel()
-        num_ranks = dist.get_world_size(process_groups[index])
-        cuts = tuple(_Cut(rank, rank * size, (rank + 1) * size, 0) for rank in range(num_ranks))
-        runs: list[_Run] = []
-        at = 0
+        begins, at = {}, 0
         for number, parameter in enumerate(group):
-            begin = at if offsets is None else offsets[index][number]
-            runs.append(_Run(parameter, begin, cuts))
-            at = begin + parameter.numel()
-        yield Flat(master, tuple(runs), process_groups[index])
+            begins[parameter] = at if offsets is None else offsets[index][number]
+            at = begins[parameter] + parameter.numel()
+        yield even_flat(master, begins, process_groups[index])
 
 
 def _stage_3(optimizer: Any) -> Iterator[Flat]:
