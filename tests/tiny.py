@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -105,8 +106,11 @@ def whole_states(engine: Any, key: str) -> dict[str, torch.Tensor]:
     if is_light(engine):
         light = engine.states(key)
         return {name: light[p].clone() for name, p in trained(engine) if p in light}
-    found = {name: safe_get_full_optimizer_state(p, key) for name, p in trained(engine)}
-    return {name: value.clone() for name, value in found.items() if value is not None}
+    found = {}
+    for name, p in trained(engine):
+        with suppress(KeyError):  # on every rank, before anything crosses them
+            found[name] = safe_get_full_optimizer_state(p, key).clone()
+    return found
 
 
 def is_light(engine: Any) -> bool:

@@ -106,7 +106,7 @@ class OptimConfig(Section):
 
 
 class ZeroConfig(Section):
-    """What DeepSpeed partitions over data-parallel ranks."""
+    """What is partitioned over data-parallel ranks."""
 
     stage: Literal[0, 1, 2, 3, "auto"] = Field(
         "auto",
@@ -116,7 +116,10 @@ class ZeroConfig(Section):
     offload_optimizer: bool = Field(False, description="keep optimizer states in host memory")
     offload_params: bool = Field(False, description="keep parameters in host memory (stage 3)")
     bucket_size: int = Field(
-        500_000_000, ge=1, description="elements per reduce and all-gather bucket"
+        500_000_000,
+        ge=1,
+        description="elements per reduce and all-gather bucket; our own ZeRO-1 and 2 take at most "
+        "25 million",
     )
     persistence_threshold: int = Field(
         100_000, ge=0, description="stage 3: parameters below this many elements stay whole"
@@ -124,6 +127,11 @@ class ZeroConfig(Section):
     max_live: int = Field(
         1_000_000_000, ge=1, description="stage 3: elements that may be whole at the same time"
     )
+
+    @property
+    def offloads(self) -> bool:
+        """Whether anything is kept in host memory."""
+        return self.offload_optimizer or self.offload_params
 
 
 class EngineConfig(Section):

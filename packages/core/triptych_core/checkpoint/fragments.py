@@ -87,7 +87,7 @@ def stretches_to_save(engine: Any) -> tuple[list[Stretch], Scalars]:
     cut, whole = _untrained(engine)
     scalars = {fragment.name: fragment.scalars() for fragment in held}
     if engine.zero_optimization_stage() > 0:
-        return [*trained, *cut, *_share(whole, rank, world_size)], scalars
+        return [*trained, *cut, *_share_with_replicas(engine, whole)], scalars
     stretches = _share_with_replicas(engine, [*trained, *whole])
     return stretches, scalars if rank == 0 else {}
 

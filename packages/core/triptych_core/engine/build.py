@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: our config in, an engine out. There is no second DeepSpeed JSON."""
+"""Our config in, an engine out, ours or DeepSpeed's. There is no second DeepSpeed JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from triptych_core.engine.light import LightEngine
 from triptych_core.optim.adamw import AdamW
 from triptych_core.optim.muon import Muon
 from triptych_core.optim.shards import find_shards, flat_masters
-from triptych_core.parallel.expert import announced_experts
 from triptych_core.parallel.tensor import WHOLE, TensorCuts, autotp_section, check_cut, read_cut
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
@@ -102,9 +101,27 @@ def build_engine(
     layers: Sequence[nn.Module] = (),
     tensor: TensorCuts = WHOLE,
 ) -> Any:
-    """Hand model and optimizer to DeepSpeed; at stages 0 to 2, to the light engine.
+    """Hand model and optimizer to the light engine at stages 0 to 2, to DeepSpeed at stage 3.
 
-    What is offloaded, or cut by tensor parallelism, is DeepSpeed's at every stage.
+    What is offloaded, or cut by tensor parallelism, is DeepSpeed's at every stage. The rest is
+    `deepspeed_engine`'s: see there.
+    """
+    if config.stage < 3 and not config.zero.offloads and tensor.size == 1:
+        device = torch.device(get_accelerator().current_device_name())
+        return LightEngine(model, optimizer, config, optim.max_grad_norm, device)
+    return deepspeed_engine(model, optimizer, config, optim, world_size, layers, tensor)
+
+
+def deepspeed_engine(
+    model: nn.Module,
+    optimizer: AdamW,
+    config: EngineConfig,
+    optim: OptimConfig,
+    world_size: int,
+    layers: Sequence[nn.Module] = (),
+    tensor: TensorCuts = WHOLE,
+) -> Any:
+    """DeepSpeed's engine, with what is wrong or slow in it put right.
 
     ZeRO-3 gathers each of `layers` as a whole, one ahead: module by module the host cannot keep up
     with the device (Qwen3-1.7B at 16k tokens on an H100: 38.1 against 29.6 % MFU). The optimizer's
@@ -113,19 +130,14 @@ def build_engine(
     names is cut over ranks.
     """
     buffers = {name: buffer.dtype for name, buffer in model.named_buffers(remove_duplicate=False)}
-    offloads = config.zero.offload_optimizer or config.zero.offload_params
-    if config.stage < 3 and not offloads and tensor.size == 1:
-        device = torch.device(get_accelerator().current_device_name())
-        return LightEngine(model, optimizer, config, optim.max_grad_norm, device)
     layer_numel = _make_leaves(model, layers) if config.stage == 3 else 0
-    with announced_experts(model, optimizer.param_groups, config.stage):
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=deepspeed_config(config, optim.max_grad_norm, world_size, layer_numel, tensor),
-        )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=deepspeed_config(config, optim.max_grad_norm, world_size, layer_numel, tensor),
+    )
     check_cut(engine, tensor)
-    if config.stage == 3 and not offloads and tensor.size == 1:
+    if config.stage == 3 and not config.zero.offloads and tensor.size == 1:
         take_lean_steps(engine.optimizer)
     if config.stage in (1, 2) and config.zero.offload_optimizer:
         _drop_bad_gradients(engine.optimizer)

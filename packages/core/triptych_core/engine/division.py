@@ -15,19 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from triptych_core.engine.gradient_sums import BUCKET, split_parameters
+from triptych_core.engine.buckets import BUCKET, IN_FLIGHT, lay_out
+from triptych_core.engine.gradient_sums import split_parameters
 from triptych_core.optim.adamw import AdamW
 from triptych_core.optim.clipping import total_norm
 from triptych_core.optim.shards import Flat, even_flat
 from triptych_core.parallel.expert import replicas_of
 from triptych_core.sections import EngineConfig
-
-# A weight begins at a multiple of so many elements: 256 bytes in bf16, as an allocation of its own
-# would. Matrix products are slower, or refused, on addresses of less than 16.
-ALIGN = 128
-
-# Buckets whose sums are on their way while the next one fills.
-IN_FLIGHT = 2
 
 
 @dataclass(eq=False)
@@ -66,7 +60,7 @@ class _Flight:
     bucket: _Bucket
     sent: Tensor
     part: Tensor
-    work: Any
+    work: Any  # None where one rank alone has the bucket
 
 
 class Division:
@@ -199,15 +193,18 @@ class Division:
             bucket.view(bucket.sums, parameter).zero_()
         sent = bucket.sums.to(self._reduce_dtype)
         bucket.sums, bucket.filled = None, set()
-        part = torch.empty_like(bucket.master, dtype=sent.dtype)
-        work = dist.reduce_scatter_tensor(part, sent, group=bucket.group, async_op=True)
+        part, work = sent, None
+        if part.numel() > bucket.master.numel():
+            part = torch.empty_like(bucket.master, dtype=sent.dtype)
+            work = dist.reduce_scatter_tensor(part, sent, group=bucket.group, async_op=True)
         self._in_flight.append(_Flight(bucket, sent, part, work))
         if len(self._in_flight) > IN_FLIGHT:
             self._land()
 
     def _land(self) -> None:
         flight = self._in_flight.pop(0)
-        flight.work.wait()
+        if flight.work is not None:
+            flight.work.wait()
         if flight.bucket.gradient is None:
             flight.bucket.gradient = flight.part.to(self._kept_dtype)
         else:
@@ -215,14 +212,14 @@ class Division:
 
     def _gather_weights(self) -> None:
         # In the order of the forward pass.
-        works = [
+        works: list[Any] = [
             dist.all_gather_into_tensor(
                 bucket.weights, bucket.weights[bucket.own], group=bucket.group, async_op=True
             )
             for bucket in reversed(self._buckets)
+            if bucket.weights.numel() > bucket.master.numel()
         ]
         for work in works:
-            assert work is not None
             work.wait()
 
 
@@ -230,14 +227,10 @@ def _make(parameters: Sequence[nn.Parameter]) -> _Bucket:
     """Move parameters, end to end, into one tensor that the ranks which hold them cut evenly."""
     group = replicas_of(parameters[0]) or dist.group.WORLD
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
-    begins, end = {}, 0
-    for parameter in parameters:
-        begins[parameter] = end
-        end += _round_up(parameter.numel(), ALIGN)
-    weights = torch.zeros(
-        _round_up(end, ALIGN * num_ranks), dtype=parameters[0].dtype, device=parameters[0].device
-    )
-    part = weights.numel() // num_ranks
+    places, size = lay_out([p.numel() for p in parameters], num_ranks)
+    begins = dict(zip(parameters, places, strict=True))
+    weights = torch.zeros(size, dtype=parameters[0].dtype, device=parameters[0].device)
+    part = size // num_ranks
     own = slice(rank * part, (rank + 1) * part)
     for parameter, begin in begins.items():
         place = weights.narrow(0, begin, parameter.numel()).view(parameter.shape)
@@ -245,7 +238,3 @@ def _make(parameters: Sequence[nn.Parameter]) -> _Bucket:
         parameter.data = place
     # The part itself where it is fp32 already.
     return _Bucket(begins, weights, own, weights[own].to(torch.float32), group)
-
-
-def _round_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple

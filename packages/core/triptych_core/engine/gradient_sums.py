@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from triptych_core.engine.buckets import BUCKET, split_sizes
 from triptych_core.parallel.expert import replicas_of
-
-# Elements of a bucket: 100 MB in fp32, some milliseconds of a network, so that the last one's
-# reduction ends soon after the backward pass.
-BUCKET = 25_000_000
 
 
 @dataclass
@@ -108,21 +106,10 @@ class GradientSums:
 
 def split_parameters(parameters: Iterable[nn.Parameter], size: int) -> Iterator[list[nn.Parameter]]:
     """Neighbours of one dtype that the same ranks hold, up to the first that makes `size`."""
-    some: list[nn.Parameter] = []
-    for parameter in parameters:
-        if some and not _go_together(parameter, some[0]):
-            yield some
-            some = []
-        some.append(parameter)
-        if sum(p.numel() for p in some) >= size:
-            yield some
-            some = []
-    if some:
-        yield some
-
-
-def _go_together(one: nn.Parameter, other: nn.Parameter) -> bool:
-    return one.dtype == other.dtype and replicas_of(one) is replicas_of(other)
+    for _, alike in groupby(parameters, key=lambda p: (p.dtype, id(replicas_of(p)))):
+        some = list(alike)
+        for chosen in split_sizes([p.numel() for p in some], size):
+            yield some[chosen]
 
 
 def _await(bucket: _Bucket) -> None:

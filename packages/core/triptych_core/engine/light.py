@@ -111,8 +111,9 @@ class LightEngine:
 
     def states(self, key: str) -> Mapping[nn.Parameter, Tensor]:
         """A state of the masters that have it, whole; every rank takes part."""
-        masters = [flat.master for flat in self.flats() if key in self.optimizer.state[flat.master]]
-        return self._held.whole({m: self.optimizer.state[m][key] for m in masters})
+        states = self.optimizer.state
+        masters = [flat.master for flat in self.flats() if key in states.get(flat.master, {})]
+        return self._held.whole({master: states[master][key] for master in masters})
 
     def flats(self) -> Iterable[Flat]:
         """This rank's masters and the parameters in them."""

@@ -3,21 +3,18 @@
 To data parallelism all ranks stay alike. An expert's gradient on a rank holds the tokens of its
 whole expert group, so summed over the ranks that hold the same experts (its replicas) it is the sum
 over all ranks, and is divided by the number of all. ZeRO-3 is told by attributes of the parameter
-that DeepSpeed 0.19.8 reads for its AutoEP (partition_parameters.py, stage3.py), ZeRO-1 and 2 by
-groups marked as its own MoE's (stage_1_and_2.py, bf16_optimizer.py). AutoEP itself refuses rows
-shared by ranks, and replaces modules whose names our checkpoints need.
+that DeepSpeed 0.19.8 reads for its AutoEP (partition_parameters.py, stage3.py). AutoEP itself
+refuses rows shared by ranks, and replaces modules whose names our checkpoints need.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
@@ -70,41 +67,6 @@ def make_expert_place(config: ParallelConfig, runtime: Runtime) -> ExpertPlace:
         parameter.expert_groups = (replicas, holders)
 
     return ExpertPlace(holders.group_name, n, runtime.rank % n, mark)
-
-
-class _Announcement(MoE):
-    """What DeepSpeed 0.19.8 looks for in a model to treat experts apart (engine.py, by class)."""
-
-    def __init__(self, num_experts: int) -> None:
-        nn.Module.__init__(self)
-        self.num_experts = num_experts
-
-    def set_deepspeed_parallelism(self, *args: Any) -> None:
-        """The groups are made."""
-
-
-@contextmanager
-def announced_experts(
-    model: nn.Module, groups: Iterable[dict[str, Any]], stage: int
-) -> Iterator[None]:
-    """While an engine of ZeRO-1 or 2 is built over optimizer groups, it hears of parts of experts.
-
-    Their groups become known as such, under their own names. ZeRO-3 goes by the parameters alone.
-    """
-    mine = [g for g in groups if any(hasattr(p, "expert_groups") for p in g["params"])]
-    if stage not in (1, 2) or not mine:
-        yield
-        return
-    for group in mine:
-        replicas, holders = group["params"][0].expert_groups
-        group["moe"] = True
-        deepspeed_groups._get_expert_data_parallel_group_dict()[group["name"]] = replicas
-        deepspeed_groups._get_expert_parallel_group_dict()[group["name"]] = holders
-    model.add_module("announcement", _Announcement(len(mine)))
-    try:
-        yield
-    finally:
-        del model._modules["announcement"]
 
 
 def replicas_of(parameter: Any) -> Any:

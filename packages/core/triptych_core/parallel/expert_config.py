@@ -8,7 +8,7 @@ from triptych_core.sections import EngineConfig, ParallelConfig
 
 def check_expert(parallel: ParallelConfig, engine: EngineConfig, plan: PlanConfig) -> None:
     """Raise ValueError for settings that cannot go with experts divided over ranks."""
-    if engine.zero.offload_optimizer or engine.zero.offload_params:
+    if engine.zero.offloads:
         raise ValueError(
             "engine.zero: must not offload with parallel.expert, got offloading; DeepSpeed's norm "
             "of experts is wrong there (its issue 8475)"

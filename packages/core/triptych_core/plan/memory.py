@@ -1,15 +1,18 @@
-"""Bytes a rank needs under each ZeRO stage, from DeepSpeed 0.19.8's own allocations.
+"""Bytes a rank needs under each ZeRO stage, from the engines' own allocations.
 
-The figures follow runtime/zero/stage_1_and_2.py and stage3.py: what is allocated when, in which
-dtype, and what is copied on the way. A step passes through phases; its peak is the largest.
+Ours at stages 0 to 2 (`divided` has the formula of 1 and 2), DeepSpeed 0.19.8's at stage 3 and
+where something is offloaded (runtime/zero/stage3.py, stage_1_and_2.py): what is allocated when, in
+which dtype, and what is copied on the way. A step passes through phases; its peak is the largest.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from triptych_core.config import EngineConfig
+from triptych_core.plan.divided import Sizes, buckets_of, gradient_bytes, widths
 from triptych_core.plan.trace import MicroStep
 
 SUB_GROUP = 10**9  # elements ZeRO-3 updates at once: its default sub_group_size
@@ -18,11 +21,15 @@ _WIDE = 4  # bytes of a master weight, of an accumulated gradient
 
 @dataclass(frozen=True)
 class Group:
-    """An optimizer group: elements, the largest parameter's, and bytes of states an element."""
+    """An optimizer group: elements of each parameter, and bytes of states an element."""
 
-    numel: int
-    largest: int
+    sizes: Sizes
     state_bytes: int = 8
+
+    @property
+    def numel(self) -> int:
+        """Elements of all."""
+        return sum(self.sizes.values())
 
 
 @dataclass(frozen=True)
@@ -68,32 +75,19 @@ def plan_memory(
     biggest = max((group.numel for group in weights.groups), default=0)
     phases: dict[str, dict[str, int]] = {}
     if stage == 0:
-        phases = {"backward": always, "step": always}
         sums = _sums(weights, engine, ranks)
-        if sums:
-            phases["backward"] = always | sums | {"activations": _most(step)}
-            phases["step"] = always | sums
-        else:
-            activations, gradients = _worst(step, width, gas, trained)
-            phases["backward"] = always | {"gradients": gradients, "activations": activations}
-            phases["step"] = always | {"gradients": width * trained}
-    elif stage == 1:
-        # Every rank keeps all gradients until the window's end, then moves them through a bucket
-        # (and its flattened copy) into its own partition.
-        activations, gradients = _worst(step, _WIDE, gas, trained)
-        buckets = {"buckets": _WIDE * bucket}
-        phases["backward"] = always | buckets | {"gradients": gradients, "activations": activations}
-        copy = _WIDE * min(bucket, trained)
-        own = {"own gradients": _WIDE * -(-biggest // ranks)} if width == 2 else {}
-        phases["reduce"] = (
-            always | buckets | {"gradients": _WIDE * trained, "flat copy": copy} | own
-        )
-        phases["step"] = always | _step(weights, ranks)
-    elif stage == 2:
+        backward = sums | {"activations": _most(step)} if sums else _own(step, width, gas, trained)
+        phases["backward"] = always | backward
+        phases["step"] = always | (sums or {"gradients": width * trained})
+    elif stage < 3 and not engine.zero.offloads:
+        phases["backward"] = always | _divided(weights, engine, step, stage=stage, ranks=ranks)
+        kept = widths(engine, stage).kept
+        phases["step"] = always | {"gradients": kept * padded(weights, engine, ranks) // ranks}
+    elif stage < 3:
         buckets = {"buckets": 2 * width * bucket, "wide copy": _WIDE * min(bucket, trained)}
         own = {"gradients": _WIDE * -(-trained // ranks)}
         phases["backward"] = always | buckets | own | {"activations": _most(step)}
-        phases["step"] = always | _step(weights, ranks)
+        phases["step"] = always | own
     else:
         live = min(engine.zero.max_live, weights.numel - weights.persistent)
         own = {"gradients": _WIDE * -(-trained // ranks)}
@@ -102,15 +96,16 @@ def plan_memory(
         )
         # Our step reads gradients where they lie (lean_step); DeepSpeed's, which offloading needs,
         # flattens those of a sub-group again.
-        offloads = engine.zero.offload_optimizer or engine.zero.offload_params
-        flat = _WIDE * min(SUB_GROUP, -(-biggest // ranks)) if offloads else 0
+        flat = _WIDE * min(SUB_GROUP, -(-biggest // ranks)) if engine.zero.offloads else 0
         phases["step"] = always | own | {"flat gradients": flat}
     return MemoryPlan(stage, phases)
 
 
 def resident(weights: Weights, engine: EngineConfig, *, stage: int, ranks: int) -> dict[str, int]:
-    """Bytes that are there all the time: weights, fp32 masters, optimizer states, fixed buckets."""
+    """Bytes that are there all the time: weights, fp32 masters, optimizer states."""
     width = 2 if engine.precision == "bf16" else 4
+    if stage in (1, 2) and not engine.zero.offloads:
+        return _resident_divided(weights, engine, width, ranks)
     parts = ranks if stage > 0 else 1
     whole = weights.persistent if stage == 3 else weights.numel
     rest = -(-(weights.numel - whole) // ranks)
@@ -125,6 +120,46 @@ def resident(weights: Weights, engine: EngineConfig, *, stage: int, ranks: int) 
     return held
 
 
+def padded(weights: Weights, engine: EngineConfig, ranks: int) -> int:
+    """Elements that train in the buckets of ZeRO-1 and 2."""
+    return sum(_padded(group, engine, ranks) for group in weights.groups)
+
+
+def _resident_divided(
+    weights: Weights, engine: EngineConfig, width: int, ranks: int
+) -> dict[str, int]:
+    total = padded(weights, engine, ranks)
+    states = (_padded(group, engine, ranks) * group.state_bytes for group in weights.groups)
+    return {
+        "weights": width * (weights.numel - weights.trained + total),
+        "masters": _WIDE * total // ranks if width == 2 else 0,
+        "optimizer states": sum(states) // ranks,
+    }
+
+
+def _padded(group: Group, engine: EngineConfig, ranks: int) -> int:
+    buckets = buckets_of([group.sizes], engine.zero.bucket_size, ranks)
+    return sum(bucket.numel for bucket in buckets)
+
+
+def _divided(
+    weights: Weights, engine: EngineConfig, step: MicroStep, *, stage: int, ranks: int
+) -> dict[str, int]:
+    """ZeRO-1 and 2: activations and gradients at the moment when both together are most.
+
+    A gradient is in its bucket before autograd lets go of it.
+    """
+    sizes = [group.sizes for group in weights.groups]
+    found = gradient_bytes(sizes, engine, stage=stage, ranks=ranks)
+    arrived = [elements for elements, _ in found]
+
+    def gradients(moment: tuple[int, int]) -> int:
+        return found[min(bisect_right(arrived, moment[1]), len(found) - 1)][1]
+
+    moment = max(step.moments, key=lambda moment: moment[0] + gradients(moment))
+    return {"gradients": gradients(moment), "activations": moment[0]}
+
+
 def _sums(weights: Weights, engine: EngineConfig, ranks: int) -> dict[str, int]:
     """ZeRO-0: where gradients are summed over micro-steps or ranks; nothing on one rank alone."""
     low, several = engine.precision == "bf16", engine.gradient_accumulation_steps > 1
@@ -136,19 +171,13 @@ def _sums(weights: Weights, engine: EngineConfig, ranks: int) -> dict[str, int]:
     return {"gradient sums": width * weights.trained, "sent": sent}
 
 
-def _step(weights: Weights, ranks: int) -> dict[str, int]:
-    """ZeRO-1 and 2: the rank's gradients; the norm is taken of fp64 copies, one at a time."""
-    largest = max((group.largest for group in weights.groups), default=0)
-    return {"gradients": _WIDE * -(-weights.trained // ranks), "fp64 copy": 8 * largest}
-
-
 def _most(step: MicroStep) -> int:
     return max(live for live, _ in step.moments)
 
 
-def _worst(step: MicroStep, width: int, gas: int, trained: int) -> tuple[int, int]:
-    """Bytes of activations and of gradients at the moment when both together are most."""
+def _own(step: MicroStep, width: int, gas: int, trained: int) -> dict[str, int]:
+    """Gradients where autograd leaves them, when they and activations together are most."""
     if gas > 1:  # from the second micro-step on all gradients are there from the start
-        return _most(step), width * trained
+        return {"gradients": width * trained, "activations": _most(step)}
     live, arrived = max(step.moments, key=lambda moment: moment[0] + width * moment[1])
-    return live, width * arrived
+    return {"gradients": width * arrived, "activations": live}

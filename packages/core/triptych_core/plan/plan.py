@@ -104,13 +104,13 @@ def weights_of(
     adamw = {"fp32": 8, "bf16": 4}[config.state_dtype]
     average = 0 if config.ema_decay is None else 4
     parameters = list(model.parameters())
+    arrival = {p: i for i, p in enumerate(reversed(parameters))}
     small = sum(p.numel() for p in parameters if p.numel() <= threshold)
     return Weights(
         sum(p.numel() for p in parameters),
         [
             Group(
-                sum(p.numel() for p in group["params"]),
-                max(p.numel() for p in group["params"]),
+                {arrival[p]: p.numel() for p in group["params"]},
                 state_bytes=average + (4 if group.get("rule") == "muon" else adamw),
             )
             for group in groups

@@ -84,13 +84,11 @@ def plan_speed(
     states = sum(group.numel * group.state_bytes for group in weights.groups) / parts
     # The norm and AdamW read gradients; AdamW reads and writes masters and states, writes weights.
     touched = per_rank * (2 * 4 + 2 * 4 + width) + 2 * states
-    if stage > 0:  # clipping reads and writes gradients
-        touched += per_rank * 2 * 4
-    # Gradients: bf16 read, fp32 written; ZeRO-1 adds up, moves through a bucket and a flat copy.
+    # Gradients: bf16 read, fp32 written.
     if stage > 0 or ranks * gas > 1:
-        touched += weights.trained * (width + 4) * gas + (weights.trained * 24 if stage == 1 else 0)
+        touched += weights.trained * (width + 4) * gas
     share = (ranks - 1) / ranks
-    reduced = 4.0 * weights.trained * (1 if stage == 1 else gas)
+    reduced = 4.0 * weights.trained * (1 if stage < 2 else gas)
     gathered = width * weights.numel * (2 * gas if stage == 3 else 1)
     return SpeedPlan(
         products=flops * gas / ceilings.product_flops,

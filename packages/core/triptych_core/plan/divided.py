@@ -1,0 +1,110 @@
+"""Bytes that our ZeRO-1 and 2 need: what engine/division.py does, walked through on sizes alone.
+
+With n ranks, weights of w bytes, and P elements in buckets once each weight is padded to 128 and
+each bucket to 128 n of them:
+
+    weights    w (P + frozen)
+    masters    4 P / n, none of their own where weights are fp32: they are then the weights' parts
+    states     their bytes an element, P / n
+    gradients  own parts  k P / n     kept until the update; k = 4, or those of `reduce_dtype` where
+                                      a window is one micro-step
+               sums       s a bucket  from its first gradient to its last; under ZeRO-1 with several
+                                      micro-steps all of them, s = 4, else s = r
+               in flight  r (1 + 1/n) a bucket, of at most two, and one more while it is sent
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from triptych_core.config import EngineConfig
+from triptych_core.engine.buckets import BUCKET, IN_FLIGHT, lay_out, split_sizes
+
+Sizes = Mapping[int, int]  # elements of a group's parameters, by when their gradients come
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket:
+    """Parameters, by when their gradients come, and elements with padding."""
+
+    members: tuple[int, ...]
+    numel: int
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bytes an element of what is summed up, what crosses ranks, and what is kept of it."""
+
+    sums: int
+    sent: int
+    kept: int
+
+
+def buckets_of(groups: Sequence[Sizes], bucket_size: int, ranks: int) -> list[Bucket]:
+    """The buckets of optimizer groups, in the order in which they are sent."""
+    found = []
+    for sizes in groups:
+        places = sorted(sizes)
+        numels = [sizes[place] for place in places]
+        for some in split_sizes(numels, min(BUCKET, bucket_size)):
+            found.append(Bucket(tuple(places[some]), lay_out(numels[some], ranks)[1]))
+    return sorted(found, key=lambda bucket: bucket.members[-1])
+
+
+def widths(engine: EngineConfig, stage: int) -> Widths:
+    """As the engine's configuration says."""
+    low, several = engine.precision == "bf16", engine.gradient_accumulation_steps > 1
+    sent = 2 if low and engine.reduce_dtype == "bf16" else 4
+    return Widths(4 if stage == 1 and several else sent, sent, 4 if several else sent)
+
+
+def gradient_bytes(
+    groups: Sequence[Sizes], engine: EngineConfig, *, stage: int, ranks: int
+) -> list[tuple[int, int]]:
+    """(gradient elements that have come, most bytes of gradients up to then), of the last backward.
+
+    Of a window of several micro-steps, what earlier ones have left is there from the start.
+    """
+    buckets = buckets_of(groups, engine.zero.bucket_size, ranks)
+    numels = {place: numel for sizes in groups for place, numel in sizes.items()}
+    total = sum(bucket.numel for bucket in buckets)
+    wide, several = widths(engine, stage), engine.gradient_accumulation_steps > 1
+    has_sums, has_own = several and stage == 1, several and stage == 2
+    held = (wide.sums * total if has_sums else 0) + (wide.kept * total // ranks if has_own else 0)
+    found, arrived, most = [(0, held)], 0, held
+    flights: deque[Bucket] = deque()
+    for place, starts, ends in _events(buckets):
+        arrived += numels[place]
+        held += sum(0 if has_sums else wide.sums * bucket.numel for bucket in starts)
+        most = max(most, held)
+        for bucket in ends:
+            copy = wide.sent * bucket.numel if wide.sent != wide.sums else 0
+            part = wide.sent * bucket.numel // ranks if ranks > 1 else 0
+            most = max(most, held + copy)
+            held += copy + part - (wide.sums * bucket.numel if copy else 0)
+            most = max(most, held)
+            flights.append(bucket)
+            if len(flights) > IN_FLIGHT:
+                held += _landed(flights.popleft(), wide, ranks, has_own)
+        found.append((arrived, most))
+    return found
+
+
+def _landed(bucket: Bucket, wide: Widths, ranks: int, has_own: bool) -> int:
+    """How much more is held once a bucket has arrived."""
+    own = 0 if has_own else wide.kept * bucket.numel // ranks
+    sent = bucket.numel + (bucket.numel // ranks if ranks > 1 else 0)
+    return own - wide.sent * sent
+
+
+def _events(buckets: Sequence[Bucket]) -> Iterator[tuple[int, list[Bucket], list[Bucket]]]:
+    """Gradient by gradient: its place, the buckets it begins, and those it ends."""
+    starts: dict[int, list[Bucket]] = {}
+    ends: dict[int, list[Bucket]] = {}
+    for bucket in buckets:
+        starts.setdefault(bucket.members[0], []).append(bucket)
+        ends.setdefault(bucket.members[-1], []).append(bucket)
+    for place in sorted(place for bucket in buckets for place in bucket.members):
+        yield place, starts.get(place, []), ends.get(place, [])
