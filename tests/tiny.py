@@ -133,3 +133,9 @@ def of_all_holders(parameter: Any, gradient: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(gradient) for _ in range(torch.distributed.get_world_size(holders))]
     torch.distributed.all_gather(parts, gradient, group=holders)
     return torch.cat(parts)
+
+
+def storages(tensors: Any, but: dict[int, int] | None = None) -> dict[int, int]:
+    """Bytes of all storages that tensors lie in, each once, by where it is."""
+    found = (tensor.untyped_storage() for tensor in tensors)
+    return {s.data_ptr(): s.nbytes() for s in found if s.data_ptr() not in (but or {})}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.tiny import ROOT, make_model_dir
+from tests.tiny import ROOT, make_model_dir, storages
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,6 @@ def engine_bytes(
         sharded_init,
     )
     from triptych_core.optim.groups import build_optimizer, parameter_groups
-    from triptych_core.plan.divided import gradient_bytes
     from triptych_core.plan.memory import plan_memory
     from triptych_core.plan.plan import weights_of
     from triptych_core.plan.trace import MicroStep
@@ -69,7 +68,6 @@ def engine_bytes(
     optimizer = build_optimizer(groups(model), config.optim)
     engine = build_engine(model, optimizer, config.engine, config.optim, ranks)
     batch = real_batch(model)
-    most = watch_gradients(engine._held) if stage < 3 else []
     for micro_step in range(accumulation):
         engine.backward(engine(**batch).loss_sum, scale_wrt_gas=False)
         if micro_step == accumulation - 1 and stage < 3:
@@ -94,26 +92,7 @@ def engine_bytes(
     if stage < 3:
         held |= {"gradients": gradients}
         planned["gradients"] = phase["gradients"]
-        sizes = [group.sizes for group in weights.groups]
-        planned["most"] = gradient_bytes(sizes, config.engine, stage=stage, ranks=ranks)[-1][1]
-    found = {name: sum(by_storage.values()) for name, by_storage in held.items()}
-    return found | ({"most": max(most)} if stage < 3 else {}), planned
-
-
-def watch_gradients(held: Any) -> list[int]:
-    """Bytes of gradients in a Division whenever one bucket more is on its way, from now on."""
-    seen: list[int] = []
-    land = held._land
-
-    def look_then_land() -> None:
-        sums = [bucket.sums for bucket in held._buckets if bucket.sums is not None]
-        own = [bucket.gradient for bucket in held._buckets if bucket.gradient is not None]
-        flying = [tensor for flight in held._in_flight for tensor in (flight.sent, flight.part)]
-        seen.append(sum(storages([*sums, *own, *flying]).values()))
-        land()
-
-    held._land = look_then_land
-    return seen
+    return {name: sum(by_storage.values()) for name, by_storage in held.items()}, planned
 
 
 def engines(
@@ -125,12 +104,6 @@ def engines(
     launch(RunConfig(device="cpu"))
     settings = (precision, states, accumulation, reduce)
     return {stage: engine_bytes(folder, stage, *settings) for stage in (1, 2, 3)}
-
-
-def storages(tensors: Any, but: dict[int, int] | None = None) -> dict[int, int]:
-    """Bytes of all storages that tensors lie in, each once, by where it is."""
-    found = (tensor.untyped_storage() for tensor in tensors)
-    return {s.data_ptr(): s.nbytes() for s in found if s.data_ptr() not in (but or {})}
 
 
 def real_batch(model: Any, seq_len: int = 64) -> dict[str, Any]:
@@ -150,15 +123,16 @@ def real_batch(model: Any, seq_len: int = 64) -> dict[str, Any]:
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize(
     "settings",
-    [("bf16", "fp32", 1, "fp32"), ("fp32", "bf16", 2, "fp32"), ("bf16", "fp32", 1, "bf16")],
+    [("bf16", "fp32", 1, "bf16"), ("fp32", "bf16", 2, "fp32")],
 )
 def test_what_a_real_engine_holds_is_what_was_planned(folder, world_size, settings):
     for result in run_ranks(engines, world_size, folder, *settings):
         for stage, (held, planned) in result.items():
             assert held.keys() == planned.keys() >= {"weights", "masters", "optimizer states"}
             for name in held:
-                # ZeRO-3 pads each parameter; gradients of a layer come in another order.
-                assert planned[name] == pytest.approx(held[name], rel=0.02), (stage, name)
+                # Ours are padded as planned; ZeRO-3 pads each parameter.
+                slack = 0.01 if stage == 3 else 0
+                assert planned[name] == pytest.approx(held[name], rel=slack), (stage, name)
 
 
 def traced(model: Any, checkpointing: str) -> Any:

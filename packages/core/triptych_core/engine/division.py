@@ -85,8 +85,12 @@ class Division:
             mine = [_make(some) for some in split_parameters(parameters, size)]
             group["params"] = [bucket.master for bucket in mine]
             buckets += mine
-        # A bucket is whole when its last gradient is there: the same order on every rank.
         self._buckets = sorted(buckets, key=lambda b: max(order[p] for p in b.begins))
+        # A bucket is sent once its last gradient is there and the bucket before it is sent: in the
+        # same order on every rank. From the second backward on it is that of the first.
+        self._order = self._buckets
+        self._backwards = 0
+        self._whole: list[_Bucket] = []  # in the first backward, as they became so
         self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.begins}
         optimizer.attach(
             {b.master: b.weights[b.own] for b in buckets if b.weights.dtype != torch.float32}
@@ -99,7 +103,7 @@ class Division:
         self._kept_dtype = torch.float32 if several else self._reduce_dtype
         self._reduces_once = config.stage == 1 and several
         self._sums_dtype = torch.float32 if self._reduces_once else self._reduce_dtype
-        self._next = len(self._buckets)  # the bucket to be reduced
+        self._next = len(self._order)  # the bucket to be sent
         self._is_last = False
         self._in_flight: list[_Flight] = []
         self._hooks = [p.register_post_accumulate_grad_hook(self._take) for p in self._bucket_of]
@@ -116,6 +120,9 @@ class Division:
                 bucket.gradient = None
         elif not self._reduces_once:
             self._finish()
+        self._backwards += 1
+        if self._backwards == 2:
+            self._learn_order()
         self._next, self._is_last = 0, is_last
         for bucket in self._buckets:
             bucket.missing = set(bucket.begins)
@@ -172,20 +179,31 @@ class Division:
             bucket.filled.add(parameter)
         parameter.grad = None
         bucket.missing.discard(parameter)
+        if self._backwards == 1 and not bucket.missing:
+            self._whole.append(bucket)
         if self._is_last or not self._reduces_once:
-            while self._next < len(self._buckets) and not self._buckets[self._next].missing:
+            while self._next < len(self._order) and not self._order[self._next].missing:
                 self._send_next()
 
     @torch.no_grad()
     def _finish(self) -> None:
         """Send what is left, with zeros where no gradient came, and wait for all that is sent."""
-        while self._next < len(self._buckets):
+        while self._next < len(self._order):
             self._send_next()
         while self._in_flight:
             self._land()
 
+    def _learn_order(self) -> None:
+        """Take the main rank's: where a gradient comes late, all buckets would wait for its own."""
+        place = {bucket: index for index, bucket in enumerate(self._whole)}
+        mine = [place.get(bucket, len(place)) for bucket in self._buckets]
+        places = torch.tensor(mine, device=self._buckets[0].weights.device)
+        dist.broadcast(places, src=0)
+        pairs = zip(places.tolist(), self._buckets, strict=True)
+        self._order = [bucket for _, bucket in sorted(pairs, key=lambda pair: pair[0])]
+
     def _send_next(self) -> None:
-        bucket = self._buckets[self._next]
+        bucket = self._order[self._next]
         self._next += 1
         if bucket.sums is None:
             bucket.sums = bucket.empty_sums(self._sums_dtype)
@@ -216,7 +234,7 @@ class Division:
             dist.all_gather_into_tensor(
                 bucket.weights, bucket.weights[bucket.own], group=bucket.group, async_op=True
             )
-            for bucket in reversed(self._buckets)
+            for bucket in reversed(self._order)
             if bucket.weights.numel() > bucket.master.numel()
         ]
         for work in works:
