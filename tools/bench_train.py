@@ -5,9 +5,10 @@
 
 The model is of random weights, the loop is the stages' own (`triptych_core.loop.train`), but for
 variants named plain, which are what a bare PyTorch loop does: the floor that an engine's cost is
-counted from, and one rank's. Figures are of a rank, medians over the steps after warm-up; every run
-keeps metrics.jsonl. Shares of a step: waiting for data; with --profile, of two more steps, the time
-in which the device waited for the host and that in which it did nothing but communicate.
+counted from, and one rank's; those named deepspeed have DeepSpeed's engine where the stages take
+our own. Figures are of a rank, medians over the steps after warm-up; every run keeps metrics.jsonl.
+Shares of a step: waiting for data; with --profile, of two more steps, the time in which the device
+waited for the host and that in which it did nothing but communicate.
 
 A mixture of experts on two devices:
 
@@ -55,8 +56,12 @@ VARIANTS = {
     "zero0_full": [*COMPILED, "engine.zero.stage=0", "engine.checkpointing=full"],
     "zero0_offload": [*COMPILED, "engine.zero.stage=0", "engine.checkpointing=offload"],
     "zero1": [*COMPILED, "engine.zero.stage=1"],
+    "zero1_deepspeed": [*COMPILED, "engine.zero.stage=1", "loop=deepspeed"],
     "zero1_eager": ["engine.zero.stage=1"],
+    "zero1_muon": [*COMPILED, "engine.zero.stage=1", "optim.name=muon"],
+    "zero1_bf16_reduce": [*COMPILED, "engine.zero.stage=1", "engine.reduce_dtype=bf16"],
     "zero2": [*COMPILED, "engine.zero.stage=2"],
+    "zero2_deepspeed": [*COMPILED, "engine.zero.stage=2", "loop=deepspeed"],
     "zero3": [*COMPILED, "engine.zero.stage=3"],
     "zero3_eager": ["engine.zero.stage=3"],
     "zero3_bf16_reduce": [*COMPILED, "engine.zero.stage=3", "engine.reduce_dtype=bf16"],
@@ -125,7 +130,7 @@ def main(
 
 def is_plain(name: str) -> bool:
     """Whether a variant is a bare loop, of one process."""
-    return any(word.startswith("loop=") for word in VARIANTS[name])
+    return any(word.startswith("loop=plain") for word in VARIANTS[name])
 
 
 def start_variant(
@@ -220,7 +225,7 @@ def run_variant(
             "log.every=1000",
             "log.progress=false",
             "schedule.kind=constant",
-            *(["engine.zero.stage=0"] if loop != "ours" else []),
+            *(["engine.zero.stage=0"] if loop.startswith("plain") else []),
             *rest,
         ],
     )
@@ -237,8 +242,8 @@ def run_variant(
     batches = make_batches(model, seq_len, seed=mesh.dp_rank, **batch)
     if distinct_rows:
         batches = itertools.cycle(list(itertools.islice(batches, distinct_rows)))
-    take = partial(train_ours, config=config, runtime=runtime)
-    if loop != "ours":
+    take = partial(train_ours, config=config, runtime=runtime, deepspeed=loop == "deepspeed")
+    if loop.startswith("plain"):
         take = partial(train_plain, config=config, low_precision_states=loop != "plain")
     watch = Profile(run_dir, steps) if profile and runtime.rank == 0 else lambda step: None
     take(model, batches, watch=watch)
@@ -317,9 +322,11 @@ def make_batches(model: Any, seq_len: int, *, seed: int, **shape: Any) -> Iterat
         }
 
 
-def train_ours(model: Any, batches: Any, *, config: Any, runtime: Any, watch: Any) -> None:
-    """The loop and the engine of the stages."""
-    from triptych_core.engine.build import build_engine
+def train_ours(
+    model: Any, batches: Any, *, config: Any, runtime: Any, watch: Any, deepspeed: bool
+) -> None:
+    """The loop and the engine of the stages; or DeepSpeed's engine where they take our own."""
+    from triptych_core.engine.build import build_engine, deepspeed_engine
     from triptych_core.engine.recompiles import RecompileWatch
     from triptych_core.loop import train
     from triptych_core.metrics import Metrics
@@ -334,7 +341,7 @@ def train_ours(model: Any, batches: Any, *, config: Any, runtime: Any, watch: An
         parameter_parts(model).__getitem__,
         matrix_shapes(model),
     )
-    engine = build_engine(
+    engine = (deepspeed_engine if deepspeed else build_engine)(
         model,
         build_optimizer(groups, config.optim),
         config.engine,
