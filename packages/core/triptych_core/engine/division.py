@@ -41,11 +41,10 @@ class _Bucket:
     def empty_sums(self, dtype: torch.dtype) -> Tensor:
         """A tensor like `weights`: zeros between parameters, nothing yet in their places."""
         sums = torch.empty_like(self.weights, dtype=dtype)
-        at = 0
-        for parameter, begin in self.begins.items():
-            sums[at:begin].zero_()
-            at = begin + parameter.numel()
-        sums[at:].zero_()
+        ends = [begin + parameter.numel() for parameter, begin in self.begins.items()]
+        for end, begin in zip(ends, [*self.begins.values(), self.weights.numel()][1:], strict=True):
+            if begin > end:
+                sums[end:begin].zero_()
         return sums
 
     def view(self, flat: Tensor, parameter: nn.Parameter) -> Tensor:
