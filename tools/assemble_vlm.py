@@ -2,18 +2,26 @@
 
     python tools/assemble_vlm.py --vision Qwen3-VL-2B --language Qwen3-1.7B --output runs/start
     python tools/assemble_vlm.py --vision VL --language LM --projector mlp --output runs/start
+    python tools/assemble_vlm.py --vision siglip2-so400m-patch14-384 --language Qwen2.5-7B \\
+        --projector resampler --queries 64 --output runs/start
 
-The tower is that of a Qwen3-VL folder, the language model a Qwen3 folder; the output is a Qwen3-VL
-folder that stock transformers loads, and `stages/align.py` trains the projector of. Its logits on
-text are the language model's. The projector is Qwen3-VL's: a LayerNorm and two layers, for the
-features and for each DeepStack tap. pixel_unshuffle merges neighbouring patches into one token as
-the tower's model did (2x2 in published ones), mlp makes a token of every patch. A single linear
-layer, resamplers and the towers of other families are not offered: no stock architecture has them
-before a Qwen3.
+`stages/align.py` trains the projector of OUTPUT. On text its logits are the language model's.
 
-Tokenizer and generation come from the language model, media rules and chat template from the
-tower's model. Special tokens that these need and the tokenizer lacks are added; their embeddings
-are the mean of all others. OUTPUT is whole or absent.
+The tower of a Qwen3-VL goes before a Qwen3; OUTPUT is a Qwen3-VL folder that stock transformers
+loads. The projector is Qwen3-VL's: a LayerNorm and two layers, for the features and for each
+DeepStack tap. pixel_unshuffle merges neighbouring patches into one token as the tower's model did
+(2x2 in published ones), mlp makes a token of every patch. Stock Qwen3-VL has no other projector,
+and its layers are Qwen3's: a Qwen2 has no norms on queries and keys.
+
+The tower of a SigLIP, or of a SigLIP 2 of one image size, goes before a Qwen3, Qwen2 or Llama. With
+linear or mlp, a token a patch, OUTPUT is a LLaVA folder that stock transformers loads. With
+pixel_unshuffle (--factor) or resampler (--queries) it is read by triptych, and by transformers
+after `import triptych_models.llava_projector`.
+
+Tokenizer and generation come from the language model, rules for images from the tower's folder; the
+chat template from the tower's too, and of a SigLIP is ChatML. Special tokens that these need and
+the tokenizer lacks are added; their embeddings are the mean of all others. OUTPUT is whole or
+absent.
 """
 
 from __future__ import annotations
@@ -33,7 +41,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from triptych_models.assemble import Projector, Source
+    from triptych_models.assemble import Source
 
 CHUNK = 1 << 26  # bytes of a tensor that is copied, read at a time
 FOLDER = click.Path(path_type=Path)
@@ -43,31 +51,64 @@ MEDIA_TOKENS = {
     "image_token_id": "<|image_pad|>",
     "video_token_id": "<|video_pad|>",
 }
+SIGLIP = ("siglip", "siglip_vision_model")
+TEXT = ("qwen3", "qwen2", "llama")
+PROJECTORS = {
+    "qwen3_vl": ("pixel_unshuffle", "mlp"),
+    **dict.fromkeys(SIGLIP, ("linear", "mlp", "pixel_unshuffle", "resampler")),
+}
+# What SigLIP has none of: Qwen's turns, an image between its two marks.
+CHATML = """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' ~ message.role ~ '\\n' -}}
+    {%- if message.content is string -%}
+        {{- message.content -}}
+    {%- else -%}
+        {%- for part in message.content -%}
+            {%- if part.type == 'image' -%}
+                {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+            {%- elif part.type == 'text' -%}
+                {{- part.text -}}
+            {%- else -%}
+                {{- raise_exception('chat template: unknown content type ' ~ part.type) -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
 FROM_LANGUAGE = ("vocab.json", "merges.txt", "special_tokens_map.json")
 FROM_VISION = ("chat_template.jinja", "chat_template.json", "processor_config.json")
 MEDIA_RULES = ("preprocessor_config.json", "video_preprocessor_config.json")
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 100})
-@click.option("--vision", required=True, type=FOLDER, help="a Qwen3-VL folder")
-@click.option("--language", required=True, type=FOLDER, help="a Qwen3 folder")
+@click.option("--vision", required=True, type=FOLDER, help="a Qwen3-VL or SigLIP folder")
+@click.option("--language", required=True, type=FOLDER, help="a Qwen3, Qwen2 or Llama folder")
 @click.option(
     "--projector",
     default="pixel_unshuffle",
-    type=click.Choice(["pixel_unshuffle", "mlp"]),
-    help="what becomes a token: neighbouring patches together, or each patch",
+    type=click.Choice(["linear", "mlp", "pixel_unshuffle", "resampler"]),
+    help="what becomes a token: each patch, neighbouring ones together, or a learned query",
+)
+@click.option(
+    "--factor", default=2, type=click.IntRange(min=1), help="SigLIP: patches a side merged"
+)
+@click.option(
+    "--queries", default=64, type=click.IntRange(min=1), help="SigLIP: a resampler's tokens"
 )
 @click.option("--output", required=True, type=FOLDER, help="a new folder")
 @click.option("--seed", default=0, help="of the projector")
 @click.option(
     "--max-shard-bytes", default=5 * 10**9, type=click.IntRange(min=1), help="of a file of weights"
 )
-def main(
-    vision: Path, language: Path, projector: Any, output: Path, seed: int, max_shard_bytes: int
-) -> None:
-    """Write OUTPUT, a Qwen3-VL of the two models' parts and a fresh projector."""
+def main(vision: Path, language: Path, output: Path, projector: str, **settings: int) -> None:
+    """Write OUTPUT, a model of the two models' parts and a fresh projector."""
     try:
-        size = assemble(vision, language, output, projector, seed, max_shard_bytes)
+        size = assemble(vision, language, output, projector, **settings)
     except ValueError as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"{output}: {size:,} bytes, projector: {projector}")
@@ -77,74 +118,134 @@ def assemble(
     vision: Path,
     language: Path,
     output: Path,
-    projector: Projector = "pixel_unshuffle",
+    projector: str = "pixel_unshuffle",
+    *,
+    factor: int = 2,
+    queries: int = 64,
     seed: int = 0,
     max_shard_bytes: int = 5 * 10**9,
 ) -> int:
     """Write the folder; returns the bytes of its weights.
 
-    Raises ValueError if `output` exists, or a folder is not of the family it must be of.
+    Raises ValueError if `output` exists, or a folder is not of a family that it may be of.
     """
-    from triptych_models.assemble import vlm_config
-    from triptych_models.read_config import read_config
-
     if output.exists():
         raise ValueError(f"--output: must not exist, got {output}; name a new directory")
-    tower = read_family(read_config, vision, "qwen3_vl", "--vision")
-    text = read_family(read_config, language, "qwen3", "--language")
+    family = read_family(vision, "--vision", tuple(PROJECTORS))
+    read_family(language, "--language", TEXT if family in SIGLIP else ("qwen3",))
+    if projector not in PROJECTORS[family]:
+        raise ValueError(
+            f"--projector: must be {' or '.join(PROJECTORS[family])} behind the tower of a "
+            f"{family}, got {projector}; choose one, or the tower of a SigLIP"
+        )
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was cut off
     partial.mkdir(parents=True)
-    vocabulary = write_tokenizer(vision, language, partial)
-    config = vlm_config(
-        tower,
-        text,
-        projector,
-        vocab_size=max(text.vocab_size, 1 + max(vocabulary.values())),
-        token_ids={key: vocabulary[token] for key, token in MEDIA_TOKENS.items()},
-    )
+    vocabulary = write_tokenizer(language, partial, write_chat(vision, family, partial))
+    if family in SIGLIP:
+        config = config_of_siglip(vision, language, projector, vocabulary, factor, queries)
+        write_siglip_rules(vision, partial, config)
+    else:
+        config = config_of_qwen3_vl(vision, language, projector, vocabulary)
+        write_media_rules(vision, partial, config["vision_config"]["spatial_merge_size"])
     size = write_weights(vision, language, partial, config, seed, max_shard_bytes)
-    write_media_rules(vision, partial, config["vision_config"]["spatial_merge_size"])
-    for name, folder in [
-        *((name, language) for name in (*FROM_LANGUAGE, "generation_config.json")),
-        *((name, vision) for name in FROM_VISION),
-    ]:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, partial / name)
+    for name in (*FROM_LANGUAGE, "generation_config.json"):
+        if (language / name).is_file():
+            shutil.copyfile(language / name, partial / name)
     facts = {"vision": str(vision), "language": str(language), "projector": projector, "seed": seed}
     write_json(partial / "assembly.json", facts)
     partial.rename(output)
     return size
 
 
-def read_family(read: Any, folder: Path, family: str, option: str) -> Any:
-    """The folder's configuration; ValueError that names the option if it is of another family."""
+def read_family(folder: Path, option: str, families: tuple[str, ...]) -> str:
+    """The folder's model_type; ValueError that names the option if it is of none of `families`."""
     file = folder / "config.json"
     found = json.loads(file.read_text()).get("model_type") if file.is_file() else "no config.json"
-    if found != family:
-        raise ValueError(f"{option}: must be a folder of a {family}, got {folder} ({found})")
-    return read(folder, family)
+    if found not in families:
+        wanted = " or ".join(families)
+        raise ValueError(f"{option}: must be a folder of a {wanted}, got {folder} ({found})")
+    return str(found)
 
 
-def write_tokenizer(vision: Path, language: Path, out: Path) -> dict[str, int]:
+def config_of_qwen3_vl(
+    vision: Path, language: Path, projector: Any, vocabulary: dict[str, int]
+) -> dict[str, Any]:
+    """config.json of a Qwen3-VL of these parts."""
+    from triptych_models.assemble import vlm_config
+    from triptych_models.read_config import read_config
+
+    text = read_config(language, "qwen3")
+    return vlm_config(
+        read_config(vision, "qwen3_vl"),
+        text,
+        projector,
+        vocab_size=max(text.vocab_size, 1 + max(vocabulary.values())),
+        token_ids={key: vocabulary[token] for key, token in MEDIA_TOKENS.items()},
+    )
+
+
+def config_of_siglip(
+    vision: Path,
+    language: Path,
+    projector: Any,
+    vocabulary: dict[str, int],
+    factor: int,
+    queries: int,
+) -> dict[str, Any]:
+    """config.json of a LLaVA of these parts. Raises ValueError for what cannot be one."""
+    from transformers import AutoConfig
+
+    from triptych_models.assemble_siglip import siglip_config
+    from triptych_models.families import FAMILIES
+    from triptych_models.read_config import read_config
+
+    of_language = read_json(language / "config.json")
+    text = read_config(language, of_language["model_type"])
+    config = siglip_config(
+        read_json(vision / "config.json"),
+        of_language,
+        projector,
+        vocab_size=max(text.vocab_size, 1 + max(vocabulary.values())),
+        image_token_id=vocabulary[MEDIA_TOKENS["image_token_id"]],
+        tied=text.tie_word_embeddings,
+        factor=factor,
+        num_queries=queries,
+    )
+    family: Any = FAMILIES[config["model_type"]]
+    family.check_config(AutoConfig.for_model(**config))
+    return config
+
+
+def write_chat(vision: Path, family: str, out: Path) -> dict[str, Any]:
+    """The files that say how chats are written; -> what tokenizer_config.json says of them."""
+    if family in SIGLIP:
+        (out / "chat_template.jinja").write_text(CHATML)
+        return {"eos_token": "<|im_end|>", "processor_class": "LlavaProcessor"}
+    for name in FROM_VISION:
+        if (vision / name).is_file():
+            shutil.copyfile(vision / name, out / name)
+    settings = read_json(vision / "tokenizer_config.json")
+    kept = {key: settings[key] for key in ("eos_token", "chat_template") if key in settings}
+    return kept | {"processor_class": "Qwen3VLProcessor"}
+
+
+def write_tokenizer(language: Path, out: Path, chat: dict[str, Any]) -> dict[str, int]:
     """The language model's tokenizer with all special tokens of media and chats; -> its ids."""
     from tokenizers import AddedToken, Tokenizer
 
-    for folder, option in ((vision, "--vision"), (language, "--language")):
-        if not (folder / "tokenizer.json").is_file():
-            raise ValueError(f"{option}: must hold a tokenizer.json, got {folder}")
+    if not (language / "tokenizer.json").is_file():
+        raise ValueError(f"--language: must hold a tokenizer.json, got {language}")
     tokenizer = Tokenizer.from_file(str(language / "tokenizer.json"))
-    settings, of_vision = (read_json(f / "tokenizer_config.json") for f in (language, vision))
-    needed = [*MEDIA_TOKENS.values(), *template_tokens(vision, of_vision)]
+    needed = [*MEDIA_TOKENS.values(), *template_tokens(out, chat)]
     known = tokenizer.get_vocab(with_added_tokens=True)
     missing = [token for token in dict.fromkeys(needed) if token not in known]
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in missing])
     tokenizer.save(str(out / "tokenizer.json"))
+    settings = read_json(language / "tokenizer_config.json")
     settings.pop("chat_template", None)
     settings.pop("added_tokens_decoder", None)  # as in tokenizer.json, less what was added
-    settings |= {k: of_vision[k] for k in ("eos_token", "chat_template") if k in of_vision}
-    settings["processor_class"] = "Qwen3VLProcessor"
-    write_json(out / "tokenizer_config.json", settings)
+    write_json(out / "tokenizer_config.json", settings | chat)
     return dict(tokenizer.get_vocab(with_added_tokens=True))
 
 
@@ -171,7 +272,10 @@ def write_weights(
         for part, folder in (("vision", vision), ("language", language)):
             files = weight_files(folder)
             opened = {f: stack.enter_context(safe_open(f, "pt")) for f in sorted({*files.values()})}
-            stored |= {(part, name): opened[f].get_slice(name) for name, f in files.items()}
+            stored |= {
+                (part, name.removeprefix("vision_model.")): opened[f].get_slice(name)
+                for name, f in files.items()
+            }
         made = list(sources(config, seed))
         wanted = [(each.part, each.stored) for each in made if each.part != "drawn"]
         if lacking := sorted(f"{name} of --{part}" for part, name in set(wanted) - stored.keys()):
@@ -210,6 +314,22 @@ def pieces(source: Source, stored: Any, dtype: str) -> Iterator[Tensor]:
         yield piece.to(to)
     if added:
         yield (total / rows).to(to).expand(added, *rest)
+
+
+def write_siglip_rules(vision: Path, out: Path, config: dict[str, Any]) -> None:
+    """The tower's rules for images, and how many tokens an image becomes."""
+    from triptych_models.assemble_siglip import siglip_processor
+
+    rules = read_json(vision / MEDIA_RULES[0])
+    side = config["vision_config"]["image_size"]
+    if rules.get("size") != {"height": side, "width": side}:
+        raise ValueError(
+            f"--vision: {MEDIA_RULES[0]} must say a size of {side} x {side}, as config.json, got "
+            f"{rules.get('size')}; take all files from one model"
+        )
+    write_json(out / MEDIA_RULES[0], rules)
+    processor = siglip_processor(config, MEDIA_TOKENS["image_token_id"])
+    write_json(out / "processor_config.json", processor)
 
 
 def write_media_rules(vision: Path, out: Path, merge_size: int) -> None:

@@ -1,24 +1,31 @@
-"""A Qwen3-VL of parts: one model's vision tower, a fresh projector, another's language model.
+"""A model of parts: one model's vision tower, a fresh projector, another's language model.
 
-The result is a stock architecture. In text the three rotary axes are alike, so that a Qwen3 goes on
-as it was: its logits on text are its own. Features come in by way of Qwen3-VL's merger: m x m
-patches side by side in one vector, LayerNorm, two layers with GELU between them.
+With a Qwen3-VL's tower the result is a stock architecture. In text the three rotary axes are alike,
+so that a Qwen3 goes on as it was: its logits on text are its own. Features come in by way of
+Qwen3-VL's merger: m x m patches side by side in one vector, LayerNorm, two layers with GELU between
+them. With a SigLIP's tower see `assemble_siglip`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
+from .llava_projector import LlavaProjectorForConditionalGeneration
 from .weights import initial_value, own_parameters
 
 Projector = Literal["pixel_unshuffle", "mlp"]
 TextIds = Mapping[str, int]
 
-_MERGERS = ("model.visual.merger.", "model.visual.deepstack_merger_list.")
-_TOWER, _LANGUAGE = "model.visual.", "model.language_model."
+_LANGUAGE = "model.language_model."
 _TABLES = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 # What Qwen3 and Qwen3-VL's text_config both say; the rest is the rotary embedding's.
 _TEXT = (
@@ -27,6 +34,30 @@ _TEXT = (
     *("attention_dropout", "max_position_embeddings", "initializer_range", "tie_word_embeddings"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 )
+
+
+class Layout(NamedTuple):
+    """How a family names its tensors: the tower's, as in its own folder, and what is drawn."""
+
+    hf_class: type[PreTrainedModel]
+    tower: str
+    stored_tower: str
+    projector: tuple[str, ...]
+
+
+_PROJECTOR = ("model.multi_modal_projector.",)
+LAYOUTS = {
+    "qwen3_vl": Layout(
+        Qwen3VLForConditionalGeneration,
+        "model.visual.",
+        "model.visual.",
+        ("model.visual.merger.", "model.visual.deepstack_merger_list."),
+    ),
+    "llava": Layout(LlavaForConditionalGeneration, "model.vision_tower.", "", _PROJECTOR),
+    "llava_projector": Layout(
+        LlavaProjectorForConditionalGeneration, "model.vision_tower.", "", _PROJECTOR
+    ),
+}
 
 
 class Source(NamedTuple):
@@ -85,25 +116,26 @@ def mrope_section(head_dim: int) -> list[int]:
 
 def sources(config: dict[str, Any], seed: int) -> Iterator[Source]:
     """Every tensor of the model of `config`, in its order; the projector's are drawn from seed."""
+    layout = LAYOUTS[config["model_type"]]
     with torch.device("meta"):
-        hf = Qwen3VLForConditionalGeneration._from_config(Qwen3VLConfig(**config))
+        hf = layout.hf_class._from_config(AutoConfig.for_model(**config))
     hf.tie_weights()
     generator = torch.Generator().manual_seed(seed)
-    std = hf.config.vision_config.initializer_range
+    std = getattr(hf.config.vision_config, "initializer_range", 0.02)  # SigLIP's does not say it
     for module, own in own_parameters(hf):
         for name, parameter in own.items():
-            yield _source(name, module, parameter, std, generator)
+            shape = tuple(parameter.shape)
+            if name.startswith(layout.projector):
+                value = initial_value(module, name, torch.empty(shape), std, generator)
+                yield Source(name, shape, "drawn", "", value)
+            else:
+                yield _stored(name, shape, layout)
 
 
-def _source(
-    name: str, module: nn.Module, parameter: Tensor, std: float, generator: torch.Generator
-) -> Source:
-    shape = tuple(parameter.shape)
-    if name.startswith(_MERGERS):
-        like = torch.empty(shape)
-        return Source(name, shape, "drawn", "", initial_value(module, name, like, std, generator))
-    if name.startswith(_TOWER):
-        return Source(name, shape, "vision", name, None)
+def _stored(name: str, shape: tuple[int, ...], layout: Layout) -> Source:
+    if name.startswith(layout.tower):
+        stored = layout.stored_tower + name.removeprefix(layout.tower)
+        return Source(name, shape, "vision", stored, None)
     return Source(name, shape, "language", name.replace(_LANGUAGE, "model."), None)
 
 
