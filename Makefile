@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.torch_extensions
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo pipeline test lint format clean
+.PHONY: setup demo pipeline faults test lint format clean
 
 setup: $(VENV)/.ready
 
@@ -35,6 +35,10 @@ pipeline: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Kills, damage, full disks, hangs: writes RELIABILITY.md.
+faults: setup
+	$(BIN)/python tools/faults.py --mutations --output RELIABILITY.md
 
 lint: setup
 	$(BIN)/ruff check .

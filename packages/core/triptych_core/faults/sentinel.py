@@ -26,7 +26,8 @@ POLL = 0.5  # seconds
 ANSWER = 2.0  # within which a rank says what it does, if it can run Python at all
 GATHER = 5.0  # within which all ranks of a standing job have told, and peers of a dead one failed
 SLOW = 1800.0  # for compilation, checkpoints, evaluation: far above what they take
-MIN_LIMIT, FACTOR = 10.0, 3.0  # hang_seconds=auto: times the slowest step
+MIN_LIMIT, FACTOR = 10.0, 3.0  # hang_seconds=auto: named by then; times the slowest step
+TELLING = 3.0  # before that: what a poll, an answer that does not come and its stacks take
 DUMP_SIGNAL = signal.SIGUSR2
 
 
@@ -79,7 +80,9 @@ class _Watch:
             return 0.0
         if beat.steps <= page.WARM_UP or page.KINDS[beat.kind] in ("start", "between"):
             return SLOW if limit == "auto" else max(SLOW, limit)
-        return max(MIN_LIMIT, FACTOR * beat.slowest) if limit == "auto" else float(limit)
+        if limit != "auto":
+            return float(limit)
+        return max(MIN_LIMIT, FACTOR * beat.slowest) - TELLING
 
     def _look_at_peers(self, now: float) -> None:
         """Where a rank of this machine is gone, this one waits for it in vain."""
@@ -149,6 +152,7 @@ class _Watch:
             "keys": beat.keys,
             "beats": beat.beats,
             "quiet_seconds": round(self._quiet, 1),
+            "slowest_seconds": round(beat.slowest, 3),
             **answer,
         }
 

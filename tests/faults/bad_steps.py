@@ -1,0 +1,64 @@
+"""Losses that are no numbers, or spikes: one update is left out, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+from tests.core.test_loss_guard import BAD, LAYOUTS, STEPS, endings, train_on
+from tests.faults.outcome import Outcome
+from tests.faults.toy import on_ranks
+
+
+def bad_steps(folder: Path, short: bool) -> Outcome:
+    """NaN, Inf and a spike on one rank of two, in every layout; half are cut right after one."""
+    layouts = LAYOUTS[:1] if short else LAYOUTS
+    found = folder / "found.json"
+    codes = on_ranks(partial(_on_a_rank, folder, len(layouts), found), folder / "said.txt")
+    outcome = Outcome()
+    if codes != [0, 0]:
+        return Outcome(problems=[(folder / "said.txt").read_text()[-2000:]])
+    for number, unlike in enumerate(json.loads(found.read_text())):
+        lines = (folder / f"{number}-bad/skipped.jsonl").read_text().splitlines()
+        skipped = {line["step"]: line for line in map(json.loads, lines)}
+        for step in BAD:
+            keys = [
+                key for pack in skipped.get(step, {"packs": []})["packs"] for key in pack["keys"]
+            ]
+            named = keys == [f"{step}-{r}-{m}" for r in (0, 1) for m in range(LAYOUTS[number][3])]
+            what = f"{LAYOUTS[number]}, step {step}: {keys}, differs: {unlike}"
+            outcome.add(what, detected=named, recovered=not unlike, wrong=bool(unlike))
+    return outcome
+
+
+def too_many_in_a_row(folder: Path, short: bool) -> Outcome:
+    """The run ends after n of them, or at the first, as it was told."""
+    codes = on_ranks(partial(_endings, folder), folder / "said.txt")
+    outcome = Outcome()
+    for rank, code in enumerate(codes):
+        for mode in ("3 in a row", "the first"):
+            outcome.add(f"rank {rank}, {mode}", detected=code == 0, recovered=code == 0)
+    return outcome
+
+
+def _on_a_rank(folder: Path, count: int, found: Path) -> None:
+    import torch.distributed as dist
+
+    good = [step for step in range(1, STEPS + 1) if step not in BAD]
+    unlike = []
+    for number, layout in enumerate(LAYOUTS[:count]):
+        wanted = train_on(folder / f"{number}-good", layout, good)
+        cut = 9 if number % 2 else 0
+        ours = train_on(folder / f"{number}-bad", layout, range(1, STEPS + 1), cut=cut)
+        mine = [key for key in wanted if not wanted[key].equal(ours[key])]
+        both: list[list[str]] = [[], []]
+        dist.all_gather_object(both, mine)
+        unlike.append([*both[0], *both[1]])
+    if dist.get_rank() == 0:
+        found.write_text(json.dumps(unlike))
+
+
+def _endings(folder: Path) -> None:
+    row, stop, _ = endings(folder)
+    assert "in 3 steps, got none up to step 6" in row and "in 1 step, got none" in stop
