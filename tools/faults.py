@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.faults.matrix import GUARDS, ROWS, Guard  # noqa: E402
 from tests.faults.outcome import Outcome, Row, in_parallel  # noqa: E402
+from tests.faults.stage_jobs import naming  # noqa: E402
 
 Results = list[tuple[Row, Outcome]]
 Mutations = list[tuple[Guard, Outcome]]
@@ -48,28 +50,44 @@ def main(only: Sequence[str], short: bool, mutations: bool, jobs: int, output: P
     guards = [guard for guard in GUARDS if mutations and (not only or guard.row in only)]
     began = time.monotonic()
     scratch = Path(tempfile.mkdtemp(prefix="faults-"))
+    found: dict[str, Outcome] = {}
     try:
-        results, mutated = run(rows, guards, scratch, short=short, jobs=jobs)
+        run(rows, guards, scratch, found, short=short, jobs=jobs)
+    except KeyboardInterrupt:
+        click.echo("\ninterrupted: the page has the rows that had ended", err=True)
     finally:
+        end_all(str(scratch))
         shutil.rmtree(scratch, ignore_errors=True)
+    results = [(row, found[row.key]) for row in rows if row.key in found]
+    mutated = [(guard, found[guard.name]) for guard in guards if guard.name in found]
     text = page(results, mutated, time.monotonic() - began)
     if output is not None:
         output.write_text(text)
     click.echo(text)
     stay_green = [guard for guard, outcome in mutated if outcome.is_green]
-    sys.exit(int(bool(stay_green) or not all(outcome.is_green for _, outcome in results)))
+    is_whole = len(found) == len(rows) + len(guards)
+    all_green = all(outcome.is_green for _, outcome in results)
+    sys.exit(int(bool(stay_green) or not all_green or not is_whole))
 
 
 def run(
-    rows: Sequence[Row], guards: Sequence[Guard], scratch: Path, *, short: bool, jobs: int
-) -> tuple[Results, Mutations]:
-    """Run rows, and short ones without their guards; each in a process and folder of its own."""
+    rows: Sequence[Row],
+    guards: Sequence[Guard],
+    scratch: Path,
+    found: dict[str, Outcome],
+    *,
+    short: bool,
+    jobs: int,
+) -> None:
+    """Run rows, and short ones without their guards; each in a process and folder of its own.
+
+    What came of them is put into `found` as they end.
+    """
     by_key = {row.key: row for row in ROWS}
     works = {row.key: partial(_run_row, row, scratch / row.key, short) for row in rows}
     for number, guard in enumerate(guards):
         folder = scratch / f"without-{number}"
         works[guard.name] = partial(_run_without, guard, by_key[guard.row], folder)
-    found: dict[str, Outcome] = {}
     with click.progressbar(length=len(works), label="faults", file=sys.stderr) as bar:
         for name, outcome in in_parallel(works, jobs):
             found[name] = outcome
@@ -77,10 +95,13 @@ def run(
             if not outcome.is_green and name in by_key:
                 problems = "\n  ".join(outcome.problems[:5])
                 click.echo(f"\n{name}: {len(outcome.problems)} problems\n  {problems}", err=True)
-    return (
-        [(row, found[row.key]) for row in rows],
-        [(guard, found[guard.name]) for guard in guards],
-    )
+
+
+def end_all(word: str) -> None:
+    """Kill what is left of trials that were cut short: all that names their folder."""
+    for pid in naming(word):
+        if pid != os.getpid():
+            os.kill(pid, signal.SIGKILL)
 
 
 def _run_row(row: Row, folder: Path, short: bool) -> Outcome:
@@ -98,10 +119,10 @@ def page(results: Results, mutated: Mutations, seconds: float) -> str:
     lines = [
         "# What runs survive",
         "",
-        f"Written by `{_command()}` in {seconds / 60:.1f} minutes, on {os.cpu_count()} shared cores "
-        f"({platform.machine()}), {_versions()}, commit {_commit()}, {time.strftime('%Y-%m-%d')}. "
-        "Of every trial: detected, named as what it is; recovered, what went on from there ended "
-        "with the same bytes as a run that nothing happened to; wrong, other weights were saved or "
+        f"Written by `{_command()}` in {seconds / 60:.1f} minutes, on {os.cpu_count()} shared "
+        f"cores ({platform.machine()}), {_versions()}, commit {_commit()}, {time.strftime('%Y-%m-%d')}. "
+        "Of every trial: *detected*, named as what it is; *recovered*, what went on from there ended "
+        "with the same bytes as a run that nothing happened to; *wrong*, other weights were saved or "
         "loaded. How each row is made: `tests/faults/`.",
         "",
         "| key | fault | trials | detected | recovered | wrong weights | samples lost, repeated "

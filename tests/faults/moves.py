@@ -19,7 +19,7 @@ SAVED, LAST = 2, 6
 LAYOUTS = list(product((0, 1, 2, 3), (1, 2, 4)))  # stage, ranks
 MOVES = [
     (LAYOUTS[number], LAYOUTS[(number + jump) % len(LAYOUTS)])
-    for jump in (1, 5, 7)
+    for jump in (1, 5)
     for number in range(len(LAYOUTS))
 ]
 

@@ -133,7 +133,7 @@ def launchers(folder: Path, short: bool) -> Outcome:
             process.send_signal(sent)
             began = time.monotonic()
             process.wait(LEAVES)
-            while (left := _naming(str(run_dir))) and time.monotonic() - began < LEAVES:
+            while (left := naming(str(run_dir))) and time.monotonic() - began < LEAVES:
                 time.sleep(0.1)
         outcome.named_after(time.monotonic() - began, LEAVES)
         for pid in left:
@@ -147,7 +147,7 @@ def launchers(folder: Path, short: bool) -> Outcome:
     return outcome
 
 
-def _naming(word: str) -> list[int]:
+def naming(word: str) -> list[int]:
     """Processes in whose command line a word is."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -262,7 +262,5 @@ def differs(
         return True
     ours, theirs = read_manifest(run_dir / name), read_manifest(wanted / name)
     return any(
-        ours.get(file) != theirs.get(file)
-        for file in ours | theirs
-        if file.startswith(tuple(files))
+        ours.get(file) != theirs.get(file) for file in ours | theirs if file.startswith(FILES)
     )
