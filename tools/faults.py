@@ -48,6 +48,7 @@ def main(only: Sequence[str], short: bool, mutations: bool, jobs: int, output: P
         raise click.UsageError(f"--only: must be one of {keys}, got {sorted(unknown)[0]}")
     rows = [row for row in ROWS if not only or row.key in only]
     guards = [guard for guard in GUARDS if mutations and (not only or guard.row in only)]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     began = time.monotonic()
     scratch = Path(tempfile.mkdtemp(prefix="faults-"))
     found: dict[str, Outcome] = {}
@@ -120,10 +121,11 @@ def page(results: Results, mutated: Mutations, seconds: float) -> str:
         "# What runs survive",
         "",
         f"Written by `{_command()}` in {seconds / 60:.1f} minutes, on {os.cpu_count()} shared "
-        f"cores ({platform.machine()}), {_versions()}, commit {_commit()}, {time.strftime('%Y-%m-%d')}. "
-        "Of every trial: *detected*, named as what it is; *recovered*, what went on from there ended "
-        "with the same bytes as a run that nothing happened to; *wrong*, other weights were saved or "
-        "loaded. How each row is made: `tests/faults/`.",
+        f"cores ({platform.machine()}), {_versions()}, commit {_commit()}, "
+        f"{time.strftime('%Y-%m-%d')}. Of every trial: *detected*, named as what it is; "
+        "*recovered*, what went on from there ended with the same bytes as a run that nothing "
+        "happened to; *wrong*, other weights were saved or loaded. How each row is made: "
+        "`tests/faults/`.",
         "",
         "| key | fault | trials | detected | recovered | wrong weights | samples lost, repeated "
         "| slowest to be named, allowed | seconds | |",

@@ -162,8 +162,8 @@ def on_ranks(
 ) -> list[int]:
     """Do it on ranks that may die; returns their exit codes, negative of signals.
 
-    Once one has died the others get a second: time to do harm, if they would. What they say is added
-    to a file.
+    Once one has died the others get a second: time to do harm, if they would. What they say is
+    added to a file.
     """
     port = _free_port()
     children = [
@@ -251,9 +251,7 @@ def lost_and_repeated(run_dir: Path) -> tuple[int, int]:
     return lost + text.count("got no line"), repeated
 
 
-def differs(
-    run_dir: Path, wanted: Path, step: int, files: Sequence[str] = ("rank", "random")
-) -> bool:
+def differs(run_dir: Path, wanted: Path, step: int) -> bool:
     """Whether the checkpoint of a step has other bytes than that of an undisturbed run."""
     from triptych_core.checkpoint.manifest import find_damage, read_manifest
 
@@ -262,5 +260,7 @@ def differs(
         return True
     ours, theirs = read_manifest(run_dir / name), read_manifest(wanted / name)
     return any(
-        ours.get(file) != theirs.get(file) for file in ours | theirs if file.startswith(FILES)
+        ours.get(file) != theirs.get(file)
+        for file in ours | theirs
+        if file.startswith(("rank", "random"))
     )
