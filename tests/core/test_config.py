@@ -56,6 +56,11 @@ def test_all_mistakes_are_reported_at_once():
     assert len(str(caught.value).splitlines()) == 2
 
 
+def test_a_value_of_no_type_of_its_key_is_one_mistake():
+    with pytest.raises(ValueError, match=r"^run\.hang_seconds: must be 'auto' or be a valid num"):
+        load("run.hang_seconds=soon")
+
+
 def test_combinations_deepspeed_would_compute_wrongly_are_refused():
     with pytest.raises(ValueError, match=r"engine\.zero\.offload_params"):
         load("engine.zero.stage=2", "engine.zero.offload_params=true")

@@ -158,7 +158,11 @@ def build_toy(config: Any, noise: float) -> Any:
 
 
 def on_ranks(
-    work: Callable[[], None], said: Path, world_size: int = 2, sabotage: Sabotage | None = None
+    work: Callable[[], None],
+    said: Path,
+    world_size: int = 2,
+    sabotage: Sabotage | None = None,
+    timeout: float = 120,
 ) -> list[int]:
     """Do it on ranks that may die; returns their exit codes, negative of signals.
 
@@ -170,7 +174,7 @@ def on_ranks(
         _fork_rank(work, said, rank, world_size, port, sabotage) for rank in range(world_size)
     ]
     codes: dict[int, int] = {}
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + timeout
     while len(codes) < world_size:
         for child in children:
             if child in codes:

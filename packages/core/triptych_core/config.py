@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
@@ -166,7 +166,7 @@ def load_config(
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
-        raise ValueError("\n".join(_one_line(item) for item in error.errors())) from None
+        raise ValueError("\n".join(map(_one_line, _by_key(error.errors(), tree)))) from None
 
 
 def read_tree(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -319,6 +319,30 @@ def _section_type(annotation: Any) -> type[BaseModel] | None:
 def _entry_type(annotation: Any) -> type[BaseModel] | None:
     """The pydantic model that the values of a dict are; None for other annotations."""
     return _section_type(get_args(annotation)[1]) if get_origin(annotation) is dict else None
+
+
+def _by_key(items: Iterable[Any], tree: Any) -> list[Any]:
+    """One mistake a key, also where its value is of none of several types."""
+    found: dict[tuple[Any, ...], Any] = {}
+    for item in items:
+        place = item["loc"] if item["type"] == "missing" else _place_in(tree, item["loc"])
+        if place in found and item["msg"].startswith("Input should"):
+            found[place]["msg"] += item["msg"].replace("Input should", " or", 1)
+        else:
+            found[place if place not in found else item["loc"]] = item | {"loc": place}
+    return list(found.values())
+
+
+def _place_in(tree: Any, place: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A mistake's place without what pydantic adds to it: which of a union's types it tried."""
+    for depth, part in enumerate(place):
+        if (isinstance(tree, dict) and part in tree) or (
+            isinstance(tree, list) and isinstance(part, int) and part < len(tree)
+        ):
+            tree = tree[part]
+        else:
+            return place[:depth] or place
+    return place
 
 
 def _one_line(item: Any) -> str:
