@@ -336,11 +336,9 @@ def _by_key(items: Iterable[Any], tree: Any) -> list[Any]:
 def _place_in(tree: Any, place: tuple[Any, ...]) -> tuple[Any, ...]:
     """A mistake's place without what pydantic adds to it: which of a union's types it tried."""
     for depth, part in enumerate(place):
-        if (isinstance(tree, dict) and part in tree) or (
-            isinstance(tree, list) and isinstance(part, int) and part < len(tree)
-        ):
+        try:
             tree = tree[part]
-        else:
+        except (KeyError, IndexError, TypeError):
             return place[:depth] or place
     return place
 
