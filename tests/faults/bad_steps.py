@@ -15,7 +15,9 @@ def bad_steps(folder: Path, short: bool) -> Outcome:
     """NaN, Inf and a spike on one rank of two, in every layout; half are cut right after one."""
     layouts = LAYOUTS[:1] if short else LAYOUTS
     found = folder / "found.json"
-    codes = on_ranks(partial(_on_a_rank, folder, len(layouts), found), folder / "said.txt")
+    codes = on_ranks(
+        partial(_on_a_rank, folder, len(layouts), found), folder / "said.txt", timeout=1200
+    )
     outcome = Outcome()
     if codes != [0, 0]:
         return Outcome(problems=[(folder / "said.txt").read_text()[-2000:]])

@@ -37,7 +37,7 @@ def crash_points(folder: Path, short: bool) -> Outcome:
             codes = on_ranks(work, run_dir / "said.txt", sabotage=kill)
             trials.append((run_dir, codes[rank] == -signal.SIGKILL))
     # One job goes on with all of them, one after the other.
-    on_ranks(partial(_finish, [run_dir for run_dir, _ in trials]), folder / "on.txt")
+    on_ranks(partial(_finish, [run_dir for run_dir, _ in trials]), folder / "on.txt", timeout=1200)
     for run_dir, died in trials:
         wrong = differs(run_dir, wanted, LAST)
         lost, repeated = lost_and_repeated(run_dir)
