@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from tests.models import stock as images
 from tests.models import tiny
+from tests.models.stock import stock_logits, stock_loss, stock_twin
 from triptych_models.config import PARTS, ModelConfig
 from triptych_models.export import export
 from triptych_models.families import FAMILIES, build_model
@@ -77,24 +76,6 @@ def documents(family: str) -> list[tiny.Document]:
 
 def pack(family: str, chosen: list[tiny.Document], seq_len: int = SEQ_LEN) -> dict[str, Any]:
     return (tiny.pack if family == "qwen3_vl_moe" else tiny.pack_text)(chosen, seq_len)
-
-
-def stock_twin(model: Any, dtype: torch.dtype = torch.float32) -> Any:
-    config = AutoConfig.for_model(**model.hf.config.to_dict())
-    stock = type(model).hf_class._from_config(config, dtype=dtype)
-    stock.set_experts_implementation("eager")  # the others know no fp64
-    stock.load_state_dict(model.hf.state_dict(), strict=True)
-    return stock
-
-
-def stock_loss(stock: Any, model: Any, chosen: list[tiny.Document]) -> Tensor:
-    if hasattr(model.hf.config, "vision_config"):
-        return images.stock_loss(stock, model, chosen)
-    losses = [
-        F.cross_entropy(stock(d.input_ids[None]).logits[0], d.shift_labels, reduction="sum")
-        for d in chosen
-    ]
-    return torch.stack(losses).sum()
 
 
 @each_family
@@ -231,7 +212,7 @@ def test_load_of_images_is_that_of_their_tokens(build: Any) -> None:
         layer.mlp.gate.register_forward_hook(lambda *call: picked.append(call[-1][-1]))
     for document in (chosen[0], chosen[2], chosen[3]):
         picked.clear()
-        images.stock_logits(stock, model, document)
+        stock_logits(stock, model, document)
         kind = (document.input_ids == tiny.IMAGE).long()
         for number, experts in enumerate(picked):
             for token, pair in zip(kind, experts, strict=True):

@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+LR, BETAS, EPS, DECAY, MAX_NORM = 1e-2, (0.9, 0.95), 1e-3, 0.1, 0.5
+MOE = {"aux_loss": 0.2, "z_loss": 0.05, "aux_over": "document"}  # of models with experts
+SETTINGS = [
+    "run.steps=1",
+    *(f"optim.lr={LR}", f"optim.beta1={BETAS[0]}", f"optim.beta2={BETAS[1]}"),
+    f"optim.eps={EPS}",  # far from a sign: an error of a gradient stays one of an update
+    *(f"optim.weight_decay={DECAY}", f"optim.max_grad_norm={MAX_NORM}"),
+    "schedule.kind=constant",  # any other has come to its end after one step: a rate of 0
+    *("engine.zero.persistence_threshold=0", "engine.zero.bucket_size=5000"),
+    *("model.init=random", "model.seed=3", "model.compile=none"),
+    *("data.seq_len=128", "data.shards=[none]"),
+]
+
+
+def leave(model: Any) -> None:
+    """Change nothing."""
+
+
+class Run(NamedTuple):
+    """A step: its settings, the numbers of its rows, and what is done to the model before."""
+
+    words: list[str]
+    numbers: Sequence[int] | None = None  # in their order, as many as ranks need; None = from 0 on
+    change: Callable[[Any], None] = leave
 
 
 class Part(NamedTuple):
@@ -24,26 +50,33 @@ class Part(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Its line of metrics.jsonl, gradients before clipping, masters after the update."""
+    """Its line of metrics.jsonl, norm and gradients before clipping, masters after the update."""
 
     line: dict[str, float]
+    norm: float  # as this rank clipped by it
     gradients: dict[str, Part]
     masters: dict[str, Part]
 
 
-def on_a_rank(folder: Path, out: Path, runs: list[list[str]]) -> list[Step]:
-    """A step of the model in `folder` for each configuration; run folders are made in `out`."""
+def on_a_rank(folder: Path, out: Path, runs: Sequence[list[str] | Run]) -> list[Step]:
+    """A step of the model in `folder` for each run; run folders are made in `out`."""
     from triptych_core.config import RunConfig
     from triptych_core.launch import launch
 
     runtime = launch(RunConfig(device="cpu"))
-    return [one_step(folder, runtime, out / str(i), words) for i, words in enumerate(runs)]
+    return [one_step(folder, runtime, out / str(i), run) for i, run in enumerate(runs)]
 
 
-def one_step(folder: Path, runtime: Any, run_dir: Path, words: list[str]) -> Step:
+def one_step(folder: Path, runtime: Any, run_dir: Path, run: list[str] | Run) -> Step:
+    """The last step of a run, by default its only one."""
+    return steps(folder, runtime, run_dir, run)[-1]
+
+
+def steps(folder: Path, runtime: Any, run_dir: Path, run: list[str] | Run) -> list[Step]:
+    """All steps of a run, with the masters of its end."""
     import torch.distributed as dist
 
-    from tests.stages.test_sequence import family_of, rows
+    from tests.stages.rows import has_experts, rows_of
     from tests.tiny import sft_stage, whole_gradients, whole_masters
     from triptych_core.config import load_config
     from triptych_core.engine.build import (
@@ -67,18 +100,11 @@ def one_step(folder: Path, runtime: Any, run_dir: Path, words: list[str]) -> Ste
     from triptych_models.sequence_batch import take_part
     from triptych_models.tensor import tensor_cuts
 
-    config = load_config(
-        sft_stage().SftConfig,
-        None,
-        [
-            *(f"run.dir={run_dir}", "run.steps=1", "optim.max_grad_norm=0.5", "optim.lr=1e-2"),
-            "optim.eps=1e-3",  # far from a sign: an error of a gradient stays one of an update
-            *("engine.zero.persistence_threshold=0", "engine.zero.bucket_size=5000"),
-            *(f"model.path={folder}", "model.init=random", "model.seed=3"),
-            *("data.seq_len=128", "data.shards=[none]", "model.compile=none"),
-            *words,
-        ],
-    )
+    words, numbers, change = run if isinstance(run, Run) else Run(run)
+    mixture = [f"model.moe.{key}={value}" for key, value in MOE.items()]
+    words = [*SETTINGS, *(mixture if has_experts(folder) else ()), *words]
+    given = [f"run.dir={run_dir}", f"model.path={folder}", *words]
+    config = load_config(sft_stage().SftConfig, None, given)
     mesh = make_mesh(config.parallel, runtime)
     place = make_expert_place(config.parallel, runtime)
     group = SequenceGroup(mesh.sp_group, mesh.sp_size, mesh.sp_rank)
@@ -95,6 +121,7 @@ def one_step(folder: Path, runtime: Any, run_dir: Path, words: list[str]) -> Ste
     if config.model.lora is not None:
         gather = gather_parameters(config.engine)
         add_adapters(model, config.model.lora, config.model.seed, gather)
+    change(model)
     model.set_checkpointing(config.engine.checkpointing)
     model.set_mlp_chunks(config.engine.mlp_chunks)
     part_of = parameter_parts(model).__getitem__
@@ -116,17 +143,23 @@ def one_step(folder: Path, runtime: Any, run_dir: Path, words: list[str]) -> Ste
         dim = {"outputs": 0, "inputs": 1}.get((tensor.cuts or {}).get(name, ""))
         return Part(x.detach().float().clone(), dim, mesh.tp_rank, mesh.tp_size)
 
-    gradients: dict[str, Part] = {}
+    gradients: list[dict[str, Part]] = []
+    norms: list[float] = []
     take_step = engine.step
 
     def look_then_step() -> None:
-        if engine.is_gradient_accumulation_boundary():
-            gradients.update({n: part(n, x) for n, x in whole_gradients(engine).items()})
+        is_last = engine.is_gradient_accumulation_boundary()
+        if is_last:
+            gradients.append({n: part(n, x) for n, x in whole_gradients(engine).items()})
         take_step()
+        if is_last:
+            norms.append(float(engine.get_global_grad_norm()))
 
     engine.step = look_then_step
-    accumulation = config.engine.gradient_accumulation_steps
-    mine = rows(family_of(folder))[: mesh.dp_size * accumulation][mesh.dp_rank :: mesh.dp_size]
+    count = mesh.dp_size * config.engine.gradient_accumulation_steps * config.run.steps
+    chosen = rows_of(folder) if numbers is None else [rows_of(folder)[n] for n in numbers]
+    assert len(chosen) >= count, f"{count} rows are needed"
+    mine = chosen[:count][mesh.dp_rank :: mesh.dp_size]
     ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
     with Metrics(config, **ranks) as metrics:
         train(
@@ -140,22 +173,42 @@ def one_step(folder: Path, runtime: Any, run_dir: Path, words: list[str]) -> Ste
     masters = {n: part(n, x) for n, x in whole_masters(engine).items()}
     engine.destroy()
     dist.barrier()
-    return Step(json.loads((run_dir / "metrics.jsonl").read_text()), gradients, masters)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    return [Step(*each, masters) for each in zip(lines, norms, gradients, strict=True)]
 
 
-def compare(found: Step, wanted: Step, where: str, tolerance: float = 1e-5) -> None:
-    """Figures, gradients and masters of a rank against those of a rank that has all."""
-    for name in ("loss", "grad_norm", "num_targets", "num_tokens", "flops", "packing_fill"):
-        assert abs(found.line[name] / wanted.line[name] - 1) <= tolerance, (
-            f"{where}: {name} {found.line[name]} is not {wanted.line[name]}"
-        )
+FIGURES = ("loss", "grad_norm", "num_targets", "num_tokens", "flops", "packing_fill")
+ROUTERS = ("balance_loss", "z_loss", "expert_load", "expert_load_images")
+
+
+def compare(
+    found: Step,
+    wanted: Step,
+    where: str,
+    tolerance: float = 1e-5,
+    of_masters: float | None = 1e-5,
+) -> None:
+    """Figures, gradients and masters of a rank against those of a rank that has all.
+
+    Masters by a tolerance of their own, or not at all.
+    """
+    assert not [name for name in ROUTERS if (name in found.line) != (name in wanted.line)], where
+    for name in (*FIGURES, *(name for name in ROUTERS if name in wanted.line)):
+        ours, theirs = (torch.tensor(step.line[name]).double() for step in (found, wanted))
+        error = (ours - theirs).norm() / theirs.norm().clamp_min(1e-30)
+        assert error <= tolerance, f"{where}: {name} {ours} is not {theirs}"
+    assert abs(found.norm / found.line["grad_norm"] - 1) <= 1e-6, f"{where}: {found.norm}"
+    # A weight's gradient may be tiny beside the rest: relative to itself, or to a ten-thousandth
+    # of the whole. A master is not.
     total = wanted.line["grad_norm"]
-    # A weight's gradient may be tiny beside the rest, as in test_parity; a master is not.
-    for kind, scale in (("gradients", 1e-4 * total), ("masters", 1e-3)):
+    checks = [("gradients", 1e-4 * total, tolerance)]
+    if of_masters is not None:
+        checks.append(("masters", 1e-3, of_masters))
+    for kind, least, most in checks:
         ours, theirs = getattr(found, kind), getattr(wanted, kind)
         assert ours.keys() == theirs.keys(), where
         for name, part in ours.items():
             right = part.of(theirs[name].tensor)
             assert part.tensor.shape == right.shape, f"{where}: {name}"
-            error = (part.tensor - right).norm() / max(right.norm().item(), scale)
-            assert error <= tolerance, f"{where}: {kind} of {name} off by {error:.1e}"
+            error = (part.tensor - right).norm() / max(right.norm().item(), least, 1e-30)
+            assert error <= most, f"{where}: {kind} of {name} off by {error:.1e}"

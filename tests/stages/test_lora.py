@@ -19,8 +19,8 @@ from tests.models import tiny
 from tests.models.stock import stock_loss, stock_twin
 from tests.ranks import run_ranks
 from tests.stages import one_step
+from tests.stages.rows import build, documents, norm_of
 from tests.stages.test_pretrain import make_text_model_dir
-from tests.stages.test_sequence import build, documents, norm_of
 from tests.stages.test_sft import metrics, overrides, run_stage
 from tests.tiny import ROOT, make_model_dir, make_shards
 from triptych_core.averaging.sources import open_source
