@@ -1,211 +1,143 @@
-"""Gradients of the whole engine against stock transformers, one process, samples one by one.
+"""Gradients of the whole engine against stock transformers in fp64, one process, one by one.
 
-The same ragged packs are trained on 1 and 2 ranks, under every ZeRO stage, with accumulation; one
-pack has no images, one has no targets. The reference never packs, partitions or accumulates.
+The same ragged rows are trained on 1, 2 and 4 ranks under every ZeRO stage, with accumulation,
+rows and experts divided, recomputed or not; rows have no images, no targets, one target, nothing
+but padding. The reference never packs, partitions or accumulates.
 """
 
 from __future__ import annotations
 
 import json
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import deepspeed  # noqa: F401  once, and not on every rank
 import pytest
 import torch
 
+from tests.models import tiny
 from tests.ranks import run_ranks
-from tests.tiny import make_model_dir, make_shards
+from tests.stages.layouts import GRID, Layout, count
+from tests.stages.one_step import MOE, Run, Step, compare, leave, on_a_rank, steps
+from tests.stages.reference import Reference
+from tests.stages.rows import SEQ_LEN, build, rows
 
-SEQ_LEN = 512
-# Samples of each pack; their number of images is index % 3. The second pack is text only, the
-# third holds nothing but padding.
-PACKS = [[0, 1, 2], [3, 6, 9], [], [4, 5], [7], [8, 10], [12, 13], [11]]
+WRITERS = {
+    "qwen3_vl": tiny.write_model_dir,
+    "qwen3": tiny.write_text_model_dir,
+    "qwen3_moe": tiny.write_moe_model_dir,
+    "qwen2_moe": tiny.write_qwen2_moe_model_dir,  # with a shared expert
+    "qwen3_vl_moe": tiny.write_vl_moe_model_dir,
+}
+BALANCE = {"aux_loss": 1000.0, "z_loss": 0.0, "aux_over": "document"}  # a router's gradient is its
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory) -> Path:
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Models with 4 query heads and 2 key heads and tied embeddings; one with neither."""
     path = tmp_path_factory.mktemp("parity")
-    make_model_dir(path / "model")
-    make_shards(path / "data", 14)
-    return path
-
-
-def encoded(workspace: Path) -> tuple[Any, list[Any]]:
-    from triptych_data.processor import Processor
-    from triptych_data.shards.reader import Shards
-
-    processor = Processor.from_directory(workspace / "model")
-    shards = Shards.open([workspace / "data/shards"])
-    return processor, [processor.encode(shards.read(i)) for i in range(shards.num_samples)]
+    made = {name: write(path / name, tied=True) for name, write in WRITERS.items()}
+    made["one_key_head"] = tiny.write_model_dir(path / "one_key_head", tied=False)
+    file = made["one_key_head"] / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"]["num_key_value_heads"] = 1
+    file.write_text(json.dumps(config))
+    return made
 
 
 @pytest.fixture(scope="module")
-def reference(workspace) -> dict[int, tuple[float, dict[str, torch.Tensor]]]:
-    """For 1, 2, 4, 8 packs: loss and gradients by stock transformers in fp64."""
-    from transformers import Qwen3VLForConditionalGeneration
+def reference(folders) -> Any:
+    """By model, whether expert 0 gets all, whether the balance loss outweighs all."""
 
-    from triptych_models.config import ModelConfig
-    from triptych_models.export import export
-    from triptych_models.families import build_model
+    @cache
+    def of(model: str, forced: bool, aux: bool) -> Reference:
+        return Reference(folders[model], forced, BALANCE if aux else MOE)
 
-    config = ModelConfig(path=workspace / "model", init="random", seed=3)
-    ours = build_model(config, dtype=torch.float32)
-    export(ours.hf, workspace / "start", workspace / "model", dtype=torch.float32)
-    stock = Qwen3VLForConditionalGeneration.from_pretrained(
-        workspace / "start", dtype=torch.float64, attn_implementation="sdpa"
-    )
-    processor, samples = encoded(workspace)
-    results = {}
-    for num_packs in (1, 2, 4, 8):
-        chosen = [samples[i] for pack in PACKS[:num_packs] for i in pack]
-        stock.zero_grad()
-        num_targets = sum(sample.num_targets for sample in chosen)
-        loss = sum(alone(stock, processor, sample) for sample in chosen) / num_targets
-        loss.backward()
-        gradients = {name: p.grad.clone() for name, p in stock.named_parameters()}
-        results[num_packs] = (loss.item(), gradients)
-    return results
+    return of
 
 
-def alone(stock: Any, processor: Any, sample: Any) -> torch.Tensor:
-    """Summed loss of one unpacked sample, with stock positions and stock label shift."""
-    inputs: dict[str, Any] = {"input_ids": sample.input_ids[None]}
-    inputs["mm_token_type_ids"] = (inputs["input_ids"] == processor.image_token_id).int()
-    if sample.pixel_values is not None:
-        inputs["pixel_values"] = sample.pixel_values.double() / 127.5 - 1
-        inputs["image_grid_thw"] = sample.image_grid_thw
-    logits = stock(**inputs).logits[0]
-    return torch.nn.functional.cross_entropy(
-        logits, sample.shift_labels, ignore_index=-100, reduction="sum"
-    )
+def first_expert(choose: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A router that sends every token to expert 0 twice, and nothing to the others."""
+    logits, weights, experts = choose(x)
+    return logits, weights, torch.zeros_like(experts)
 
 
-def gradients_of_a_step(
-    workspace: Path, stage: int, accumulation: int, checkpointing: str = "none", seed: int = 3
-) -> tuple[float, float, dict[str, torch.Tensor]]:
-    """One step of the real loop on this rank's share of the packs."""
-    import torch.distributed as dist
-    from deepspeed.utils import get_z3_leaf_modules
-
-    from tests.tiny import whole_gradients
-    from triptych_core.config import StageConfig, load_config
-    from triptych_core.engine.build import build_engine, gather_parameters, sharded_init
-    from triptych_core.loop import train
-    from triptych_core.metrics import Metrics
-    from triptych_core.optim.groups import build_optimizer, parameter_groups
-    from triptych_data.batch import collate
-    from triptych_models.config import ModelConfig
-    from triptych_models.families import build_model
-    from triptych_models.freeze import parameter_parts
-
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    run_dir = workspace / f"run-{stage}-{world_size}-{accumulation}-{checkpointing}"
-    config = load_config(
-        StageConfig,
-        None,
-        [
-            f"run.dir={run_dir}",
-            "run.steps=1",
-            "run.device=cpu",
-            "engine.precision=fp32",
-            f"engine.zero.stage={stage}",
-            f"engine.gradient_accumulation_steps={accumulation}",
-            "engine.zero.persistence_threshold=0",
-            "engine.zero.bucket_size=5000",
-            "optim.max_grad_norm=0.5",
-        ],
-    )
-    if rank == 0:
-        run_dir.mkdir()
-    with sharded_init(config.engine, world_size):
-        model = build_model(
-            ModelConfig(path=workspace / "model", init="random", seed=seed),
-            dtype=torch.float32,
-            gather=gather_parameters(config.engine),
-        )
-    model.set_checkpointing(checkpointing)
-    groups = parameter_groups(
-        model.named_parameters(), config.optim, parameter_parts(model).__getitem__
-    )
-    optimizer = build_optimizer(groups, config.optim)
-    engine = build_engine(model, optimizer, config.engine, config.optim, world_size, model.layers())
-    if stage == 3:
-        leaves = get_z3_leaf_modules(model)
-        assert {id(m) for m in leaves} == {id(m) for m in model.layers()}
-        largest = max(sum(p.ds_numel for p in m.parameters()) for m in leaves)
-        assert engine.zero_prefetch_bucket_size() == largest
-    gradients: dict[str, torch.Tensor] = {}
-    take_step = engine.step
-
-    def look_then_step() -> None:
-        if engine.is_gradient_accumulation_boundary():
-            for name, gradient in whole_gradients(engine).items():
-                gradients[name.removeprefix("hf.")] = gradient
-        take_step()
-
-    engine.step = look_then_step
-    processor, samples = encoded(workspace)
-    mine = PACKS[: world_size * accumulation][rank::world_size]
-    batches = [
-        collate(
-            [samples[i] for i in pack],
-            SEQ_LEN,
-            pad_token_id=processor.pad_token_id,
-            position_axes=processor.position_axes,
-        )
-        for pack in mine
-    ]
-    with Metrics(config, rank=rank, world_size=world_size) as metrics:
-        train(engine, iter(batches), config, flops=model.flops, metrics=metrics)
-    engine.destroy()
-    dist.barrier()
-    line = json.loads((run_dir / "metrics.jsonl").read_text())
-    return line["loss"], line["grad_norm"], gradients
+def force(model: Any) -> None:
+    for block in model.blocks():
+        block.gate.forward = partial(first_expert, block.gate.forward)
 
 
-def on_a_rank(
-    workspace: Path,
-    stage: int,
-    checkpointing: str = "none",
-    accumulations: tuple[int, ...] = (1, 2, 4),
-) -> dict[int, Any]:
+def run_of(layout: Layout) -> Run:
+    aux = [f"model.moe.{key}={value}" for key, value in BALANCE.items()]
+    words = [*layout.words(), *(aux if "aux" in layout.features else ())]
+    return Run(words, layout.numbers(), force if "forced" in layout.features else leave)
+
+
+@pytest.mark.parametrize(("model", "ranks"), GRID, ids=str)
+def test_a_step_equals_that_of_stock_in_fp64(folders, reference, tmp_path, model, ranks):
+    chosen = [Layout.read(model, ranks, text) for text in GRID[model, ranks]]
+    results = run_ranks(on_a_rank, ranks, folders[model], tmp_path, list(map(run_of, chosen)))
+    for layout, *by_rank in zip(chosen, *results, strict=True):
+        assert len({found.norm for found in by_rank}) == 1, f"{layout}: norms differ"
+        names = layout.features
+        wanted = reference(model, "forced" in names, "aux" in names).step(layout.numbers())
+        for found in by_rank:
+            compare(found, wanted, str(layout))
+
+
+def test_so_many_layouts_are_compared():
+    assert count()["parity"] >= 40 and count()["together"] >= 70
+
+
+# Images and text, text, nothing but padding, an image, no target: each beside each.
+KINDS = (0, 1, 4, 5, 6)
+PAIRS = [number for first in KINDS for second in KINDS for number in (first, second)]
+
+
+def paired(folder: Path, out: Path) -> list[list[Step]]:
     from triptych_core.config import RunConfig
     from triptych_core.launch import launch
 
-    launch(RunConfig(device="cpu"))
-    return {
-        accumulation: gradients_of_a_step(workspace, stage, accumulation, checkpointing)
-        for accumulation in accumulations
-    }
+    runtime = launch(RunConfig(device="cpu"))
+    still = ["engine.precision=fp32", f"run.steps={len(PAIRS) // 2}", "optim.lr=1e-30"]
+    return [
+        steps(folder, runtime, out / str(s), Run([*still, f"engine.zero.stage={s}"], PAIRS))
+        for s in (0, 1, 2, 3)
+    ]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_gradients_equal_the_unpacked_single_process_reference(
-    workspace, reference, stage, world_size
-):
-    check(run_ranks(on_a_rank, world_size, workspace, stage), reference, stage)
+def test_ranks_may_hold_rows_of_any_kinds(folders, reference, tmp_path):
+    """Five kinds on either rank, 25 steps of the same weights under every stage."""
+    wanted = reference("qwen3_vl", False, False)
+    for of_stages in run_ranks(paired, 2, folders["qwen3_vl"], tmp_path):
+        for stage, found in enumerate(of_stages):
+            assert len(found) == 25
+            for number, step in enumerate(found):
+                pair = PAIRS[2 * number : 2 * number + 2]
+                where = f"stage {stage}, rows {pair}"
+                compare(step, wanted.step(pair), where, of_masters=None)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize("checkpointing", ["selective", "full"])
-def test_so_they_do_with_checkpointing(workspace, reference, stage, checkpointing):
-    check(run_ranks(on_a_rank, 2, workspace, stage, checkpointing, (2,)), reference, stage)
+def test_a_tied_weight_gets_the_gradients_of_both_uses(folders, reference, tmp_path):
+    """The reference's tied gradient is that of embeddings and head apart, of the same weights."""
+    from tests.models.stock import stock_loss, stock_twin
+    from tests.stages.rows import documents
+
+    tied = build(folders["qwen3"])
+    apart = build(tiny.write_text_model_dir(tmp_path / "apart", tied=False))
+    weights = tied.hf.state_dict()
+    apart.hf.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
+    stock = stock_twin(apart, torch.float64)
+    stock_loss(stock, apart, documents(images=False)[0]).backward()
+    both = stock.model.embed_tokens.weight.grad, stock.lm_head.weight.grad
+    found = reference("qwen3", False, False).rows[0].gradients["hf.model.embed_tokens.weight"]
+    assert min(each.norm() for each in both) > 0.1 * found.norm()
+    torch.testing.assert_close(found, sum(both))
 
 
-def check(results: list[dict[int, Any]], reference: dict[int, Any], stage: int) -> None:
-    world_size = len(results)
-    for result in results:
-        for accumulation, (loss, norm, gradients) in result.items():
-            wanted_loss, wanted = reference[world_size * accumulation]
-            where = f"stage {stage}, {world_size} ranks, accumulation {accumulation}"
-            assert loss == pytest.approx(wanted_loss, rel=1e-5), where
-            total = torch.stack([g.norm() for g in wanted.values()]).norm().item()
-            assert norm == pytest.approx(total, rel=1e-5), where
-            assert gradients.keys() == wanted.keys()
-            for name, gradient in gradients.items():
-                error = (gradient.double() - wanted[name]).norm().item()
-                # A vision weight's gradient may be tiny beside the rest: relative to itself, or
-                # to a ten-thousandth of the whole.
-                scale = max(wanted[name].norm().item(), 1e-4 * total)
-                assert error <= 1e-5 * scale, f"{where}: {name} off by {error / scale:.1e}"
+def test_the_rows_are_what_they_are_said_to_be():
+    targets = [row["num_targets"] for row in rows()]
+    assert targets[4] == targets[6] == 0 and targets[7] == 1 and max(targets) > 50
+    assert [i for i, row in enumerate(rows()) if "pixel_values" in row] == [0, 3, 5, 6]
+    assert rows()[4]["num_tokens"] == 0 and rows()[0]["input_ids"].shape == (1, SEQ_LEN)

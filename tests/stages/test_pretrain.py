@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from tests.ranks import run_ranks
-from tests.stages import test_parity as parity
+from tests.stages import test_samples as parity
 from tests.tiny import ROOT, make_model_dir, make_shards
 from triptych_data.plan.ledger import audit, read_ledger
 
