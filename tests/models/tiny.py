@@ -220,12 +220,15 @@ def pack(documents: list[Document], seq_len: int) -> dict[str, Any]:
     tail = seq_len - sum(lengths)
     assert tail >= 0
     if tail:
+        nothing = torch.zeros(0, PATCH_DIM, dtype=torch.uint8)
+        if documents:
+            nothing = documents[0].pixel_values[:0]
         padding = Document(
             torch.full((tail,), PAD),
             torch.arange(tail).expand(3, tail),
             torch.full((tail,), -100),
             torch.zeros(0, 3, dtype=torch.int64),
-            torch.zeros(0, PATCH_DIM, dtype=torch.uint8),
+            nothing,
         )
         documents = [*documents, padding]
         lengths = [*lengths, tail]
