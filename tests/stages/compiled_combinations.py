@@ -35,8 +35,7 @@ def main(dense: Path, mixture: Path) -> None:
 
 def check_recompiles(folder: Path) -> None:
     """A row's tokens may go to any experts of either rank: layers are compiled once."""
-    from tests.stages.test_moe_gradients import build, forward_of
-    from tests.stages.test_sequence import rows
+    from tests.stages.rows import build, forward_of, rows
     from triptych_core.config import RunConfig
     from triptych_core.engine.recompiles import RecompileWatch
     from triptych_core.launch import launch
@@ -46,7 +45,7 @@ def check_recompiles(folder: Path) -> None:
 
     torch._dynamo.reset()
     place = make_expert_place(ParallelConfig(expert=2), launch(RunConfig(device="cpu")))
-    model = build(folder, experts=ExpertGroup(place.group, place.size, place.rank))
+    model = build(folder, experts=ExpertGroup(place.group, place.size, place.rank)).train()
     model.compile_layers()
     batch, watch, loads = forward_of(rows()[0]), RecompileWatch(), []
     ids = torch.Generator().manual_seed(place.rank)

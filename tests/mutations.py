@@ -1,0 +1,118 @@
+"""Faults put into the code one at a time: the test named for each must turn red.
+
+A mutation is a text that stands once in a file of packages/ and what stands in its place. It is
+made in a copy of packages/, never here.
+
+    python -m tests.mutations ["mean of means" …]
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+PARITY = "tests/stages/test_parity.py::test_a_step_equals_that_of_stock_in_fp64"
+LEAKS = "tests/models/test_leaks.py::test_no_gradient_reaches_another_document"
+SAMPLES = "tests/stages/test_samples.py::test_gradients_equal_those_of_each_sample_alone"
+
+
+class Mutation(NamedTuple):
+    """`old` in packages/`file` becomes `new`; pytest's words name the guard."""
+
+    file: str
+    old: str
+    new: str
+    words: tuple[str, ...]
+
+
+LOOP = "core/triptych_core/loop.py"
+MUTATIONS = {
+    "mean of means": Mutation(
+        LOOP,
+        "divisor = counts[0].clamp(min=1)",
+        "divisor = torch.tensor(max(1, window[0]['num_targets']) * replicas * len(window))",
+        (PARITY, "-k", "qwen3 and 2 and not moe"),
+    ),
+    "loss of one rank": Mutation(
+        LOOP,
+        "                    dist.all_reduce(loss)\n",
+        "                    loss *= world_size\n",
+        (PARITY, "-k", "qwen3 and 2 and not moe"),
+    ),
+    "balance by rows": Mutation(
+        "models/triptych_models/mixture.py",
+        "over, sequence = self.moe.aux_over, self.sequence",
+        "over, sequence = 'row', self.sequence",
+        (PARITY, "-k", "qwen2_moe"),
+    ),
+    "norm without holders": Mutation(
+        "core/triptych_core/parallel/expert.py",
+        "            dist.all_reduce(squares[-1], group=holders)\n",
+        "            pass\n",
+        (PARITY, "-k", "qwen2_moe"),
+    ),
+    "no document mask": Mutation(
+        "models/triptych_models/attention.py",
+        "attention(q, k, v, cu_seqlens, max_seqlen, causal=True, scale=scaling)",
+        "attention(q, k, v, cu_seqlens[[0, -1]], len(q), causal=True, scale=scaling)",
+        (LEAKS, "-k", "qwen3"),
+    ),
+    "positions lost": Mutation(
+        "data/triptych_data/batch.py",
+        "torch.cat(positions, dim=1)  # (axes, T)",
+        "torch.zeros_like(torch.cat(positions, dim=1))",
+        (SAMPLES,),
+    ),
+    "labels shifted twice": Mutation(
+        "data/triptych_data/batch.py",
+        "_row([s.shift_labels for s in samples]",
+        "_row([s.shift_labels.roll(-1) for s in samples]",
+        (SAMPLES,),
+    ),
+    "average of what is new": Mutation(
+        "core/triptych_core/optim/ema.py",
+        "weight = 1.0 - self.decay_at(",
+        "weight = self.decay_at(",
+        ("tests/stages/test_ema.py::test_an_average_is_its_closed_form_of_the_weights_that_were",),
+    ),
+}
+
+
+def turns_red(mutation: Mutation) -> bool:
+    """Whether its test fails with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "packages"
+        shutil.copytree(ROOT / "packages", copy)
+        file = copy / mutation.file
+        file.write_text(changed(mutation, file.read_text()))
+        paths = os.pathsep.join(str(path) for path in sorted(copy.iterdir()))
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.words],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode not in (0, 1):  # neither green nor red: no test, no import, no pytest
+        raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
+    return done.returncode == 1
+
+
+def changed(mutation: Mutation, text: str) -> str:
+    """The text with the fault in it; AssertionError unless there is one place for it."""
+    assert text.count(mutation.old) == 1, f"{mutation.file}: must have once {mutation.old!r}"
+    return text.replace(mutation.old, mutation.new)
+
+
+if __name__ == "__main__":
+    results = {name: turns_red(MUTATIONS[name]) for name in sys.argv[1:] or MUTATIONS}
+    for name, red in results.items():
+        print(f"{'red  ' if red else 'GREEN'} {name}")
+    sys.exit(not all(results.values()))
