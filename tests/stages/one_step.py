@@ -186,11 +186,11 @@ def compare(
     wanted: Step,
     where: str,
     tolerance: float = 1e-5,
-    of_masters: float | None = 1e-5,
+    of_masters: float | None = None,
 ) -> None:
     """Figures, gradients and masters of a rank against those of a rank that has all.
 
-    Masters by a tolerance of their own, or not at all.
+    Masters by a tolerance of their own, if there is one.
     """
     assert not [name for name in ROUTERS if (name in found.line) != (name in wanted.line)], where
     for name in (*FIGURES, *(name for name in ROUTERS if name in wanted.line)):
@@ -202,9 +202,8 @@ def compare(
     # A weight's gradient may be tiny beside the rest: relative to itself, or to a ten-thousandth
     # of the whole. A master is not.
     total = wanted.line["grad_norm"]
-    checks = [("gradients", 1e-4 * total, tolerance)]
-    if of_masters is not None:
-        checks.append(("masters", 1e-3, of_masters))
+    of_masters = tolerance if of_masters is None else of_masters
+    checks = (("gradients", 1e-4 * total, tolerance), ("masters", 1e-3, of_masters))
     for kind, least, most in checks:
         ours, theirs = getattr(found, kind), getattr(wanted, kind)
         assert ours.keys() == theirs.keys(), where

@@ -8,6 +8,7 @@ but padding. The reference never packs, partitions or accumulates.
 from __future__ import annotations
 
 import json
+import math
 from functools import cache, partial
 from itertools import combinations_with_replacement
 from pathlib import Path
@@ -116,7 +117,7 @@ def test_ranks_may_hold_rows_of_any_kinds(folders, reference, tmp_path):
             for number, step in enumerate(found):
                 pair = PAIRS[2 * number : 2 * number + 2]
                 where = f"stage {stage}, rows {pair}"
-                compare(step, wanted.step(pair), where, of_masters=None)
+                compare(step, wanted.step(pair), where, of_masters=math.inf)
 
 
 def test_a_tied_weight_gets_the_gradients_of_both_uses(folders, reference, tmp_path):

@@ -85,8 +85,9 @@ def gradients_of_a_step(
 ) -> tuple[float, float, dict[str, torch.Tensor]]:
     """One step of the real loop on this rank's share of the packs."""
     import torch.distributed as dist
-    from deepspeed.utils import get_z3_leaf_modules, safe_get_full_grad
+    from deepspeed.utils import get_z3_leaf_modules
 
+    from tests.tiny import whole_gradients
     from triptych_core.config import StageConfig, load_config
     from triptych_core.engine.build import build_engine, gather_parameters, sharded_init
     from triptych_core.loop import train
@@ -137,9 +138,8 @@ def gradients_of_a_step(
 
     def look_then_step() -> None:
         if engine.is_gradient_accumulation_boundary():
-            whole = engine.gradients().get if stage == 0 else safe_get_full_grad
-            for name, parameter in model.hf.named_parameters():
-                gradients[name] = whole(parameter).clone()
+            for name, gradient in whole_gradients(engine).items():
+                gradients[name.removeprefix("hf.")] = gradient
         take_step()
 
     engine.step = look_then_step
