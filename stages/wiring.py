@@ -132,6 +132,7 @@ def plan(config: PackedConfig) -> "Plan":
     from triptych_core.engine.build import compute_dtype
     from triptych_core.optim.groups import parameter_groups
     from triptych_core.plan.plan import plan_run, tracer, weights_of
+    from triptych_models.experts import ExpertGroup
     from triptych_models.freeze import parameter_parts
     from triptych_models.matrices import matrix_shapes
     from triptych_models.pretend import (
@@ -144,8 +145,14 @@ def plan(config: PackedConfig) -> "Plan":
     )
     from triptych_models.sequence import SequenceGroup
 
-    sequence = SequenceGroup(size=config.parallel.sequence)  # its first rank
-    model = build_pretend_model(config.model, dtype=compute_dtype(config.engine), sequence=sequence)
+    # Of both its first rank.
+    sequence = SequenceGroup(size=config.parallel.sequence)
+    model = build_pretend_model(
+        config.model,
+        dtype=compute_dtype(config.engine),
+        sequence=sequence,
+        experts=ExpertGroup(size=config.parallel.expert),
+    )
     model.set_mlp_chunks(config.engine.mlp_chunks)
     part_of, matrices = parameter_parts(model).__getitem__, matrix_shapes(model)
     groups = parameter_groups(model.named_parameters(), config.optim, part_of, matrices)

@@ -58,8 +58,8 @@ def most_bytes(stage: int, accumulation: int, *settings: Any) -> tuple[int, int]
         engine.backward(engine(input=x).sum())
         engine.step()
     engine.destroy()
-    sizes = [group.sizes for group in weights.groups]
-    planned = gradient_bytes(sizes, config.engine, stage=stage, ranks=ranks)
+    groups = [(group.sizes, ranks) for group in weights.groups]
+    planned = gradient_bytes(groups, config.engine, stage=stage)
     assert planned[-1][0] == weights.numel
     return max(seen), planned[-1][1]
 

@@ -85,7 +85,6 @@ REFUSED = [
     ("tensor", "1", "selective"),
     ("tensor", "1", "compile"),
     ("tensor", "1", "muon"),
-    ("expert", "auto", ""),
     ("expert", "3", "host"),
     ("expert", "1", "compile selective"),
     ("rows", "1", "host muon"),

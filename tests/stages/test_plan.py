@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.models import tiny
 from tests.ranks import run_ranks
 from tests.tiny import ROOT, make_model_dir, storages
 
@@ -22,7 +23,13 @@ def folder(tmp_path_factory) -> Path:
 
 
 def engine_bytes(
-    folder: Path, stage: int, precision: str, states: str, accumulation: int, reduce: str
+    folder: Path,
+    stage: int,
+    expert: int,
+    precision: str,
+    states: str,
+    accumulation: int,
+    reduce: str,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """What an engine holds in and after a step, and what the plan says, by name."""
     import torch.distributed as dist
@@ -34,11 +41,14 @@ def engine_bytes(
         gather_parameters,
         sharded_init,
     )
+    from triptych_core.launch import Runtime
     from triptych_core.optim.groups import build_optimizer, parameter_groups
+    from triptych_core.parallel.expert import make_expert_place
     from triptych_core.plan.memory import plan_memory
     from triptych_core.plan.plan import weights_of
     from triptych_core.plan.trace import MicroStep
     from triptych_models.config import ModelConfig
+    from triptych_models.experts import ExpertGroup
     from triptych_models.families import build_model
     from triptych_models.freeze import parameter_parts
     from triptych_models.pretend import build_pretend_model
@@ -52,8 +62,11 @@ def engine_bytes(
         f"optim.state_dtype={states}",
         "engine.zero.bucket_size=5000",
         "engine.zero.persistence_threshold=0",
+        f"parallel.expert={expert}",
     ]
     config = load_config(StageConfig, None, words)
+    place = make_expert_place(config.parallel, Runtime(dist.get_rank(), ranks))
+    experts = ExpertGroup(place.group, place.size, place.rank, place.mark)
     model_config = ModelConfig(path=folder, init="random")
     dtype = compute_dtype(config.engine)
 
@@ -61,10 +74,11 @@ def engine_bytes(
         part_of = parameter_parts(model).__getitem__
         return parameter_groups(model.named_parameters(), config.optim, part_of)
 
-    shapes = build_pretend_model(model_config, dtype=dtype)
+    shapes = build_pretend_model(model_config, dtype=dtype, experts=ExpertGroup(size=expert))
     weights = weights_of(shapes, groups(shapes), 0, config.optim)
+    gather = gather_parameters(config.engine)
     with sharded_init(config.engine, ranks):
-        model = build_model(model_config, dtype=dtype, gather=gather_parameters(config.engine))
+        model = build_model(model_config, dtype=dtype, gather=gather, experts=experts)
     optimizer = build_optimizer(groups(model), config.optim)
     engine = build_engine(model, optimizer, config.engine, config.optim, ranks)
     batch = real_batch(model)
@@ -96,13 +110,13 @@ def engine_bytes(
 
 
 def engines(
-    folder: Path, precision: str, states: str, accumulation: int, reduce: str
+    folder: Path, expert: int, precision: str, states: str, accumulation: int, reduce: str
 ) -> dict[int, Any]:
     from triptych_core.config import RunConfig
     from triptych_core.launch import launch
 
     launch(RunConfig(device="cpu"))
-    settings = (precision, states, accumulation, reduce)
+    settings = (expert, precision, states, accumulation, reduce)
     return {stage: engine_bytes(folder, stage, *settings) for stage in (1, 2, 3)}
 
 
@@ -126,7 +140,17 @@ def real_batch(model: Any, seq_len: int = 64) -> dict[str, Any]:
     [("bf16", "fp32", 1, "bf16"), ("fp32", "bf16", 2, "fp32")],
 )
 def test_what_a_real_engine_holds_is_what_was_planned(folder, world_size, settings):
-    for result in run_ranks(engines, world_size, folder, *settings):
+    check_engines(folder, world_size, 1, settings)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_with_experts_divided_too(tmp_path, world_size):
+    folder = tiny.write_vl_moe_model_dir(tmp_path / "model")
+    check_engines(folder, world_size, 2, ("bf16", "fp32", 1, "fp32"))
+
+
+def check_engines(folder: Path, world_size: int, expert: int, settings: tuple[Any, ...]) -> None:
+    for result in run_ranks(engines, world_size, folder, expert, *settings):
         for stage, (held, planned) in result.items():
             assert held.keys() == planned.keys() >= {"weights", "masters", "optimizer states"}
             for name in held:

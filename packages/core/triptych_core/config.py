@@ -76,7 +76,7 @@ class StageConfig(Section):
     @model_validator(mode="after")
     def _check_expert(self) -> StageConfig:
         if self.parallel.expert > 1:
-            check_expert(self.parallel, self.engine, self.plan)
+            check_expert(self.parallel, self.engine)
         return self
 
     @model_validator(mode="after")

@@ -23,6 +23,7 @@ from triptych_core.config import EngineConfig
 from triptych_core.engine.buckets import BUCKET, IN_FLIGHT, lay_out, split_sizes
 
 Sizes = Mapping[int, int]  # elements of a group's parameters, by when their gradients come
+Cut = tuple[Sizes, int]  # and how many ranks cut them
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,12 @@ class Bucket:
 
     members: tuple[int, ...]
     numel: int
+    ranks: int  # that cut it
+
+    @property
+    def part(self) -> int:
+        """Elements of a rank's part."""
+        return self.numel // self.ranks
 
 
 @dataclass(frozen=True)
@@ -42,14 +49,14 @@ class Widths:
     kept: int
 
 
-def buckets_of(groups: Sequence[Sizes], bucket_size: int, ranks: int) -> list[Bucket]:
+def buckets_of(groups: Sequence[Cut], bucket_size: int) -> list[Bucket]:
     """The buckets of optimizer groups, in the order in which they are sent."""
     found = []
-    for sizes in groups:
+    for sizes, ranks in groups:
         places = sorted(sizes)
         numels = [sizes[place] for place in places]
         for some in split_sizes(numels, min(BUCKET, bucket_size)):
-            found.append(Bucket(tuple(places[some]), lay_out(numels[some], ranks)[1]))
+            found.append(Bucket(tuple(places[some]), lay_out(numels[some], ranks)[1], ranks))
     return sorted(found, key=lambda bucket: bucket.members[-1])
 
 
@@ -61,18 +68,19 @@ def widths(engine: EngineConfig, stage: int) -> Widths:
 
 
 def gradient_bytes(
-    groups: Sequence[Sizes], engine: EngineConfig, *, stage: int, ranks: int
+    groups: Sequence[Cut], engine: EngineConfig, *, stage: int
 ) -> list[tuple[int, int]]:
     """(gradient elements that have come, most bytes of gradients up to then), of the last backward.
 
     Of a window of several micro-steps, what earlier ones have left is there from the start.
     """
-    buckets = buckets_of(groups, engine.zero.bucket_size, ranks)
-    numels = {place: numel for sizes in groups for place, numel in sizes.items()}
+    buckets = buckets_of(groups, engine.zero.bucket_size)
+    numels = {place: numel for sizes, _ in groups for place, numel in sizes.items()}
     total = sum(bucket.numel for bucket in buckets)
     wide, several = widths(engine, stage), engine.gradient_accumulation_steps > 1
     has_sums, has_own = several and stage == 1, several and stage == 2
-    held = (wide.sums * total if has_sums else 0) + (wide.kept * total // ranks if has_own else 0)
+    own = sum(bucket.part for bucket in buckets)
+    held = (wide.sums * total if has_sums else 0) + (wide.kept * own if has_own else 0)
     found, arrived, most = [(0, held)], 0, held
     flights: deque[Bucket] = deque()
     for place, starts, ends in _events(buckets):
@@ -81,21 +89,21 @@ def gradient_bytes(
         most = max(most, held)
         for bucket in ends:
             copy = wide.sent * bucket.numel if wide.sent != wide.sums else 0
-            part = wide.sent * bucket.numel // ranks if ranks > 1 else 0
+            part = wide.sent * bucket.part if bucket.ranks > 1 else 0
             most = max(most, held + copy)
             held += copy + part - (wide.sums * bucket.numel if copy else 0)
             most = max(most, held)
             flights.append(bucket)
             if len(flights) > IN_FLIGHT:
-                held += _landed(flights.popleft(), wide, ranks, has_own)
+                held += _landed(flights.popleft(), wide, has_own)
         found.append((arrived, most))
     return found
 
 
-def _landed(bucket: Bucket, wide: Widths, ranks: int, has_own: bool) -> int:
+def _landed(bucket: Bucket, wide: Widths, has_own: bool) -> int:
     """How much more is held once a bucket has arrived."""
-    own = 0 if has_own else wide.kept * bucket.numel // ranks
-    sent = bucket.numel + (bucket.numel // ranks if ranks > 1 else 0)
+    own = 0 if has_own else wide.kept * bucket.part
+    sent = bucket.numel + (bucket.part if bucket.ranks > 1 else 0)
     return own - wide.sent * sent
 
 

@@ -21,10 +21,14 @@ _WIDE = 4  # bytes of a master weight, of an accumulated gradient
 
 @dataclass(frozen=True)
 class Group:
-    """An optimizer group: elements of each parameter, and bytes of states an element."""
+    """An optimizer group: elements that a rank has of each parameter, bytes of states an element.
+
+    holders ranks have a part each (of experts): what one of them has, `ranks / holders` have.
+    """
 
     sizes: Sizes
     state_bytes: int = 8
+    holders: int = 1
 
     @property
     def numel(self) -> int:
@@ -82,7 +86,7 @@ def plan_memory(
     elif stage < 3 and not engine.zero.offloads:
         phases["backward"] = always | _divided(weights, engine, step, stage=stage, ranks=ranks)
         kept = widths(engine, stage).kept
-        phases["step"] = always | {"gradients": kept * padded(weights, engine, ranks) // ranks}
+        phases["step"] = always | {"gradients": kept * own_part(weights, engine, ranks)}
     elif stage < 3:
         buckets = {"buckets": 2 * width * bucket, "wide copy": _WIDE * min(bucket, trained)}
         own = {"gradients": _WIDE * -(-trained // ranks)}
@@ -90,7 +94,7 @@ def plan_memory(
         phases["step"] = always | own
     else:
         live = min(engine.zero.max_live, weights.numel - weights.persistent)
-        own = {"gradients": _WIDE * -(-trained // ranks)}
+        own = {"gradients": _WIDE * sum(_share(group, ranks) for group in weights.groups)}
         phases["backward"] = (
             always | own | {"gathered layers": width * live, "activations": _most(step)}
         )
@@ -106,40 +110,56 @@ def resident(weights: Weights, engine: EngineConfig, *, stage: int, ranks: int) 
     width = 2 if engine.precision == "bf16" else 4
     if stage in (1, 2) and not engine.zero.offloads:
         return _resident_divided(weights, engine, width, ranks)
-    parts = ranks if stage > 0 else 1
     whole = weights.persistent if stage == 3 else weights.numel
-    rest = -(-(weights.numel - whole) // ranks)
+    rest = _rest(weights, ranks) if stage == 3 else 0
     held = {"weights": width * (whole + rest)}
     if not engine.zero.offload_optimizer:
         has_masters = width == 2 or stage > 0
-        masters = sum(-(-group.numel // parts) for group in weights.groups) * _WIDE
-        states = sum(-(-group.numel // parts) * group.state_bytes for group in weights.groups)
+        shares = [(_share(g, ranks) if stage > 0 else g.numel, g) for g in weights.groups]
+        masters = sum(share for share, _ in shares) * _WIDE
+        states = sum(share * group.state_bytes for share, group in shares)
         held |= {"masters": masters if has_masters else 0, "optimizer states": states}
     if stage == 3 and engine.zero.offload_params:
         held["weights"] = 0
     return held
 
 
-def padded(weights: Weights, engine: EngineConfig, ranks: int) -> int:
-    """Elements that train in the buckets of ZeRO-1 and 2."""
-    return sum(_padded(group, engine, ranks) for group in weights.groups)
+def own_part(weights: Weights, engine: EngineConfig, ranks: int) -> int:
+    """Elements that train in a rank's parts of the buckets of ZeRO-1 and 2."""
+    return sum(_own_part(group, engine, ranks) for group in weights.groups)
 
 
 def _resident_divided(
     weights: Weights, engine: EngineConfig, width: int, ranks: int
 ) -> dict[str, int]:
-    total = padded(weights, engine, ranks)
-    states = (_padded(group, engine, ranks) * group.state_bytes for group in weights.groups)
+    total = sum(_padded(group, engine, ranks) for group in weights.groups)
+    states = (_own_part(group, engine, ranks) * group.state_bytes for group in weights.groups)
     return {
         "weights": width * (weights.numel - weights.trained + total),
-        "masters": _WIDE * total // ranks if width == 2 else 0,
-        "optimizer states": sum(states) // ranks,
+        "masters": _WIDE * own_part(weights, engine, ranks) if width == 2 else 0,
+        "optimizer states": sum(states),
     }
 
 
 def _padded(group: Group, engine: EngineConfig, ranks: int) -> int:
-    buckets = buckets_of([group.sizes], engine.zero.bucket_size, ranks)
+    buckets = buckets_of([(group.sizes, ranks // group.holders)], engine.zero.bucket_size)
     return sum(bucket.numel for bucket in buckets)
+
+
+def _own_part(group: Group, engine: EngineConfig, ranks: int) -> int:
+    return _padded(group, engine, ranks) // (ranks // group.holders)
+
+
+def _share(group: Group, ranks: int) -> int:
+    """A rank's elements of a group that is cut evenly over those that have the same of it."""
+    return -(-group.numel // (ranks // group.holders))
+
+
+def _rest(weights: Weights, ranks: int) -> int:
+    """ZeRO-3: a rank's elements of the weights that are cut; all ranks have the same of frozen."""
+    divided = [group for group in weights.groups if group.holders > 1]
+    alike = weights.numel - weights.persistent - sum(group.numel for group in divided)
+    return -(-alike // ranks) + sum(_share(group, ranks) for group in divided)
 
 
 def _divided(
@@ -149,8 +169,8 @@ def _divided(
 
     A gradient is in its bucket before autograd lets go of it.
     """
-    sizes = [group.sizes for group in weights.groups]
-    found = gradient_bytes(sizes, engine, stage=stage, ranks=ranks)
+    groups = [(group.sizes, ranks // group.holders) for group in weights.groups]
+    found = gradient_bytes(groups, engine, stage=stage)
     arrived = [elements for elements, _ in found]
 
     def gradients(moment: tuple[int, int]) -> int:

@@ -7,6 +7,7 @@ allocations are added (memory_plan) and its work is divided by measured ceilings
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from triptych_core.config import OptimConfig, StageConfig
+from triptych_core.parallel.expert import expert_part
 from triptych_core.plan.config import PlanConfig
 from triptych_core.plan.memory import Group, MemoryPlan, Weights, plan_memory
 from triptych_core.plan.speed import SpeedPlan, plan_speed
@@ -112,6 +114,7 @@ def weights_of(
             Group(
                 {arrival[p]: p.numel() for p in group["params"]},
                 state_bytes=average + (4 if group.get("rule") == "muon" else adamw),
+                holders=expert_part(group["params"][0])[1],
             )
             for group in groups
         ],
@@ -162,12 +165,13 @@ def plan_run(config: StageConfig, weights: Weights, trace: Trace, *, seq_len: in
     shows = config.plan.show != "no"
     stages = range(4) if shows or stage == "auto" else [stage]
     ways = WAYS if shows or way == "auto" else [way]
-    sequence = config.parallel.sequence
-    ranks = config.plan.ranks or int(os.environ.get("WORLD_SIZE", sequence))
-    if ranks % sequence:
+    sequence, expert = config.parallel.sequence, config.parallel.expert
+    least = math.lcm(sequence, expert)
+    ranks = config.plan.ranks or int(os.environ.get("WORLD_SIZE", least))
+    if ranks % least:
         raise ValueError(
-            f"plan.ranks: must be a multiple of parallel.sequence ({sequence}), got {ranks}; "
-            f"plan for {sequence} ranks or more"
+            f"plan.ranks: must be a multiple of parallel.sequence ({sequence}) and parallel.expert "
+            f"({expert}), got {ranks}; plan for {least} ranks or more"
         )
     return make_plan(
         config,

@@ -79,23 +79,27 @@ def plan_speed(
     """
     ceilings, gas = CEILINGS[device], engine.gradient_accumulation_steps
     width = 2 if engine.precision == "bf16" else 4
-    parts = ranks if stage > 0 else 1
-    per_rank = weights.trained / parts
-    states = sum(group.numel * group.state_bytes for group in weights.groups) / parts
+    # What a rank updates: its share among the ranks that have the same of a group.
+    alike = [(group, ranks // group.holders) for group in weights.groups]
+    shares = [(group.numel / (n if stage > 0 else 1), group) for group, n in alike]
+    per_rank = sum(share for share, _ in shares)
+    states = sum(share * group.state_bytes for share, group in shares)
     # The norm and AdamW read gradients; AdamW reads and writes masters and states, writes weights.
     touched = per_rank * (2 * 4 + 2 * 4 + width) + 2 * states
     # Gradients: bf16 read, fp32 written.
     if stage > 0 or ranks * gas > 1:
         touched += weights.trained * (width + 4) * gas
-    share = (ranks - 1) / ranks
-    reduced = 4.0 * weights.trained * (1 if stage < 2 else gas)
-    gathered = width * weights.numel * (2 * gas if stage == 3 else 1)
+    # Frozen weights are as if all ranks had them alike.
+    frozen = (weights.numel - weights.trained) * (ranks - 1) / ranks
+    crossing = sum(group.numel * (n - 1) / n for group, n in alike)
+    reduced = 4.0 * crossing * (1 if stage < 2 else gas)
+    gathered = width * (crossing + frozen) * (2 * gas if stage == 3 else 1)
     return SpeedPlan(
         products=flops * gas / ceilings.product_flops,
         recompute=recomputed * gas / ceilings.product_flops,
         memory=step.traffic * gas / ceilings.bandwidth,
         optimizer=touched / ceilings.bandwidth,
-        communication=(share * (reduced + gathered) + step.crossing * gas) / ceilings.link,
+        communication=(reduced + gathered + step.crossing * gas) / ceilings.link,
         host=step.launches * gas * ceilings.launch,
         flops=flops * gas,
         peak_flops=ceilings.peak_flops,
