@@ -16,7 +16,9 @@ def bad_steps(folder: Path, short: bool) -> Outcome:
     layouts = LAYOUTS[:1] if short else LAYOUTS
     found = folder / "found.json"
     codes = on_ranks(
-        partial(_on_a_rank, folder, len(layouts), found), folder / "said.txt", timeout=1200
+        partial(_on_a_rank, folder, len(layouts), found),
+        folder / "said.txt",
+        timeout=60 if short else 1200,
     )
     outcome = Outcome()
     if codes != [0, 0]:

@@ -326,10 +326,11 @@ def _by_key(items: Iterable[Any], tree: Any) -> list[Any]:
     found: dict[tuple[Any, ...], Any] = {}
     for item in items:
         place = item["loc"] if item["type"] == "missing" else _place_in(tree, item["loc"])
-        if place in found and item["msg"].startswith("Input should"):
-            found[place]["msg"] += item["msg"].replace("Input should", " or", 1)
+        if place in found:
+            also = item["msg"].replace("Input should", "").replace("Input is not", " be")
+            found[place]["msg"] += f" or{also}"
         else:
-            found[place if place not in found else item["loc"]] = item | {"loc": place}
+            found[place] = item | {"loc": place}
     return list(found.values())
 
 
