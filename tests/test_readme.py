@@ -24,7 +24,7 @@ def test_links_lead_somewhere(path):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_named_in_commands_exist(path):
     for block in re.findall(r"```bash\n(.*?)```", path.read_text(), flags=re.S):
-        for name in re.findall(r"\b((?:tools|stages)/[\w/]+\.(?:py|yaml))", block):
+        for name in re.findall(r"(?<!/)\b((?:tools|tests|stages)/[\w/]+\.(?:py|yaml))", block):
             assert (ROOT / name).exists(), name
 
 
