@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from make_bench_model import QWEN3, write_qwen3
+from make_bench_model import TEXTS, write_text
 
 TOOL = Path(__file__).with_name("average_checkpoints.py")
 CHUNK = 1 << 23
@@ -36,7 +36,7 @@ CHUNK = 1 << 23
 
 @click.command(context_settings={"show_default": True})
 @click.argument("out_dir", type=click.Path(path_type=Path))
-@click.option("--shape", type=click.Choice(list(QWEN3)), default="qwen3-0.6b")
+@click.option("--shape", type=click.Choice(list(TEXTS)), default="qwen3-0.6b")
 @click.option("--layers", type=int, help="of the models; fewer than the shape's for a quick look")
 @click.option("--models", "number", default=3, help="inputs")
 @click.option("--repeat", default=3, help="rounds; the median is shown")
@@ -93,7 +93,7 @@ def make_model(path: Path, shape: str, layers: int | None, seed: int) -> None:
     if (path / "model.safetensors").is_file():
         return
     shutil.rmtree(path, ignore_errors=True)
-    write_qwen3(path, shape)
+    write_text(path, TEXTS[shape])
     config = json.loads((path / "config.json").read_text())
     config["num_hidden_layers"] = layers or config["num_hidden_layers"]
     config["dtype"] = "bfloat16"
