@@ -90,6 +90,19 @@ def write_text_model_dir(directory: Path, *, tied: bool = False) -> Path:
     return directory
 
 
+def write_qwen2_model_dir(directory: Path, *, tied: bool = False, **fields: Any) -> Path:
+    """config.json of a Qwen2, as published folders write it: as `write_text_model_dir`."""
+    config = _without_heads(write_text_model_dir(directory, tied=tied)) | {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "use_sliding_window": False,
+        "sliding_window": 32768,
+        "max_window_layers": 2,
+    }
+    (directory / "config.json").write_text(json.dumps(config | fields))
+    return directory
+
+
 _EXPERTS = {
     "num_hidden_layers": 3,
     "mlp_only_layers": [2],

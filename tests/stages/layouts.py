@@ -24,6 +24,7 @@ GRID = {
     ("one_key_head", 2): ["3 sequence=2 x2 offload chunks", "1 full chunks", "0 sequence=2 x2"],
     ("one_key_head", 4): ["2 sequence=4 x2", "0 sequence=2 x2 full"],
     ("qwen3", 2): ["3 sequence=2 x2", "0 sequence=2 full", "2 x4", "1 x2 from 4"],
+    ("qwen2", 2): ["3 x2", "1 sequence=2 selective"],
     ("qwen3_moe", 2): [
         *("0 x2", "3 expert=2 x2", "1 expert=2 x4", "2 expert=2 from 6", "3 expert=2 selective"),
         *("0 expert=2 x2 forced", "3 expert=2 x2 full forced"),

@@ -28,6 +28,7 @@ from tests.stages.rows import SEQ_LEN, build, rows
 WRITERS = {
     "qwen3_vl": tiny.write_model_dir,
     "qwen3": tiny.write_text_model_dir,
+    "qwen2": tiny.write_qwen2_model_dir,
     "qwen3_moe": tiny.write_moe_model_dir,
     "qwen2_moe": tiny.write_qwen2_moe_model_dir,  # with a shared expert
     "qwen3_vl_moe": tiny.write_vl_moe_model_dir,

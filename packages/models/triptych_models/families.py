@@ -10,6 +10,7 @@ from .llava_projector import LlavaProjector
 from .mixtral import Mixtral
 from .mixture import Mixture
 from .packed import PackedModel
+from .qwen2 import Qwen2
 from .qwen2_moe import Qwen2MoE
 from .qwen3 import Qwen3
 from .qwen3_moe import Qwen3MoE
@@ -22,6 +23,7 @@ FAMILIES: dict[str, type[PackedModel]] = {
     "llava": Llava,
     "llava_projector": LlavaProjector,
     "mixtral": Mixtral,
+    "qwen2": Qwen2,
     "qwen2_moe": Qwen2MoE,
     "qwen3": Qwen3,
     "qwen3_moe": Qwen3MoE,
