@@ -3,8 +3,10 @@
     deepspeed --num_gpus 1 tools/bench_checkpoint.py --billions 1.7 --stage 0 --folder /tmp/bench
 
 One JSON row: a stack of square linear layers in bf16 with AdamW's fp32 states, so 12 bytes a
-parameter on the disk. `stall_seconds` are those of the first save, which pins its memory, and of
-the next ones; shares of a step are of steps that ran alone. On a CPU it is a rehearsal.
+parameter on the disk. `stall_ms` are those of the first save, which pins its memory, and of the
+next ones, longest last; `share_of_100_steps` is what such a save costs a run that saves every 100
+steps: its stall, and what the steps beside its writing took longer. Steps are compared with those
+that ran alone; `--step-ms` says how long a step of yours takes. On a CPU it is a rehearsal.
 """
 
 from __future__ import annotations
@@ -30,10 +32,17 @@ SAVES = 3
 @click.option("--width", default=2048, help="Of a layer.")
 @click.option("--tokens", default=4096, help="Rows of a step.")
 @click.option("--stage", default=0, type=click.IntRange(0, 3))
+@click.option("--step-ms", type=float, help="Of a step that saves are counted against.")
 @click.option("--folder", required=True, type=click.Path(path_type=Path), help="It is emptied.")
 @click.option("--local_rank", hidden=True, default=0, help="The launcher adds it.")
 def main(
-    billions: float, width: int, tokens: int, stage: int, folder: Path, local_rank: int
+    billions: float,
+    width: int,
+    tokens: int,
+    stage: int,
+    step_ms: float | None,
+    folder: Path,
+    local_rank: int,
 ) -> None:
     from triptych_core.checkpoint.host_copy import HostCopy
     from triptych_core.checkpoint.save import take_snapshot, write_snapshot
@@ -64,18 +73,22 @@ def main(
     size = sum(f.stat().st_size for f in (folder / "checkpoints").rglob("*") if f.is_file())
     check, load = reload(engine, config)
     if runtime.is_main:
+        usual = statistics.median(alone)
+        longer = sum(meanwhile) / SAVES - len(meanwhile) / SAVES * usual
+        cost = statistics.median(stalls[1:]) + max(0.0, longer)
         numels = (getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
         row = {
             "parameters": sum(numels),
             "ranks": runtime.world_size,
             "stage": stage,
             "gib": size / 2**30,
-            "stall_seconds": [stalls[0], statistics.median(stalls[1:])],
+            "stall_ms": [1000 * seconds for seconds in (stalls[0], *sorted(stalls[1:]))],
+            "share_of_100_steps": cost / 100 / (step_ms / 1000 if step_ms else usual),
             "write_seconds": statistics.median(writes),
             "check_seconds": check,
             "load_seconds": load,
-            "step_seconds": statistics.median(alone),
-            "step_while_writing": statistics.median(meanwhile) / statistics.median(alone),
+            "step_seconds": usual,
+            "step_while_writing": statistics.median(meanwhile) / usual,
         }
         sys.stdout.write(json.dumps(row) + "\n")
     shutdown()

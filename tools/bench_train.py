@@ -6,9 +6,11 @@
 The model is of random weights, the loop is the stages' own (`triptych_core.loop.train`), but for
 variants named plain, which are what a bare PyTorch loop does: the floor that an engine's cost is
 counted from, and one rank's; those named deepspeed have DeepSpeed's engine where the stages take
-our own. Figures are of a rank, medians over the steps after warm-up; every run keeps metrics.jsonl.
-Shares of a step: waiting for data; with --profile, of two more steps, the time in which the device
-waited for the host and that in which it did nothing but communicate.
+our own. `guards=loss,watch,ledger` says what watches over the steps: by default the loss guard, in
+zero0_unguarded nothing, in zero0_guarded all. Figures are of a rank, medians over the steps after
+warm-up; every run keeps metrics.jsonl; a variant named twice runs twice. Shares of a step: waiting
+for data; with --profile, of two more steps, the time in which the device waited for the host and
+that in which it did nothing but communicate.
 
 A mixture of experts on two devices:
 
@@ -31,6 +33,7 @@ from typing import Any
 
 import click
 import torch
+from bench_guards import guarded, read_guards
 from step_profile import STEPS, Profile
 from torch import Tensor
 
@@ -44,6 +47,8 @@ VARIANTS = {
     "stock_bf16_adam": ["loop=plain_bf16_adam", "model=stock"],  # of a mixture, see bench_stock.py
     "zero0": [*COMPILED, "engine.zero.stage=0"],
     "zero0_bf16_states": [*COMPILED, "engine.zero.stage=0", "optim.state_dtype=bf16"],
+    "zero0_unguarded": [*COMPILED, "engine.zero.stage=0", "guards="],
+    "zero0_guarded": [*COMPILED, "engine.zero.stage=0", "guards=loss,watch,ledger"],
     "zero0_eager": ["engine.zero.stage=0"],
     "zero0_muon": [*COMPILED, "engine.zero.stage=0", "optim.name=muon"],
     "zero0_selective": [*COMPILED, "engine.zero.stage=0", "engine.checkpointing=selective"],
@@ -214,7 +219,8 @@ def run_variant(
     words = [*words, *overrides]
     loop = next((w.partition("=")[2] for w in words if w.startswith("loop=")), "ours")
     of_model = dict(w.removeprefix("model.").split("=") for w in words if w.startswith("model."))
-    rest = [w for w in words if not w.startswith(("model.", "model=", "loop="))]
+    rest = [w for w in words if not w.startswith(("model.", "model=", "loop=", "guards="))]
+    guards = read_guards(words)
     config = load_config(
         StageConfig,
         None,
@@ -226,6 +232,7 @@ def run_variant(
             "log.progress=false",
             "schedule.kind=constant",
             *(["engine.zero.stage=0"] if loop.startswith("plain") else []),
+            *([] if "loss" in guards else ["loss_guard.mode=off"]),
             *rest,
         ],
     )
@@ -242,7 +249,10 @@ def run_variant(
     batches = make_batches(model, seq_len, seed=mesh.dp_rank, **batch)
     if distinct_rows:
         batches = itertools.cycle(list(itertools.islice(batches, distinct_rows)))
-    take = partial(train_ours, config=config, runtime=runtime, deepspeed=loop == "deepspeed")
+    is_deepspeed = loop == "deepspeed"
+    take = partial(
+        train_ours, config=config, runtime=runtime, deepspeed=is_deepspeed, guards=guards
+    )
     if loop.startswith("plain"):
         take = partial(train_plain, config=config, low_precision_states=loop != "plain")
     watch = Profile(run_dir, steps) if profile and runtime.rank == 0 else lambda step: None
@@ -323,7 +333,14 @@ def make_batches(model: Any, seq_len: int, *, seed: int, **shape: Any) -> Iterat
 
 
 def train_ours(
-    model: Any, batches: Any, *, config: Any, runtime: Any, watch: Any, deepspeed: bool
+    model: Any,
+    batches: Any,
+    *,
+    config: Any,
+    runtime: Any,
+    watch: Any,
+    deepspeed: bool,
+    guards: list[str],
 ) -> None:
     """The loop and the engine of the stages; or DeepSpeed's engine where they take our own."""
     from triptych_core.engine.build import build_engine, deepspeed_engine
@@ -349,15 +366,19 @@ def train_ours(
         runtime.world_size,
         model.layers(),
     )
-    with Metrics(config, rank=runtime.rank, world_size=runtime.world_size) as metrics:
+    with (
+        Metrics(config, rank=runtime.rank, world_size=runtime.world_size) as metrics,
+        guarded(guards, config, runtime, engine, metrics, batches) as watched,
+    ):
         train(
             engine,
-            batches,
+            watched.stream,
             config,
             flops=model.flops,
             metrics=metrics,
             part=partial(take_part, group=model.sequence),
-            on_step=[RecompileWatch(), watch],
+            on_step=[RecompileWatch(), watch, *watched.on_step],
+            oversight=watched.oversight,
         )
 
 

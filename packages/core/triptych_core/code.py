@@ -1,9 +1,11 @@
-"""Which code a run is of: the installed sources of Triptych, whatever their version says."""
+"""Which code a run is of: versions, and the sources of Triptych, whatever their version says."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,3 +23,14 @@ def code_fingerprint() -> str:
                 digest.update(f"{package}/{path.relative_to(root)}\0".encode())
                 digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Of those installed: sources that are only on the path have none."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

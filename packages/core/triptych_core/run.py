@@ -6,13 +6,13 @@ import json
 import platform
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 
 from triptych_core.checkpoint.saver import Resumed
+from triptych_core.code import package_versions
 from triptych_core.config import StageConfig, dump_config
 from triptych_core.launch import Runtime
 from triptych_core.lines import keep_steps_until, write_whole
@@ -49,7 +49,7 @@ def open_run(
             "command": _command(),
             "world_size": runtime.world_size,
             "device": device_name(),
-            "versions": {"python": platform.python_version(), **_versions()},
+            "versions": {"python": platform.python_version(), **package_versions(_PACKAGES)},
             **facts,
             **({"resumes": resumes} if resumes else {}),
         },
@@ -113,16 +113,6 @@ def _command() -> str:
     """What was typed, without what the launcher added, with paths as seen from here."""
     words = [word for word in sys.argv if not word.startswith("--local_rank")]
     return " ".join(words).replace(f"{Path.cwd()}/", "")
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _now() -> str:

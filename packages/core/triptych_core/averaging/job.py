@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from triptych_core.averaging.plan import Plan, describe_inputs, make_plan, plan_
 from triptych_core.averaging.recipe import Recipe
 from triptych_core.averaging.stored import Source
 from triptych_core.averaging.unfinished import Unfinished, check_disk, check_output
+from triptych_core.code import package_versions
 
 FACTS = "averaging.json"
 
@@ -115,7 +115,7 @@ def run(
             "bytes_written": plan.bytes_to_write,
             "threads": memory.threads,
             "peak_memory_bytes": peak_bytes(),
-            "versions": {name: version(name) for name in ("triptych-core", "torch")},
+            "versions": package_versions(("triptych-core", "torch")),
             "revision": revision(),
         }
         folder.write(FACTS, (json.dumps(facts, indent=2) + "\n").encode())

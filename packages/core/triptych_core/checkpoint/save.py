@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from triptych_core.checkpoint.identity import identity
 from triptych_core.checkpoint.manifest import Record, sync_directory, write_manifest, write_synced
 from triptych_core.checkpoint.payload import Scalars, Stretch, write_payload
 from triptych_core.checkpoint.together import on_all, on_main
-from triptych_core.code import code_fingerprint
+from triptych_core.code import code_fingerprint, package_versions
 from triptych_core.config import StageConfig
 
 _PACKAGES = ("triptych-core", "torch", "deepspeed")
@@ -64,7 +63,7 @@ def take_snapshot(
         "world_size": dist.get_world_size(),
         "zero_stage": config.engine.stage,
         "precision": config.engine.precision,
-        "versions": {name: version(name) for name in _PACKAGES},
+        "versions": package_versions(_PACKAGES),
         "code": code_fingerprint(),
         "config": config.model_dump(mode="json"),
         **identity(engine.module, config),
