@@ -96,9 +96,10 @@ def average(ctx: click.Context, inputs: tuple[Path, ...], dry_run: bool, **optio
     from triptych_core.averaging.greedy import choose, clean_up
     from triptych_core.averaging.job import prepare, run
     from triptych_core.averaging.request import Request, make_job
+    from triptych_core.secrets import masked_words
 
     options["threads"] = options["threads"] or min(8, 2 * (os.cpu_count() or 1))
-    job = make_job(Request(inputs, **options), shlex.join(sys.argv[1:]))
+    job = make_job(Request(inputs, **options), shlex.join(masked_words(sys.argv[1:])))
     if options["method"] == "greedy" and not dry_run:
         job = choose(job, options["evaluate"], options["lower_is_better"], say)
     plan, notes = prepare(job)

@@ -23,6 +23,7 @@ from triptych_core.parallel.expert_config import check_expert
 from triptych_core.parallel.tensor_config import check_tensor
 from triptych_core.plan.config import PlanConfig
 from triptych_core.replay.config import ReplayConfig
+from triptych_core.secrets import mask_tracebacks, masked, masked_tree
 from triptych_core.sections import (
     CheckpointConfig,
     EngineConfig,
@@ -185,8 +186,9 @@ def is_due(step: int, every: int, last_step: int) -> bool:
 
 
 def dump_config(config: BaseModel) -> str:
-    """The whole resolved tree as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The whole resolved tree as YAML, without secrets."""
+    tree = masked_tree(config.model_dump(mode="json"))
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def render_help(cls: type[BaseModel], description: str = "") -> str:
@@ -226,15 +228,16 @@ def run_main(main: Callable[[Stage], None], config: Stage) -> None:
     """Run a stage; a mistake of the user's ends it with one line instead of a traceback.
 
     By the rule of the house a `ValueError` raised in our packages is something a user can mend;
-    anything else keeps its traceback.
+    anything else keeps its traceback. What is told has no secrets.
     """
+    mask_tracebacks()
     if config.run.device == "cpu" or config.plan.show != "no":  # a plan needs no device
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
     try:
         main(config)
     except EndsRun as end:
         if os.environ.get("RANK", "0") == "0":
-            print(end, file=sys.stderr, flush=True)  # noqa: T201
+            print(masked(str(end)), file=sys.stderr, flush=True)  # noqa: T201
         os._exit(end.code)  # the other ranks leave at the same step
     except ValueError as error:
         trace = error.__traceback__
@@ -243,7 +246,7 @@ def run_main(main: Callable[[Stage], None], config: Stage) -> None:
         raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
         if not raised_in.startswith("triptych_"):
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        print(masked(f"error: {error}"), file=sys.stderr, flush=True)  # noqa: T201
         os._exit(USER_ERROR)  # at once: peers may be waiting for this rank in a collective
 
 
@@ -251,7 +254,7 @@ def die(lines: Sequence[str]) -> NoReturn:
     """Print the lines once per machine, not once per rank, and exit with status 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for line in lines:
-            print(f"error: {line}", file=sys.stderr)  # noqa: T201
+            print(masked(f"error: {line}"), file=sys.stderr)  # noqa: T201
     sys.exit(2)
 
 
@@ -266,12 +269,21 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: must be YAML, got {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path}: must be YAML, got {_mistake(error)}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: must hold keys, got {type(tree).__name__}")
     return tree
+
+
+def _mistake(error: Exception) -> str:
+    """What is wrong and where, without the line itself: it may hold a secret."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    problem = getattr(error, "problem", None) or "a mistake"
+    return f"{problem} in line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -281,12 +293,16 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ValueError(f"{dotted}: must be below a section, got '{parent}' = {child!r}")
+            raise ValueError(
+                f"{dotted}: must be below a section, got '{parent}' = {_shown(parent, child)}"
+            )
         node = child
     try:
         node[last] = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ValueError(f"{dotted}: must be a YAML value, got {text!r}; quote it") from None
+        raise ValueError(
+            f"{dotted}: must be a YAML value, got {_shown(dotted, text)}; quote it"
+        ) from None
 
 
 def _unknown_keys(cls: type[BaseModel], tree: dict[str, Any], prefix: str) -> Iterator[str]:
@@ -353,7 +369,12 @@ def _one_line(item: Any) -> str:
         return message  # our own validators name the key themselves
     message = message[0].lower() + message[1:].replace("Input should", "must")
     message = message.replace("input should", "must")
-    return f"{dotted}: {message}, got {item['input']!r}; see --help"
+    return f"{dotted}: {message}, got {_shown(dotted, item['input'])}; see --help"
+
+
+def _shown(key: str, value: Any) -> str:
+    """A value in a message: without what is secret, by its own name or by names in it."""
+    return repr(masked_tree({key: value})[key])
 
 
 def _walk_fields(cls: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:

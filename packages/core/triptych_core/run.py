@@ -17,6 +17,7 @@ from triptych_core.config import StageConfig, dump_config
 from triptych_core.launch import Runtime
 from triptych_core.lines import keep_steps_until, write_whole
 from triptych_core.report.page import write_report
+from triptych_core.secrets import masked_tree, masked_words
 
 _PACKAGES = ("triptych-core", "torch", "deepspeed", "transformers", "flash-attn-4", "triton")
 
@@ -110,9 +111,9 @@ def _short(count: int) -> str:
 
 
 def _command() -> str:
-    """What was typed, without what the launcher added, with paths as seen from here."""
+    """What was typed, but for what the launcher added and secrets, with paths as seen from here."""
     words = [word for word in sys.argv if not word.startswith("--local_rank")]
-    return " ".join(words).replace(f"{Path.cwd()}/", "")
+    return " ".join(masked_words(words)).replace(f"{Path.cwd()}/", "")
 
 
 def _now() -> str:
@@ -120,4 +121,4 @@ def _now() -> str:
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(value, indent=2) + "\n")
+    write_whole(path, json.dumps(masked_tree(value), indent=2) + "\n")

@@ -22,6 +22,7 @@ from triptych_core.averaging.job import Job, prepare, run
 from triptych_core.averaging.stored import Source
 from triptych_core.averaging.unfinished import check_output
 from triptych_core.checkpoint.manifest import write_synced
+from triptych_core.secrets import masked, masked_words
 
 Say = Callable[[str], None]
 
@@ -51,7 +52,8 @@ class Kitchen:
         """
         job = _of(self._job, sources, self.folder / "candidate")
         plan, notes = prepare(job)
-        key = f"{plan.fingerprint()} {self._command}"
+        asked = shlex.join(masked_words(shlex.split(self._command)))
+        key = f"{plan.fingerprint()} {asked}"
         if key not in self._scores:
             if len(sources) == 1 and is_hf_folder(sources[0].path):
                 self._scores[key] = score_of(self._command, sources[0].path)
@@ -106,7 +108,8 @@ def score_of(command: str, folder: Path) -> float:
     if done.returncode != 0:
         raise ValueError(
             f"--evaluate: must succeed, got exit status {done.returncode} of "
-            f"`{shlex.join(words)}`: {done.stderr.strip()[-500:]}; run it by hand"
+            f"`{shlex.join(masked_words(words))}`: {masked(done.stderr.strip())[-500:]}; run it by "
+            "hand"
         )
     lines = done.stdout.strip().splitlines()
     try:

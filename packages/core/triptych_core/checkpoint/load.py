@@ -22,6 +22,7 @@ from triptych_core.code import code_fingerprint
 from triptych_core.config import StageConfig
 from triptych_core.optim.adamw import STATE_DTYPES
 from triptych_core.optim.ema import AVERAGE
+from triptych_core.secrets import masked_tree
 
 # Settings that change what the same steps compute, beside those that are refused.
 _SAID = ("engine.precision", "engine.reduce_dtype", "optim.state_dtype", "optim.ema_decay")
@@ -107,8 +108,8 @@ def _compare(
     config: StageConfig, path: Path, state: dict[str, Any], passed: list[str]
 ) -> dict[str, Any]:
     """What of ranks, settings and code is another than when it was saved; said where it counts."""
-    now = config.model_dump(mode="json")
-    changed = changes(state.get("config", now), now)
+    now = masked_tree(config.model_dump(mode="json"))
+    changed = changes(masked_tree(state.get("config", now)), now)  # old ones have secrets
     code = code_fingerprint()
     said = [key for key in _SAID if key in changed]
     if state.get("code", code) != code:

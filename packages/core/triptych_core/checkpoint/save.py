@@ -20,6 +20,7 @@ from triptych_core.checkpoint.payload import Scalars, Stretch, write_payload
 from triptych_core.checkpoint.together import on_all, on_main
 from triptych_core.code import code_fingerprint, package_versions
 from triptych_core.config import StageConfig
+from triptych_core.secrets import masked_tree
 
 _PACKAGES = ("triptych-core", "torch", "deepspeed")
 
@@ -65,7 +66,7 @@ def take_snapshot(
         "precision": config.engine.precision,
         "versions": package_versions(_PACKAGES),
         "code": code_fingerprint(),
-        "config": config.model_dump(mode="json"),
+        "config": masked_tree(config.model_dump(mode="json")),
         **identity(engine.module, config),
         **(more or {}),
     }

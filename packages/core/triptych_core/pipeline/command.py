@@ -14,6 +14,7 @@ from triptych_core.pipeline.plan import Plan, Step, make_plan
 from triptych_core.pipeline.process import Interrupted
 from triptych_core.pipeline.run import StepFailed, run_recipe, standing
 from triptych_core.pipeline.state import State, last_words
+from triptych_core.secrets import mask_tracebacks, masked, masked_words
 
 FOLDER = click.Path(path_type=Path)
 NAMES = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -109,19 +110,20 @@ def _from_here(path: Path) -> str:
 
 def _say(text: str) -> None:
     """Beside what the steps print, and before it."""
-    click.secho(text, fg="cyan", err=True)
+    click.secho(masked(text), fg="cyan", err=True)
     sys.stderr.flush()
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command: 2 is the exit code for mistakes of the user's, 1 for a step that failed."""
     words: list[str] = sys.argv[1:] if argv is None else argv
+    mask_tracebacks()
     sys.exit(run_command(words))
 
 
 def run_command(words: list[str]) -> Any:
     """What `triptych WORDS` does; gives its exit code."""
-    again = f"triptych {shlex.join(words)}"
+    again = f"triptych {shlex.join(masked_words(words))}"
     try:
         return cli.main(words, "triptych", standalone_mode=False)
     except click.ClickException as error:
@@ -133,11 +135,13 @@ def run_command(words: list[str]) -> Any:
     except (KeyboardInterrupt, click.Abort):
         return 130
     except StepFailed as error:
-        click.echo(f"error: {error}\nthe same command goes on from there: {again}", err=True)
+        click.echo(
+            masked(f"error: {error}") + f"\nthe same command goes on from there: {again}", err=True
+        )
         return 1
     except (ValueError, OSError) as error:
         for line in str(error).splitlines():
-            click.echo(f"error: {line}", err=True)
+            click.echo(masked(f"error: {line}"), err=True)
         return 2
 
 

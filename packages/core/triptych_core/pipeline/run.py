@@ -30,6 +30,7 @@ from triptych_core.pipeline.state import (
     locked,
     missing_outputs,
 )
+from triptych_core.secrets import masked_tree, masked_words
 
 Say = Callable[[str], None]
 
@@ -114,8 +115,8 @@ def _run_step(plan: Plan, step: Step, state: State, say: Say, lock: int) -> None
     state.note(
         step.name,
         status="running",
-        given=step.given,
-        command=command,
+        given=masked_tree(step.given),
+        command=masked_words(command),
         attempts=record.get("attempts", 0) + 1,
     )
     began, busy, code = time.monotonic(), _processor_seconds(), None
@@ -187,10 +188,10 @@ def command_of(plan: Plan, step: Step) -> list[str]:
 
 
 def told_command(plan: Plan, command: list[str]) -> str:
-    """As a user would type it."""
+    """As a user would type it, but for secrets."""
     words = command[1:] if command[0] == sys.executable else command
     head = "python " if command[0] == sys.executable else ""
-    return head + shlex.join(words).replace(f"{Path.cwd()}{os.sep}", "")
+    return head + shlex.join(masked_words(words)).replace(f"{Path.cwd()}{os.sep}", "")
 
 
 def _environment(step: Step, plan: Plan) -> dict[str, str]:

@@ -17,6 +17,7 @@ from triptych_core.pipeline.contents import (
     read_json,
 )
 from triptych_core.pipeline.plan import Plan, Step
+from triptych_core.secrets import masked_tree, masked_words
 
 # Sections of a stage that say how it is watched, not what it computes.
 UNCOUNTED = ("log.", "plan.")
@@ -37,7 +38,7 @@ class State:
 
     def begin(self, words: Sequence[str]) -> None:
         """A command with these words has been given."""
-        self._words = list(words)
+        self._words = masked_words(words)
         self._write()
 
     def note(self, name: str, **facts: Any) -> None:
@@ -86,7 +87,7 @@ def changes(step: Step, record: Record, *, is_finished: bool) -> list[str]:
     A step that was cut may be told other things: it goes on by its own rules. What it reads must
     be the same in either case. Outputs count as they were when the step ended.
     """
-    lines = _changed_keys(step, record["given"]) if is_finished else []
+    lines = _changed_keys(masked_tree(step.given), record["given"]) if is_finished else []
     for name, path in step.inputs.items():
         made_of = record["inputs"].get(name)
         if made_of is None and not is_finished:
@@ -155,8 +156,7 @@ def aside(plan: Plan, name: str) -> Path | None:
     return place / f"{name}-{number}"
 
 
-def _changed_keys(step: Step, old: dict[str, Any]) -> list[str]:
-    new = step.given
+def _changed_keys(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
     return [
         f"{key} must be that of the finished step ({_told(old, key)}), got {_told(new, key)}"
         for key in dict.fromkeys([*old, *new])

@@ -23,6 +23,7 @@ from triptych_data.media.probe import MediaInfo
 from triptych_data.sample import KINDS
 from triptych_data.shards.tar import END
 from triptych_data.storage.open import Location, Storage
+from triptych_data.storage.remote import shown
 
 FORMAT = 2
 """Version of the columns file; a reader refuses any other."""
@@ -279,7 +280,7 @@ def _read_index(tar: Location, storage: Storage, *, fresh: bool) -> ShardIndex:
     except FileNotFoundError as error:
         raise IndexDamage(
             f"{error.filename}: a shard must have its index beside it, got no such file; "
-            f"run: triptych-data index {tar}",
+            f"run: triptych-data index {shown(tar)}",
             "missing",
         ) from error
     if starts != index.sample_start.astype("<u8").tobytes():
@@ -384,8 +385,8 @@ def _stale(
     path: Location, must: str, got: object, tar: Location, kind: str = "index"
 ) -> IndexDamage:
     return IndexDamage(
-        f"{path}: {must}, got {got}; restore the shard and its index, or, if the shard is meant to "
-        f"have changed, run: triptych-data index --overwrite {tar}",
+        f"{shown(path)}: {must}, got {got}; restore the shard and its index, or, if the shard is "
+        f"meant to have changed, run: triptych-data index --overwrite {shown(tar)}",
         kind,
     )
 

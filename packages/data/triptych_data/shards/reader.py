@@ -215,7 +215,7 @@ class Shards:
 
     def _name(self, shard: int) -> str:
         path = self.paths[shard]
-        return shown(path) if isinstance(path, str) else str(path)
+        return shown(path)
 
     def _checked(
         self, shard: int, row: int, offset: int, size: int, expected: int

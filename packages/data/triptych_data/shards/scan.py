@@ -17,6 +17,7 @@ from triptych_data.shards.index import (
 )
 from triptych_data.shards.tar import DIRECTORY, END, Entry, read_entries
 from triptych_data.storage.open import Location
+from triptych_data.storage.remote import shown
 from triptych_data.workers.ordered import in_order
 
 PICKLES = {"pkl", "pickle", "pyd", "pth", "pt", "joblib", "dill", "ckpt"}
@@ -93,8 +94,8 @@ def index_or_verify(
     """
     if isinstance(tar, str):
         raise ValueError(
-            f"{tar}: must be a local file to be indexed, got a URL; index it where it lies, and "
-            "put the .idx and .columns files beside it"
+            f"{shown(tar)}: must be a local file to be indexed, got a URL; index it where it lies, "
+            "and put the .idx and .columns files beside it"
         )
     if overwrite or not Path(index_paths(tar)[1]).exists():
         index = build_index(tar, layout)

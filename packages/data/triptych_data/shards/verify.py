@@ -131,7 +131,7 @@ def check_shard(tar: Location, storage: Storage) -> ShardResult:
         except (IndexDamage, OSError):
             return ShardResult(0, 0, 0, "", problems)
     except (OSError, ValueError) as error:
-        return ShardResult(0, 0, 0, "", [Problem("unreadable", _name(tar), (), str(error))])
+        return ShardResult(0, 0, 0, "", [Problem("unreadable", shown(tar), (), str(error))])
     return _check_bytes(tar, index, storage, problems)
 
 
@@ -149,16 +149,16 @@ def _check_bytes(
         bad = list(_damaged(file, index))
         rest = _rest(file, index)
     except (OSError, ValueError) as error:
-        problems.append(Problem("unreadable", _name(tar), (), str(error)))
+        problems.append(Problem("unreadable", shown(tar), (), str(error)))
         rest = True
     keys = tuple(index.key(row) for row in bad[:NAMED])
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         message = f"sample {keys[0]}{more} must be as indexed, got other bytes; restore the shard"
-        problems.append(Problem("flipped", _name(tar), keys, message))
+        problems.append(Problem("flipped", shown(tar), keys, message))
     if not rest and not any(problem.kind in ("truncated", "appended") for problem in problems):
         message = "the bytes outside of samples must be as indexed, got others; restore the shard"
-        problems.append(Problem("flipped", _name(tar), (), message))
+        problems.append(Problem("flipped", shown(tar), (), message))
     return ShardResult(index.num_samples, index.tar_bytes, len(bad), index.fingerprint, problems)
 
 
@@ -185,17 +185,17 @@ def _with_owners(
     swapped = {problem.path for problem in named if problem.kind == "swapped"}
     kept = [p for p in dict.fromkeys(named) if p.kind == "swapped" or p.path not in swapped]
     damaged = {problem.path.removesuffix(".idx") for problem in kept}
-    sound = {prints[tar]: tar for tar in reversed(prints) if _name(tar) not in damaged}
+    sound = {prints[tar]: tar for tar in reversed(prints) if shown(tar) not in damaged}
     for tar, fingerprint in prints.items():
         owner = sound.get(fingerprint, tar)
         if not fingerprint or owner == tar:
             continue
-        if _name(tar) in damaged:
-            columns, what = index_paths(tar)[1], f"must be its shard's, got that of {_name(owner)}"
-            kept.append(Problem("swapped", _name(columns), (), f"{what}; restore it"))
+        if shown(tar) in damaged:
+            columns, what = index_paths(tar)[1], f"must be its shard's, got that of {shown(owner)}"
+            kept.append(Problem("swapped", shown(columns), (), f"{what}; restore it"))
         else:
-            message = f"must hold samples of its own, got those of {_name(owner)}; remove one"
-            kept.append(Problem("duplicate", _name(tar), (), message))
+            message = f"must hold samples of its own, got those of {shown(owner)}; remove one"
+            kept.append(Problem("duplicate", shown(tar), (), message))
     return kept
 
 
@@ -204,7 +204,7 @@ def _name_owner(problem: Problem, tars: Sequence[Location], storage: Storage) ->
     path = Path(problem.path)
     for tar in tars:
         offsets, columns = index_paths(tar)
-        if problem.path in map(_name, (tar, offsets)) or not path.is_file():
+        if problem.path in map(shown, (tar, offsets)) or not path.is_file():
             continue
         try:
             index = parse_columns(storage.read_whole(columns), columns)
@@ -216,7 +216,7 @@ def _name_owner(problem: Problem, tars: Sequence[Location], storage: Storage) ->
         except (OSError, ValueError):  # one more that is damaged
             continue
         if same:
-            message = f"must be what its name says, got that of {_name(tar)}; put it back"
+            message = f"must be what its name says, got that of {shown(tar)}; put it back"
             return Problem("swapped", problem.path, (), message)
     return problem
 
@@ -245,7 +245,3 @@ def _leftovers(folder: Path) -> Iterator[Problem]:
         elif path.suffix == ".tmp" or path.name == ".partial":
             message = "must not be among finished shards, got the rest of a run; remove it"
             yield Problem("extra", str(path), (), message)
-
-
-def _name(location: Location) -> str:
-    return shown(location) if isinstance(location, str) else str(location)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.request import getproxies, proxy_bypass
 
@@ -84,9 +85,11 @@ def is_url(path: object) -> bool:
     return isinstance(path, str) and bool(URL.match(text)) and not text.startswith("file://")
 
 
-def shown(url: str) -> str:
-    """A URL as messages show it: without password and query, which may hold a signature."""
-    return re.sub(r"(://)[^/@]*@", r"\1", url).partition("?")[0]
+def shown(location: Path | str) -> str:
+    """A path, or a URL as messages show it: without password and query, which may hold secrets."""
+    if isinstance(location, Path) or "://" not in location:
+        return str(location)
+    return re.sub(r"(://)[^/]*@", r"\1", location).partition("?")[0]
 
 
 @functools.lru_cache(maxsize=4096)
