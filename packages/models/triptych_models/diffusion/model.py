@@ -1,0 +1,126 @@
+"""What every diffusion family is: a network that predicts along a path, with its loss inside."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpointing import Checkpointing, run_layer
+from ..offload import InputStore
+from ..output import LossOutput
+from ..packed import compile_forward
+from .config import ObjectiveConfig
+from .interpolant import point, to_velocity
+from .objective import draw_times, mix, path_point, squared_error
+
+Condition = dict[str, Tensor]
+
+
+class DiffusionModel(nn.Module):
+    """`self.net` and its objective; a family says what its parts are and how it is conditioned."""
+
+    def __init__(self, net: nn.Module, objective: ObjectiveConfig) -> None:
+        super().__init__()
+        self.net = net
+        self.objective = objective
+        self.checkpointing: Checkpointing = "none"
+        self.input_store = InputStore()
+
+    def predict(self, x: Tensor, times: Tensor, condition: Condition) -> Tensor:
+        """What the objective says the model gives, of x's shape (N, C, ...) at times (N,)."""
+        raise NotImplementedError
+
+    def dropped(self, condition: Condition, drop: Tensor) -> Condition:
+        """The condition, without what it says where drop (N,) is true."""
+        raise NotImplementedError
+
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """Modules of each part; every parameter is in exactly one."""
+        raise NotImplementedError
+
+    def layers(self) -> list[nn.Module]:
+        """Every layer: what repeats, and runs as a whole."""
+        raise NotImplementedError
+
+    def flops(self, batch: Mapping[str, Any]) -> float:
+        """Forward and backward FLOPs of a batch, from shapes alone."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the weights mean."""
+        return {"objective": self.objective.model_dump()}
+
+    def forward(
+        self,
+        *,
+        latents: Tensor,
+        noise: Tensor,
+        times: Tensor,
+        drops: Tensor,
+        weights: Tensor,
+        num_targets: int,
+        **condition: Tensor,
+    ) -> LossOutput:
+        """Summed loss of N samples, fp32.
+
+        latents, noise (N, C, ...); times and drops (N,), uniform in [0, 1): when, and whether
+        without its condition, a sample is learnt; weights (N,): 0 for a sample that is not there.
+        Nothing is dropped in evaluation. num_targets: elements of the latents that are there.
+        """
+        self.input_store = InputStore()
+        moments = draw_times(times, self.objective)
+        at = path_point(moments, latents, self.objective)
+        drop = drops < (self.objective.condition_dropout if self.training else 0.0)
+        x = mix(latents, noise, at)
+        out = self.predict(x, moments, self.dropped(condition, drop)).to(latents.dtype)
+        error = squared_error(out, latents, noise, at, self.objective)
+        loss_sum = (error.flatten(1).sum(1) * weights).sum()
+        return LossOutput(loss_sum, num_targets, {})
+
+    def velocity(self, x: Tensor, time: float, guidance: float, condition: Condition) -> Tensor:
+        """Where x (N, C, ...) moves at a time, guided away from what has no condition."""
+        times = torch.full((len(x),), time, dtype=x.dtype, device=x.device)
+        if guidance == 1.0:
+            return self._velocity(x, times, condition)
+        everyone = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        without = self.dropped(condition, everyone)
+        both = {name: torch.cat([condition[name], without[name]]) for name in condition}
+        found = self._velocity(torch.cat([x, x]), torch.cat([times, times]), both)
+        given, free = found.chunk(2)
+        return free + guidance * (given - free)
+
+    def _velocity(self, x: Tensor, times: Tensor, condition: Condition) -> Tensor:
+        out = self.predict(x, times, condition).to(x.dtype)
+        at = point(self.objective.path, times, x.ndim)
+        return to_velocity(self.objective.prediction, out, x, at)
+
+    def compile_layers(self) -> None:
+        """Compile every layer in place."""
+        for layer in self.layers():
+            compile_forward(layer)
+
+    def set_checkpointing(self, checkpointing: Checkpointing) -> None:
+        """Say what every layer keeps for its backward; see triptych_models.checkpointing."""
+        self.checkpointing = checkpointing
+
+    def run_layer(self, layer: Callable[..., Tensor], x: Tensor, **kwargs: Any) -> Tensor:
+        """A layer, so that it keeps what was said."""
+        if not x.requires_grad and any(p.requires_grad for p in _parameters(layer)):
+            # ZeRO-3 reduces a leaf's gradients in a hook that comes too early if no input needs one
+            # (PackedModel._run_layer).
+            x = x.detach().requires_grad_(torch.is_grad_enabled())
+        way = self.checkpointing if self.training else "none"
+        return run_layer(way, self.input_store, layer, x, **kwargs)
+
+    def trainable_parts(self) -> set[str]:
+        """Names of the parts that have a parameter which trains."""
+        return {
+            name
+            for name, modules in self.parts().items()
+            if any(p.requires_grad for module in modules for p in module.parameters())
+        }
+
+
+def _parameters(layer: Any) -> list[nn.Parameter]:
+    return list(layer.parameters())
