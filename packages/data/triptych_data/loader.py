@@ -21,6 +21,7 @@ from triptych_data.plan.pieces import cut_documents, is_document
 from triptych_data.plan.plan import Plan, PlanSource
 from triptych_data.prepare import PackBuilder, RankStream
 from triptych_data.processor import Processor
+from triptych_data.resume import differences, in_words
 from triptych_data.shards.reader import Shards
 from triptych_data.workers.pool import Job, run_workers, start_server
 
@@ -117,15 +118,15 @@ class PackLoader:
         Raises ValueError otherwise, if shards, processor or packing are not those the state was
         saved with.
         """
-        changed = _differences(state.get("plan", {}), self.plan.fingerprint())
+        changed = differences(state.get("plan", {}), self.plan.fingerprint())
         if changed and not self._config.resume_anyway:
             raise ValueError(
-                f"checkpoint data state: {_in_words(changed)}; restore what has changed, start the "
+                f"checkpoint data state: {in_words(changed)}; restore what has changed, start the "
                 "data anew in another run.dir, or go on with data.resume_anyway=true"
             )
         self._overridden = list(state.get("resumed_anyway", []))
         if changed:
-            _log.warning("data.resume_anyway: goes on although %s", _in_words(changed))
+            _log.warning("data.resume_anyway: goes on although %s", in_words(changed))
             self._overridden.append({"position": state["position"], "changed": changed})
         self.position = state["position"]
         if changed:  # no pack of the new plan may begin there
@@ -181,22 +182,6 @@ def _check(
         "samples too long": long,
         "samples refused": refused,
     }
-
-
-def _differences(was: dict[str, Any], now: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return what two plans depend on differently, by name."""
-    return {
-        name: {"was": was.get(name), "is": now.get(name)}
-        for name in sorted(was.keys() | now.keys())
-        if was.get(name) != now.get(name)
-    }
-
-
-def _in_words(changed: dict[str, dict[str, Any]]) -> str:
-    return ", and ".join(
-        f"{name} must be {values['was']!r} as when it was saved, got {values['is']!r}"
-        for name, values in changed.items()
-    )
 
 
 def eval_batches(

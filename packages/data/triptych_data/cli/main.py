@@ -3,6 +3,7 @@
 import click
 
 from triptych_data.cli.index import index, verify
+from triptych_data.cli.latents import latents
 from triptych_data.cli.look import inspect, preview
 from triptych_data.cli.mix import ledger, mix
 from triptych_data.cli.options import OneLineErrors
@@ -23,5 +24,5 @@ def main() -> None:
     """
 
 
-for command in (shard, index, verify, inspect, preview, mix, reshard, ledger):
+for command in (shard, index, verify, inspect, preview, mix, reshard, ledger, latents):
     main.add_command(command)

@@ -1,0 +1,1 @@
+"""Samples of tensors: latents and features that were computed once, read instead of computed."""

@@ -1,0 +1,74 @@
+"""The data part of a stage on latents; it imports neither torch nor numpy."""
+
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from triptych_data.storage.remote_config import RemoteConfig
+
+
+class TensorDataConfig(BaseModel):
+    """What is read, how many samples a batch has, and how many processes prepare batches."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    shards: list[str] = Field(
+        min_length=1,
+        description="Shards that `triptych-data latents` wrote: files, folders, globs or URLs.",
+    )
+    batch_size: int = Field(
+        ge=1, le=2**16, description="Samples of a micro-batch, on each data rank."
+    )
+    mean: list[float] = Field(
+        default=[0.0],
+        min_length=1,
+        description="Latents become (x - mean) / std; one, or a number for each channel.",
+    )
+    std: list[float] = Field(
+        default=[1.0],
+        min_length=1,
+        description="5.489980785067252 for Stable Diffusion's VAE: 1 / 0.18215.",
+    )
+    num_workers: int = Field(
+        default=2,
+        ge=0,
+        le=256,
+        description="Processes per rank that read and draw; 0 works inline.",
+    )
+    prefetch: int = Field(
+        default=2, ge=1, le=64, description="Batches each worker prepares ahead of the training."
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**63,
+        description="Of every epoch's order; with sample and epoch, of a sample's noise and time.",
+    )
+    remote: RemoteConfig = Field(
+        default_factory=RemoteConfig,
+        description="How shards named by URL are read: {cache_dir, cache_bytes, block_bytes, "
+        "timeout_s, attempts}.",
+    )
+    max_bad_rate: float = Field(
+        default=0.01,
+        ge=0.0,
+        le=1.0,
+        description="Largest share of samples that may fail before the run stops; 0: none.",
+    )
+    timeout_s: float = Field(
+        default=600.0,
+        gt=0.0,
+        description="Seconds within which a worker must give a batch, or it counts as hung.",
+    )
+    resume_anyway: bool = Field(
+        default=False,
+        description="Go on from a checkpoint of other data or settings, and record the difference.",
+    )
+
+    @model_validator(mode="after")
+    def _check_std(self) -> Self:
+        if not all(0 < std < float("inf") for std in self.std):
+            raise ValueError(
+                f"data.std: must be finite and above 0, got {self.std}; leave it out for 1"
+            )
+        return self

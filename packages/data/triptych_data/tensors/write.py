@@ -1,0 +1,134 @@
+"""Writing samples of tensors as shards."""
+
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from triptych_data.faults import BadSample
+from triptych_data.shards.staging import staging
+from triptych_data.shards.tar import END
+from triptych_data.shards.tarwriter import TarWriter, span_bytes
+from triptych_data.sources.kinds import identity
+from triptych_data.tensors.record import NAMES, NAMES_OF_TENSORS, decode, encode
+
+SHARD_SIZE = 256_000_000
+
+Sample = tuple[Mapping[str, Any], Mapping[str, Tensor]]
+
+
+def write_tensor_shards(
+    samples: Iterable[Sample],
+    output: Path,
+    *,
+    run: Mapping[str, Any] | None = None,
+    shard_size: int = SHARD_SIZE,
+    samples_per_shard: int | None = None,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write (record, tensors) pairs as shards into `output`; returns their paths.
+
+    Every sample is checked as when it is read: latents of one shape, finite. Keys number the
+    samples. Nothing appears in `output` before all is written. Raises ValueError at the first bad
+    sample, and where there is none.
+    """
+    with staging(output, dict(run or {}), overwrite=overwrite) as place:
+        if not place.publishing:
+            _write(samples, place.shards, shard_size, samples_per_shard)
+        return place.publish()
+
+
+def _write(
+    samples: Iterable[Sample], folder: Path, shard_size: int, samples_per_shard: int | None
+) -> None:
+    for old in folder.iterdir():
+        old.unlink()
+    shape: tuple[int, ...] | None = None
+    tar: TarWriter | None = None
+    count = number = 0
+    with ExitStack() as stack:
+        for number, (record, tensors) in enumerate(samples, 1):
+            key = f"{number - 1:09d}"
+            members = encode(record, tensors)
+            views = [memoryview(member) for member in members]
+            shape = tuple(decode(views, f"sample {key}", shape=shape, num_classes=None)[0].shape)
+            size = span_bytes([len(member) for member in members])
+            if tar is not None and (
+                tar.end + size + len(END) > shard_size or count == samples_per_shard
+            ):
+                tar.finish("members")
+                tar, count = None, 0
+            if tar is None:
+                name = f"shard-{len(list(folder.glob('*.tar'))):06d}.tar"
+                tar = stack.enter_context(TarWriter(folder / name))
+            tar.add_members(key, NAMES, NAMES, members, [], 0)
+            count += 1
+        if tar is None:
+            raise ValueError("input: must hold a sample, got none; name files with latents")
+        tar.finish("members")
+
+
+def read_arrays(paths: Iterable[Path]) -> Iterator[Sample]:
+    """Samples out of .npz and .safetensors files: `latents` (n, C, ...), `labels` (n,), …
+
+    What else has n rows becomes a field of the JSON if it is (n,), and is refused if it is not one
+    of the tensors of a sample. Nothing is unpickled. Raises ValueError with the file.
+    """
+    for path in paths:
+        arrays = _read(path)
+        if "latents" not in arrays:
+            raise ValueError(
+                f"{path}: must hold an array named latents, got {sorted(arrays)[:6]}; name it so"
+            )
+        rows = len(arrays["latents"])
+        for name, array in arrays.items():
+            if array.ndim == 0 or len(array) != rows:
+                raise ValueError(
+                    f"{path}: {name} must have a row for each of the {rows} latents, got shape "
+                    f"{tuple(array.shape)}; make them alike"
+                )
+            if array.ndim > 1 and name not in NAMES_OF_TENSORS:
+                raise ValueError(
+                    f"{path}: tensors of a sample must be among {', '.join(NAMES_OF_TENSORS)}, got "
+                    f"{name}; leave it out"
+                )
+        for row in range(rows):
+            values = {name: array[row] for name, array in arrays.items()}
+            record = {n: v.item() for n, v in values.items() if v.ndim == 0}
+            if "labels" in record:
+                record["label"] = record.pop("labels")
+            yield record, {n: v for n, v in values.items() if v.ndim}
+
+
+def shard_arrays(paths: list[Path], output: Path, **options: Any) -> list[Path]:
+    """`write_tensor_shards` of `read_arrays`."""
+    found = [(path, path.suffix) for path in paths]
+    run = {"inputs": identity(found)} | {k: v for k, v in options.items() if k != "overwrite"}
+    try:
+        return write_tensor_shards(read_arrays(paths), output, run=run, **options)
+    except BadSample as error:
+        raise ValueError(str(error)) from error
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            tensors: dict[str, Tensor] = load_file(path)
+            return tensors
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except (SafetensorError, zipfile.BadZipFile, ValueError, TypeError, EOFError) as error:
+        raise ValueError(
+            f"{path}: must be .npz or .safetensors of plain numbers, got {error}; save it anew"
+        ) from error
+    except AttributeError as error:  # np.load gave one array, not a file of names
+        raise ValueError(
+            f"{path}: must be .npz or .safetensors, got one array without a name; np.savez it"
+        ) from error
