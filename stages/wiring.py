@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 
 from triptych_core.config import StageConfig, did_you_mean
 from triptych_data.config import CostConfig, DataConfig
-from triptych_models.config import PARTS, ModelConfig, Part
+from triptych_models.catalogue import FAMILIES, Part
+from triptych_models.config import ModelConfig
 
 if TYPE_CHECKING:
     from triptych_core.checkpoint.saver import Saver
@@ -95,7 +96,7 @@ class PackedConfig(StageConfig):
 def require_part(config: PackedConfig, part: Part, what: str, remedy: str) -> None:
     """Raise ValueError unless the model's family has this part, which a stage is about."""
     family = config.model.find_family()
-    if part not in PARTS[family]:
+    if part not in FAMILIES[family].parts:
         raise ValueError(
             f"model.path: must hold {what}, got {config.model.path} ({family}); {remedy}"
         )

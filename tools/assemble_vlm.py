@@ -197,7 +197,7 @@ def config_of_siglip(
     from transformers import AutoConfig
 
     from triptych_models.assemble_siglip import siglip_config
-    from triptych_models.families import FAMILIES
+    from triptych_models.families import family_class
     from triptych_models.read_config import read_config
 
     of_language = read_json(language / "config.json")
@@ -212,7 +212,7 @@ def config_of_siglip(
         factor=factor,
         num_queries=queries,
     )
-    family: Any = FAMILIES[config["model_type"]]
+    family: Any = family_class(config["model_type"])
     family.check_config(AutoConfig.for_model(**config))
     return config
 

@@ -17,7 +17,7 @@ from tests.models import tiny
 from tests.models.stock import stock_loss, stock_twin
 from triptych_models.config import ModelConfig
 from triptych_models.export import export
-from triptych_models.families import FAMILIES, build_model
+from triptych_models.families import build_model, family_class
 from triptych_models.freeze import count_parameters
 from triptych_models.generate import generate
 from triptych_models.matrices import matrix_shapes
@@ -163,7 +163,7 @@ def test_names_and_shapes_of_published_sizes_are_stocks(size: str) -> None:
     model_type, fields, count = PUBLISHED[size]
     with torch.device("meta"):
         config = AutoConfig.for_model(model_type, **fields)
-        model = FAMILIES[model_type](config, dtype=torch.bfloat16)
+        model = family_class(model_type)(config, dtype=torch.bfloat16)
         stock = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))
     assert {n: p.shape for n, p in model.hf.named_parameters()} == {
         n: p.shape for n, p in stock.named_parameters()

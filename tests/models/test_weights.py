@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 from tests.models import tiny
 from tests.models.conftest import Build
 from tests.models.stock import stock_twin
-from triptych_models.config import PARTS, ModelConfig
+from triptych_models.catalogue import FAMILIES
+from triptych_models.config import ModelConfig
 from triptych_models.export import export
 from triptych_models.families import build_model
 from triptych_models.weights import load_weights
@@ -122,7 +123,7 @@ def test_a_directory_without_weights_or_of_another_family_is_refused(
     with pytest.raises(ValueError, match="model_type must be qwen3_vl, got qwen3"):
         build(path=path, family="qwen3_vl")
     (path / "config.json").write_text('{"model_type": "llama"}')
-    known = ", ".join(PARTS)
+    known = ", ".join(FAMILIES)
     with pytest.raises(ValueError, match=f"model_type must be one of {known}, got llama"):
         build(path=path)
     with pytest.raises(ValueError, match=r"model.path: must hold a config.json"):

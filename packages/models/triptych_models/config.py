@@ -4,34 +4,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from .catalogue import FAMILIES, Part
 from .foreign_config import read_foreign
-
-Family = Literal[
-    "llava",
-    "llava_projector",
-    "mixtral",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-]
-Part = Literal["vision", "projector", "language", "router", "experts"]
-
-PARTS: dict[Family, tuple[Part, ...]] = {
-    "llava": ("vision", "projector", "language"),
-    "llava_projector": ("vision", "projector", "language"),
-    "mixtral": ("language", "router", "experts"),
-    "qwen2": ("language",),
-    "qwen2_moe": ("language", "router", "experts"),
-    "qwen3": ("language",),
-    "qwen3_moe": ("language", "router", "experts"),
-    "qwen3_vl": ("vision", "projector", "language"),
-    "qwen3_vl_moe": ("vision", "projector", "language", "router", "experts"),
-}
 
 
 class MoEConfig(BaseModel):
@@ -87,10 +63,10 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    family: Literal["auto", Family] = Field(
+    family: str = Field(
         default="auto",
         description="architecture: auto (what config.json's model_type says), or one of "
-        + ", ".join(PARTS),
+        + ", ".join(FAMILIES),
     )
     path: Path = Field(description="local Hugging Face model directory (config.json, tokenizer, …)")
     init: Literal["pretrained", "random"] = Field(
@@ -121,6 +97,16 @@ class ModelConfig(BaseModel):
         "layers, where the compiler does it",
     )
 
+    @field_validator("family")
+    @classmethod
+    def _check_family(cls, family: str) -> str:
+        if family not in ("auto", *FAMILIES):
+            raise ValueError(
+                f"model.family: must be auto or one of {', '.join(FAMILIES)}, got {family}; "
+                "`python -m triptych_models` says what each is"
+            )
+        return family
+
     def check_path(self, lr_by_part: Iterable[str] = ()) -> None:
         """Raise ValueError unless `path` holds a family with the parts to freeze, a part to train,
         and the parts that have a learning rate of their own.
@@ -132,7 +118,7 @@ class ModelConfig(BaseModel):
                 f"model.path: must be a local Hugging Face directory, got '{self.path}'; "
                 "download the model there or correct the path"
             )
-        parts = PARTS[self.find_family()]
+        parts = FAMILIES[self.find_family()].parts
         named = [("model.freeze", part) for part in self.freeze]
         for key, part in [*named, *(("optim.lr_by_part", part) for part in lr_by_part)]:
             if part not in parts:
@@ -152,7 +138,7 @@ class ModelConfig(BaseModel):
         if set(parts) <= set(self.freeze):
             raise ValueError("model.freeze: must leave a part to train, got all; name fewer")
 
-    def find_family(self) -> Family:
+    def find_family(self) -> str:
         """The architecture, read from config.json where `family` leaves it to that.
 
         Raises ValueError for a directory without one, or with one that no family is for.
@@ -165,10 +151,9 @@ class ModelConfig(BaseModel):
                 f"model.path: must hold a config.json, got {self.path}; name a model directory"
             )
         model_type = read_foreign(file).get("model_type")
-        for family in PARTS:
-            if family == model_type:
-                return family
-        raise ValueError(
-            f"{file}: model_type must be one of {', '.join(PARTS)}, got {model_type}; "
-            "take a model of a supported family"
-        )
+        if model_type not in FAMILIES:
+            raise ValueError(
+                f"{file}: model_type must be one of {', '.join(FAMILIES)}, got {model_type}; "
+                "take a model of a supported family"
+            )
+        return str(model_type)

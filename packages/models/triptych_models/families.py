@@ -1,35 +1,24 @@
-"""The model families and the one call that builds a model ready to train."""
+"""The one call that builds a model of a family ready to train."""
+
+from importlib import import_module
 
 import torch
 
+from .catalogue import FAMILIES
 from .config import ModelConfig
 from .experts import EVERY_EXPERT, ExpertGroup
 from .freeze import freeze
-from .llava import Llava
-from .llava_projector import LlavaProjector
-from .mixtral import Mixtral
 from .mixture import Mixture
 from .packed import PackedModel
-from .qwen2 import Qwen2
-from .qwen2_moe import Qwen2MoE
-from .qwen3 import Qwen3
-from .qwen3_moe import Qwen3MoE
-from .qwen3_vl import Qwen3VL
-from .qwen3_vl_moe import Qwen3VLMoE
 from .sequence import ALONE, SequenceGroup
 from .weights import Gather, initialize, load_weights, whole
 
-FAMILIES: dict[str, type[PackedModel]] = {
-    "llava": Llava,
-    "llava_projector": LlavaProjector,
-    "mixtral": Mixtral,
-    "qwen2": Qwen2,
-    "qwen2_moe": Qwen2MoE,
-    "qwen3": Qwen3,
-    "qwen3_moe": Qwen3MoE,
-    "qwen3_vl": Qwen3VL,
-    "qwen3_vl_moe": Qwen3VLMoE,
-}
+
+def family_class(name: str) -> type[PackedModel]:
+    """The class of a family of the catalogue."""
+    module, _, attribute = FAMILIES[name].implementation.partition(":")
+    found: type[PackedModel] = getattr(import_module(module), attribute)
+    return found
 
 
 def build_model(
@@ -66,7 +55,7 @@ def build_shell(
     config: ModelConfig, *, dtype: torch.dtype, experts: ExpertGroup = EVERY_EXPERT
 ) -> PackedModel:
     """The model of a directory with its parameters not filled in."""
-    family = FAMILIES[config.find_family()]
+    family = family_class(config.find_family())
     # The compiler fuses norms, gates and what stands around them itself: 2 % faster on an H100.
     fused = config.fuse and config.compile != "layers"
     if issubclass(family, Mixture):

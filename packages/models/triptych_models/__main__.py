@@ -1,0 +1,23 @@
+"""`python -m triptych_models`: the families, their parts, sizes, stages and where each was run."""
+
+import sys
+
+from .catalogue import FAMILIES
+
+
+def main() -> None:
+    """Print a paragraph for each family."""
+    out = sys.stdout
+    for name, family in FAMILIES.items():
+        out.write(f"{name}\n")
+        for key, value in (
+            ("parts", ", ".join(family.parts)),
+            ("stages", ", ".join(family.stages)),
+            ("sizes", family.sizes),
+            ("ran", family.ran),
+        ):
+            out.write(f"  {key:8}{value}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Every model family in one dict: where its class is, what of it trains, where it was run.
+
+Imports no torch: configurations are validated by it before torch is.
+"""
+
+from typing import Literal, NamedTuple
+
+Part = Literal["vision", "projector", "language", "router", "experts"]
+Stage = Literal["align", "pretrain", "sft", "moe"]
+
+_LANGUAGE: tuple[Part, ...] = ("language",)
+_MIXTURE: tuple[Part, ...] = ("language", "router", "experts")
+_SEEING: tuple[Part, ...] = ("vision", "projector", "language")
+_SEEING_MIXTURE: tuple[Part, ...] = ("vision", "projector", "language", "router", "experts")
+
+
+class Family(NamedTuple):
+    """What there is to know of a family before its class is imported."""
+
+    implementation: str
+    """module:class, of a `packed.PackedModel`"""
+    parts: tuple[Part, ...]
+    """that can be frozen, and have learning rates of their own"""
+    stages: tuple[Stage, ...]
+    sizes: str
+    """published ones that its configuration covers"""
+    ran: str
+    """where it was trained, and at what size; every family is tested tiny on CPUs"""
+
+
+FAMILIES: dict[str, Family] = {
+    "llava": Family(
+        "triptych_models.llava:Llava",
+        _SEEING,
+        ("align", "pretrain", "sft"),
+        "any SigLIP before a Qwen3, Qwen2 or Llama, assembled",
+        "tiny on CPUs",
+    ),
+    "llava_projector": Family(
+        "triptych_models.llava_projector:LlavaProjector",
+        _SEEING,
+        ("align", "pretrain", "sft"),
+        "any SigLIP before a Qwen3, Qwen2 or Llama, assembled",
+        "tiny on CPUs",
+    ),
+    "mixtral": Family(
+        "triptych_models.mixtral:Mixtral",
+        _MIXTURE,
+        ("pretrain", "sft", "moe"),
+        "8x7B, 8x22B",
+        "tiny on CPUs",
+    ),
+    "qwen2": Family(
+        "triptych_models.qwen2:Qwen2",
+        _LANGUAGE,
+        ("pretrain", "sft"),
+        "0.5B, 1.5B, 3B, 7B, 14B, 32B, 72B (2 and 2.5)",
+        "tiny on CPUs",
+    ),
+    "qwen2_moe": Family(
+        "triptych_models.qwen2_moe:Qwen2MoE",
+        _MIXTURE,
+        ("pretrain", "sft", "moe"),
+        "A2.7B, 57B-A14B",
+        "tiny on CPUs",
+    ),
+    "qwen3": Family(
+        "triptych_models.qwen3:Qwen3",
+        _LANGUAGE,
+        ("pretrain", "sft"),
+        "0.6B, 1.7B, 4B, 8B, 14B, 32B",
+        "0.6B, 1.7B and 4B on one H100; 1.7B on two H200",
+    ),
+    "qwen3_moe": Family(
+        "triptych_models.qwen3_moe:Qwen3MoE",
+        _MIXTURE,
+        ("pretrain", "sft", "moe"),
+        "30B-A3B, 235B-A22B",
+        "6 layers of 30B-A3B on one H100",
+    ),
+    "qwen3_vl": Family(
+        "triptych_models.qwen3_vl:Qwen3VL",
+        _SEEING,
+        ("align", "pretrain", "sft"),
+        "2B, 4B, 8B, 32B",
+        "2B on one H100 and two H200",
+    ),
+    "qwen3_vl_moe": Family(
+        "triptych_models.qwen3_vl_moe:Qwen3VLMoE",
+        _SEEING_MIXTURE,
+        ("align", "pretrain", "sft", "moe"),
+        "30B-A3B, 235B-A22B",
+        "tiny on CPUs",
+    ),
+}

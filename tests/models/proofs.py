@@ -1,0 +1,109 @@
+"""What each family's proofs need: an entry of about ten lines, run by test_families.py.
+
+`write` makes a tiny folder; `documents` are a memorisation set in which every modality occurs, and
+a document of text alone; `pack` puts some of them into one row; `logits` are stock's for one of
+them.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tests.models import tiny
+from tests.models.stock import stock_logits
+from triptych_models.layout import head_dim, text_config
+
+SEQ_LEN = 112
+
+
+class Proof(NamedTuple):
+    write: Callable[..., Path]
+    documents: Callable[[], list[Any]]
+    pack: Callable[[list[Any], int], dict[str, Any]]
+    logits: Callable[[Any, Any, Any], Tensor] = stock_logits
+    """(stock, model, document) -> (n, V)"""
+    idle: tuple[str, ...] = ()
+    """what stock runs or holds behind the features that are used: it does not train"""
+    learns: float = 0.1
+    """loss a target after 60 updates, from about 6"""
+
+
+def texts() -> list[tiny.Document]:
+    """Four of 9, 1, 20 and 11 tokens."""
+    return [tiny.document(seed, words=words) for seed, words in enumerate((9, 1, 20, 11))]
+
+
+def pictures() -> list[tiny.Document]:
+    """Text, one image, two images of other shapes, text."""
+    shapes = ((9, []), (5, [(1, 4, 6)]), (4, [(1, 8, 2), (1, 2, 2)]), (11, []))
+    return [tiny.document(i, words=n, grids=grids) for i, (n, grids) in enumerate(shapes)]
+
+
+def squares(side: int = 3, tokens: int = 9) -> list[tiny.Document]:
+    """Text, one image, two images, text; all images of one size."""
+    counts = [(9, 0), (1, 1), (8, 2), (5, 0)]
+    settings = {"side": side, "tokens": tokens}
+    return [
+        tiny.llava_document(i, words=w, images=n, **settings) for i, (w, n) in enumerate(counts)
+    ]
+
+
+def llava_logits(stock: Any, model: Any, doc: tiny.Document) -> Tensor:
+    """Logits of one document; stock takes whole images."""
+    inputs: dict[str, Tensor] = {"input_ids": doc.input_ids[None]}
+    if len(doc.image_grid_thw):
+        patches = doc.pixel_values.view(len(doc.pixel_values), 3, -1).to(stock.dtype) / 255
+        mean, std = (torch.tensor(x)[:, None] for x in (model.image_mean, model.image_std))
+        inputs["pixel_values"] = model.whole_images(((patches - mean) / std).flatten(1))
+    logits: Tensor = stock(**inputs).logits[0]
+    return logits
+
+
+def wasted_attention(config: Any, lengths: list[int]) -> float:
+    """FLOPs that stock's eager attention spends on pairs no token may look at, with backward."""
+    text = text_config(config)
+    width = text.num_attention_heads * head_dim(text)
+    pairs = sum(n * n - n * (n + 1) // 2 for n in lengths)
+    return 3 * 4.0 * text.num_hidden_layers * width * pairs
+
+
+def write_unshuffled(directory: Path, **fields: Any) -> Path:
+    """A LLaVA whose projector unshuffles 2 x 2 of its 4 x 4 patches."""
+    fields |= {"model_type": "llava_projector"}
+    fields |= {"projector": {"kind": "pixel_unshuffle", "factor": 2}}
+    tiny.write_llava_model_dir(directory, **fields)
+    config = json.loads((directory / "config.json").read_text())
+    config["vision_config"]["image_size"] = 4 * tiny.LLAVA_PATCH
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+SIGLIP_IDLE = ("encoder.layers.2.", "post_layernorm")
+
+PROOFS: dict[str, Proof] = {
+    "llava": Proof(
+        tiny.write_llava_model_dir,
+        squares,
+        tiny.pack_llava,
+        logits=llava_logits,
+        idle=SIGLIP_IDLE,
+    ),
+    "llava_projector": Proof(
+        write_unshuffled,
+        lambda: squares(4, 4),
+        tiny.pack_llava,
+        logits=llava_logits,
+        idle=SIGLIP_IDLE,
+    ),
+    "mixtral": Proof(tiny.write_mixtral_model_dir, texts, tiny.pack_text),
+    "qwen2": Proof(tiny.write_qwen2_model_dir, texts, tiny.pack_text),
+    "qwen2_moe": Proof(tiny.write_qwen2_moe_model_dir, texts, tiny.pack_text),
+    "qwen3": Proof(tiny.write_text_model_dir, texts, tiny.pack_text),
+    "qwen3_moe": Proof(tiny.write_moe_model_dir, texts, tiny.pack_text),
+    "qwen3_vl": Proof(tiny.write_model_dir, pictures, tiny.pack),
+    "qwen3_vl_moe": Proof(tiny.write_vl_moe_model_dir, pictures, tiny.pack),
+}
