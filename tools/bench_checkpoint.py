@@ -3,10 +3,12 @@
     deepspeed --num_gpus 1 tools/bench_checkpoint.py --billions 1.7 --stage 0 --folder /tmp/bench
 
 One JSON row: a stack of square linear layers in bf16 with AdamW's fp32 states, so 12 bytes a
-parameter on the disk. `stall_ms` are those of the first save, which pins its memory, and of the
-next ones, longest last; `share_of_100_steps` is what such a save costs a run that saves every 100
-steps: its stall, and what the steps beside its writing took longer. Steps are compared with those
-that ran alone; `--step-ms` says how long a step of yours takes. On a CPU it is a rehearsal.
+parameter on the disk. `stall_ms` are those of the first save and of the next ones, longest last;
+`pinning_*` what steps lost once, while memory was pinned beside them; `as_of_the_save` says that
+what was loaded is what was there when the last save began, though steps went on. What a save costs
+a run that saves every 100 steps is `share_of_100_steps`: its stall, and what the steps beside its
+writing took longer. Steps are compared with those that ran alone; `--step-ms` says how long a step
+of yours takes. On a CPU it is a rehearsal.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ def main(
     from triptych_core.checkpoint.host_copy import HostCopy
     from triptych_core.checkpoint.save import take_snapshot, write_snapshot
     from triptych_core.config import StageConfig, load_config
+    from triptych_core.engine.masters import flats_of
     from triptych_core.launch import launch, shutdown
 
     words = [f"run.dir={folder}", f"engine.zero.stage={stage}", "checkpoint.keep=1"]
@@ -61,8 +64,12 @@ def main(
     alone = [timed(engine, lambda: step(engine, x)) for _ in range(6)][2:]
 
     host_copy, group = HostCopy(), dist.new_group(backend="gloo")
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    inner.register_step_pre_hook(host_copy.before_change)
+    pinning = reserve(engine, host_copy, x)
     stalls, writes, meanwhile = [], [], []
     for number in range(SAVES):
+        then = [flat.master.clone() for flat in flats_of(engine)]
         begin = time.perf_counter()
         snapshot = take_snapshot(engine, config, number, {}, host_copy)
         stalls.append(time.perf_counter() - begin)
@@ -72,6 +79,10 @@ def main(
         writes.append(thread.seconds)
     size = sum(f.stat().st_size for f in (folder / "checkpoints").rglob("*") if f.is_file())
     check, load = reload(engine, config)
+    same = all(
+        torch.equal(flat.master, wanted)
+        for flat, wanted in zip(flats_of(engine), then, strict=True)
+    )
     if runtime.is_main:
         usual = statistics.median(alone)
         longer = sum(meanwhile) / SAVES - len(meanwhile) / SAVES * usual
@@ -84,6 +95,9 @@ def main(
             "gib": size / 2**30,
             "stall_ms": [1000 * seconds for seconds in (stalls[0], *sorted(stalls[1:]))],
             "share_of_100_steps": cost / 100 / (step_ms / 1000 if step_ms else usual),
+            "pinning_seconds": sum(pinning) - len(pinning) * usual,
+            "pinning_step": max(pinning, default=usual) / usual,
+            "as_of_the_save": same,
             "write_seconds": statistics.median(writes),
             "check_seconds": check,
             "load_seconds": load,
@@ -104,6 +118,17 @@ def build(config: Any, world_size: int, layers: int, width: int) -> Any:
     groups = parameter_groups(model.named_parameters(), config.optim, lambda name: "all")
     optimizer = build_optimizer(groups, config.optim)
     return build_engine(model, optimizer, config.engine, config.optim, world_size)
+
+
+def reserve(engine: Any, host_copy: Any, x: Tensor) -> list[float]:
+    """Seconds of the steps taken while room is pinned."""
+    from triptych_core.checkpoint.fragments import stretches_to_save
+
+    host_copy.reserve(sum(stretch.num_bytes for stretch in stretches_to_save(engine)[0]))
+    steps = []
+    while not agree(not host_copy._reserving.is_alive()):
+        steps.append(timed(engine, lambda: step(engine, x)))
+    return steps
 
 
 def step(engine: Any, x: Tensor) -> None:

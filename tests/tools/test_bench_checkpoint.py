@@ -27,5 +27,6 @@ def test_two_ranks_make_one_row(tmp_path):
     assert (row["parameters"], row["ranks"], row["stage"]) == (49 * 64 * 64, 2, 3)
     assert 12 * row["parameters"] < row["gib"] * 2**30 < 13 * row["parameters"]
     assert len(row["stall_ms"]) == 3 and row["step_while_writing"] > 0
+    assert row["as_of_the_save"]
     cost = row["share_of_100_steps"] * 100 * row["step_seconds"] * 1000  # of one save
     assert cost >= min(row["stall_ms"][1:])

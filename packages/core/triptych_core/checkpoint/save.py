@@ -36,6 +36,7 @@ class Snapshot:
     generators: bytes
     state: dict[str, Any]
     keep: int
+    copy: HostCopy | None = None  # that holds the stretches
 
 
 def take_snapshot(
@@ -78,6 +79,7 @@ def take_snapshot(
         dump_generators(),
         state,
         config.checkpoint.keep,
+        host_copy,
     )
 
 
@@ -105,6 +107,8 @@ def write_share(snapshot: Snapshot) -> dict[str, Record]:
     payload = f"rank-{snapshot.rank:05d}.safetensors"
     generators = f"random-{snapshot.rank:05d}.safetensors"
     folder = snapshot.folder
+    if snapshot.copy is not None:
+        snapshot.copy.wait()
     return {
         payload: write_payload(folder / payload, snapshot.stretches, snapshot.scalars),
         generators: write_synced(folder / generators, snapshot.generators),

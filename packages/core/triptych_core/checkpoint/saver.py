@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch.distributed as dist
 
 from triptych_core.checkpoint.folders import checkpoints
+from triptych_core.checkpoint.fragments import stretches_to_save
 from triptych_core.checkpoint.host_copy import HostCopy
 from triptych_core.checkpoint.load import load_checkpoint, newest_whole
 from triptych_core.checkpoint.save import take_snapshot, write_snapshot
@@ -40,8 +41,9 @@ class Guard(Protocol):
 class Saver:
     """Saves every `checkpoint.every` steps and after the last, unless `checkpoint.save` is off.
 
-    Called after every step. With `checkpoint.background` a step waits for the copy into host
-    memory alone; a thread writes it. One is written at a time, the last is waited for.
+    Called after every step. With `checkpoint.background` the device copies into host memory beside
+    the next forward and backward, before the next update; a thread writes it. One is
+    written at a time, the last is waited for.
 
     Args:
         engine: what is trained.
@@ -64,8 +66,12 @@ class Saver:
         self._host_copy: HostCopy | None = None
         self._writing: Future[Path] | None = None
         self._saved: int | None = None  # the last step that was
+        self._reserved = False
         if config.checkpoint.save and config.checkpoint.background:
             self._host_copy = HostCopy()
+            # The device copies during the next forward and backward: no update before it is done.
+            inner = getattr(engine.optimizer, "optimizer", engine.optimizer)  # within DeepSpeed's
+            inner.register_step_pre_hook(self._host_copy.before_change)
             self._thread = ThreadPoolExecutor(1, "checkpoint")
             # Its collectives must not come between those of the training.
             self._group = dist.new_group(backend="gloo")
@@ -78,6 +84,8 @@ class Saver:
                 could not be written.
         """
         config = self._config
+        if self._host_copy is not None and not self._reserved:
+            self._reserve(self._host_copy, step)
         if self._writing is not None and self._writing.done() and not self._writing.exception():
             self._wait()
         if not config.checkpoint.save:
@@ -92,6 +100,14 @@ class Saver:
         if self._config.checkpoint.save and self._saved != step:
             self._save(step, None)
         self._wait()
+
+    def _reserve(self, copy: HostCopy, step: int) -> None:
+        """After the first step, which makes the optimizer's states, if a save in between is due."""
+        self._reserved = True
+        every, last = self._config.checkpoint.every, self._config.run.steps
+        if any(is_due(later, every, last) for later in range(step, last)):
+            stretches, _ = stretches_to_save(self._engine)
+            copy.reserve(sum(stretch.num_bytes for stretch in stretches))
 
     def _save(self, step: int, copy: HostCopy | None) -> None:
         # Only here do all ranks look, at the same step, whether the one before came to an end.
