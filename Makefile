@@ -7,6 +7,8 @@ DATA ?=
 HELDOUT ?=
 DEMO_ARGS ?=
 PIPELINE_ARGS ?=
+# Tests start ranks of their own: two of these fill two cores and more.
+TEST_WORKERS ?= 2
 
 # One thread a rank: ranks times threads beyond the cores stall in OpenMP's spinning.
 export OMP_NUM_THREADS ?= 1
@@ -34,7 +36,7 @@ pipeline: setup
 	$(BIN)/triptych run recipes/mindvl_tiny.yaml $(PIPELINE_ARGS)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 # Kills, damage, full disks, hangs: writes RELIABILITY.md.
 faults: setup
