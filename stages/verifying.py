@@ -263,6 +263,7 @@ def take_steps(job: Job, runtime: Runtime, batches: PackLoader | None = None) ->
             part=job.part,
             start_step=start,
             on_step=[Saver(job.engine, config, batches, metrics)],
+            after_update=job.model.after_update,
         )
     job.engine.destroy()
     dist.barrier()

@@ -368,6 +368,7 @@ def run(config: PackedConfig) -> None:
                 part=part,
                 start_step=start_step,
                 on_step=on_step,
+                after_update=model.after_update,
                 oversight=oversight,
             )
     if config.export:

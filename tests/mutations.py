@@ -57,6 +57,18 @@ MUTATIONS = {
         "            pass\n",
         (PARITY, "-k", "qwen2_moe"),
     ),
+    "experts chosen without bias": Mutation(
+        "models/triptych_models/experts.py",
+        "score=shape.score, bias=bias",
+        "score=shape.score, bias=None",
+        ("tests/models/test_mixtures.py", "-k", "dots1 and packed"),
+    ),
+    "bias of one rank's load": Mutation(
+        LOOP,
+        "after_update(found,",
+        "after_update({n: v.double() for n, v in figures.items()},",
+        (PARITY, "-k", "dots1"),
+    ),
     "no document mask": Mutation(
         "models/triptych_models/attention.py",
         "attention(q, k, v, cu_seqlens, max_seqlen, causal=True, scale=scaling)",

@@ -27,6 +27,7 @@ CASES: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "qwen2": (tiny.write_qwen2_model_dir, {}),
     "qwen3_moe": (tiny.write_moe_model_dir, {"moe": {"aux_over": "document"}}),
     "qwen2_moe": (tiny.write_qwen2_moe_model_dir, {"moe": {"aux_over": "document"}}),
+    "dots1": (tiny.write_dots1_model_dir, {"moe": {"aux_over": "document"}}),
     "mixtral": (tiny.write_mixtral_model_dir, {"moe": {"aux_over": "document"}}),
     "qwen3_vl_moe": (tiny.write_vl_moe_model_dir, {"moe": {"aux_over": "document"}}),
     "llava": (tiny.write_llava_model_dir, {}),

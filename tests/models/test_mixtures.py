@@ -20,6 +20,7 @@ from tests.models import tiny
 from tests.models.stock import stock_logits, stock_loss, stock_twin
 from triptych_models.catalogue import FAMILIES
 from triptych_models.config import ModelConfig
+from triptych_models.expert_weights import router_biases
 from triptych_models.export import export
 from triptych_models.families import build_model, family_class
 from triptych_models.freeze import count_parameters, parameter_parts
@@ -30,6 +31,7 @@ from triptych_models.mixture import Mixture
 
 SEQ_LEN = 96
 WRITERS: dict[str, Callable[..., Path]] = {
+    "dots1": tiny.write_dots1_model_dir,
     "mixtral": tiny.write_mixtral_model_dir,
     "qwen2_moe": tiny.write_qwen2_moe_model_dir,
     "qwen3_moe": tiny.write_moe_model_dir,
@@ -37,6 +39,7 @@ WRITERS: dict[str, Callable[..., Path]] = {
 }
 # What directories call an expert's matrices.
 STORED = {
+    "dots1": "model.layers.1.mlp.experts.3.up_proj.weight",
     "mixtral": "model.layers.1.block_sparse_moe.experts.3.w3.weight",
     "qwen2_moe": "model.layers.1.mlp.experts.3.up_proj.weight",
     "qwen3_moe": "model.layers.1.mlp.experts.3.up_proj.weight",
@@ -59,7 +62,11 @@ def build(tmp_path: Path) -> Callable[..., Any]:
             fields["path"] = WRITERS[family](tmp_path / "tiny", **dict(folder))
             fields.setdefault("init", "random")
         fields.setdefault("moe", {"aux_loss": 0.0})
-        return build_model(ModelConfig(**fields), dtype=dtype).train()
+        model = build_model(ModelConfig(**fields), dtype=dtype).train()
+        if fields.get("init") == "random":
+            for bias in router_biases(model).values():
+                bias.copy_(torch.tensor([0.03, -0.02, 0.01, 0.0]))
+        return model
 
     return build_tiny
 
@@ -140,6 +147,8 @@ def test_weights_go_into_stock_and_come_back(build: Any, family: str, tmp_path: 
             again = build(family, path=path)
             for name, parameter in model.named_parameters():
                 assert torch.equal(again.get_parameter(name), parameter), (path.name, name)
+            for name, bias in router_biases(model).items():
+                assert torch.equal(router_biases(again)[name], bias), (path.name, name)
 
 
 def test_a_hub_folder_of_transposed_stacks_is_read_as_one(build: Any, tmp_path: Path) -> None:
@@ -191,6 +200,8 @@ def test_parts_are_those_that_the_configuration_knows(build: Any, family: str) -
     ("family", "folder", "message"),
     [
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise must be 0, got 0.1"),
+        ("dots1", {"n_group": 2}, "n_group must be 1, got 2"),
+        ("dots1", {"sliding_window": 8, "max_window_layers": 1}, "sliding_window must be false"),
         ("mixtral", {"sliding_window": 8}, "sliding_window must be false or null, got 8"),
         ("qwen2_moe", {"hidden_act": "gelu"}, "hidden_act must be silu"),
         ("qwen3_vl_moe", {"hidden_act": "gelu"}, "hidden_act must be silu"),

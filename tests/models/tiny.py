@@ -152,6 +152,26 @@ def write_qwen2_moe_model_dir(directory: Path, *, tied: bool = False, **fields: 
     return directory
 
 
+def write_dots1_model_dir(directory: Path, *, tied: bool = False, **fields: Any) -> Path:
+    """config.json of a Dots1: three layers, the first dense; a shared expert, no aux loss."""
+    write_text_model_dir(directory, tied=tied)
+    config = json.loads((directory / "config.json").read_text()) | {
+        "architectures": ["Dots1ForCausalLM"],
+        "model_type": "dots1",
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 4,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+    }
+    del config["use_sliding_window"]
+    (directory / "config.json").write_text(json.dumps(config | fields))
+    return directory
+
+
 def _without_heads(directory: Path) -> Any:
     """A configuration that leaves head_dim to hidden_size / num_attention_heads."""
     config = json.loads((directory / "config.json").read_text())

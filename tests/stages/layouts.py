@@ -35,6 +35,7 @@ GRID = {
         *("3 expert=2 sequence=2 x2 aux", "2 expert=4 x2 full aux"),
     ],
     ("qwen2_moe", 2): ["0 expert=2", "1 expert=2", "2 expert=2", "3 expert=2 sequence=2 selective"],
+    ("dots1", 2): ["0 x2", "1 expert=2 x2 full", "2 expert=2 from 6", "3 expert=2 sequence=2 aux"],
     ("qwen3_vl_moe", 2): ["3 x2", "2 expert=2 x4", "3 expert=2 x2 full forced"],
 }
 

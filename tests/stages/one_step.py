@@ -12,6 +12,7 @@ import torch
 
 LR, BETAS, EPS, DECAY, MAX_NORM = 1e-2, (0.9, 0.95), 1e-3, 0.1, 0.5
 MOE = {"aux_loss": 0.2, "z_loss": 0.05, "aux_over": "document"}  # of models with experts
+BIAS_RATE = 0.01  # of those whose experts have biases
 SETTINGS = [
     "run.steps=1",
     *(f"optim.lr={LR}", f"optim.beta1={BETAS[0]}", f"optim.beta2={BETAS[1]}"),
@@ -55,7 +56,7 @@ class Step(NamedTuple):
     line: dict[str, float]
     norm: float  # as this rank clipped by it
     gradients: dict[str, Part]
-    masters: dict[str, Part]
+    masters: dict[str, Part]  # and biases that choose experts
 
 
 def on_a_rank(folder: Path, out: Path, runs: Sequence[list[str] | Run]) -> list[Step]:
@@ -76,7 +77,7 @@ def steps(folder: Path, runtime: Any, run_dir: Path, run: list[str] | Run) -> li
     """All steps of a run, with the masters of its end."""
     import torch.distributed as dist
 
-    from tests.stages.rows import has_experts, rows_of
+    from tests.stages.rows import has_biases, has_experts, rows_of, tilt
     from tests.tiny import sft_stage, whole_gradients, whole_masters
     from triptych_core.config import load_config
     from triptych_core.engine.build import (
@@ -91,6 +92,7 @@ def steps(folder: Path, runtime: Any, run_dir: Path, run: list[str] | Run) -> li
     from triptych_core.parallel.expert import make_expert_place
     from triptych_core.parallel.mesh import make_mesh
     from triptych_core.parallel.tensor import TensorCuts
+    from triptych_models.expert_weights import router_biases
     from triptych_models.experts import ExpertGroup
     from triptych_models.families import build_model
     from triptych_models.freeze import parameter_parts
@@ -102,6 +104,7 @@ def steps(folder: Path, runtime: Any, run_dir: Path, run: list[str] | Run) -> li
 
     words, numbers, change = run if isinstance(run, Run) else Run(run)
     mixture = [f"model.moe.{key}={value}" for key, value in MOE.items()]
+    mixture += [f"model.moe.bias_rate={BIAS_RATE}"] * has_biases(folder)
     words = [*SETTINGS, *(mixture if has_experts(folder) else ()), *words]
     given = [f"run.dir={run_dir}", f"model.path={folder}", *words]
     config = load_config(sft_stage().SftConfig, None, given)
@@ -121,7 +124,7 @@ def steps(folder: Path, runtime: Any, run_dir: Path, run: list[str] | Run) -> li
     if config.model.lora is not None:
         gather = gather_parameters(config.engine)
         add_adapters(model, config.model.lora, config.model.seed, gather)
-    change(model)
+    change(tilt(model))
     model.set_checkpointing(config.engine.checkpointing)
     model.set_mlp_chunks(config.engine.mlp_chunks)
     part_of = parameter_parts(model).__getitem__
@@ -169,12 +172,14 @@ def steps(folder: Path, runtime: Any, run_dir: Path, run: list[str] | Run) -> li
             flops=model.flops,
             metrics=metrics,
             part=partial(take_part, group=group),
+            after_update=model.after_update,
         )
-    masters = {n: part(n, x) for n, x in whole_masters(engine).items()}
+    masters = whole_masters(engine) | router_biases(model)
+    ends = {name: part(name, x) for name, x in masters.items()}
     engine.destroy()
     dist.barrier()
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
-    return [Step(*each, masters) for each in zip(lines, norms, gradients, strict=True)]
+    return [Step(*each, ends) for each in zip(lines, norms, gradients, strict=True)]
 
 
 FIGURES = ("loss", "grad_norm", "num_targets", "num_tokens", "flops", "packing_fill")

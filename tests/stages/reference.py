@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tests.models.stock import stock_logits, stock_twin
 from tests.models.tiny import IMAGE, Document
-from tests.stages.one_step import BETAS, DECAY, EPS, LR, MAX_NORM, MOE, Part, Step
+from tests.stages.one_step import BETAS, BIAS_RATE, DECAY, EPS, LR, MAX_NORM, MOE, Part, Step
 from tests.stages.rows import SEQ_LEN, build, documents, has_images, rows_of
 
 
@@ -61,7 +61,18 @@ class Reference:
         line["packing_fill"] = line["num_tokens"] / (len(chosen) * SEQ_LEN)
         line["grad_norm"] = torch.stack([g.norm() for g in gradients.values()]).norm().item()
         masters = self._updated(gradients, line["grad_norm"])
+        masters |= self._biases(line.get("expert_load", []))
         return Step(line, line["grad_norm"], _whole(gradients), _whole(masters))
+
+    def _biases(self, loads: list[list[float]]) -> dict[str, Tensor]:
+        """Where an expert had more than the mean of its layer its bias falls, else it rises."""
+        buffers = dict(self.stock.named_buffers())
+        names = [name for name in buffers if name.endswith("e_score_correction_bias")]
+        moved = {}
+        for name, load in zip(names, loads, strict=False):
+            signs = [(x < sum(load) / len(load)) - (x > sum(load) / len(load)) for x in load]
+            moved[f"hf.{name}"] = buffers[name] + BIAS_RATE * torch.tensor(signs)
+        return moved
 
     def _row(
         self, model: Any, chosen: list[Document], batch: dict[str, Any], routers: list[Router]
@@ -128,6 +139,7 @@ class Router:
     def __init__(self, gate: Any, forced: bool) -> None:
         self.num_experts = gate.num_experts
         self.top_k = gate.top_k
+        self.has_bias = hasattr(gate, "e_score_correction_bias")
         self.forced = forced
         gate.register_forward_hook(self._look)
 
@@ -139,6 +151,9 @@ class Router:
     def figures(self, document: Document, targets: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Balance and z loss, and the load of all tokens and of those of images; (E,)."""
         probabilities = self.logits.softmax(-1)
+        if self.has_bias:
+            scores = self.logits.sigmoid()
+            probabilities = scores / scores.sum(-1, keepdim=True)
         chosen = F.one_hot(self.experts, self.num_experts).sum(1)  # (n, E)
         shares = chosen.double().mean(0) / self.top_k
         balance = targets * self.num_experts * (shares * probabilities.mean(0)).sum()

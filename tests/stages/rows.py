@@ -31,6 +31,11 @@ def has_experts(folder: Path) -> bool:
     return "num_experts_per_tok" in text
 
 
+def has_biases(folder: Path) -> bool:
+    """Whether its experts are chosen by score + bias."""
+    return "n_routed_experts" in read(folder)
+
+
 def read(folder: Path) -> dict[str, Any]:
     """Its config.json."""
     return json.loads((folder / "config.json").read_text())
@@ -89,4 +94,13 @@ def build(folder: Path, **settings: Any) -> Any:
     from triptych_models.families import build_model
 
     settings = {"dtype": torch.float32} | settings
-    return build_model(ModelConfig(path=folder, init="random", seed=3), **settings)
+    return tilt(build_model(ModelConfig(path=folder, init="random", seed=3), **settings))
+
+
+def tilt(model: Any) -> Any:
+    """The model, with biases that choose experts, where it has any, as after some steps."""
+    from triptych_models.expert_weights import router_biases
+
+    for bias in router_biases(model).values():
+        bias.copy_(torch.linspace(-0.02, 0.02, len(bias)))
+    return model

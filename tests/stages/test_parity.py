@@ -31,6 +31,7 @@ WRITERS = {
     "qwen2": tiny.write_qwen2_model_dir,
     "qwen3_moe": tiny.write_moe_model_dir,
     "qwen2_moe": tiny.write_qwen2_moe_model_dir,  # with a shared expert
+    "dots1": tiny.write_dots1_model_dir,  # with biases that choose experts
     "qwen3_vl_moe": tiny.write_vl_moe_model_dir,
 }
 BALANCE = {"aux_loss": 1000.0, "z_loss": 0.0, "aux_over": "document"}  # a router's gradient is its

@@ -20,6 +20,7 @@ from triptych_core.readout import StepRecord
 
 Batch = dict[str, Any]
 Part = Callable[[Batch], Batch]  # of a row, what this rank computes
+AfterUpdate = Callable[[Mapping[str, torch.Tensor], torch.Tensor], None]
 
 # Grids describe shapes: on the device every look at one would stall the step.
 HOST_KEYS = frozenset({"image_grid_thw"})
@@ -43,13 +44,16 @@ def train(
     start_step: int = 0,
     last_step: int | None = None,
     on_step: Sequence[Callable[[int], None]] = (),
+    after_update: AfterUpdate | None = None,
     oversight: Oversight | None = None,
 ) -> None:
     """Take optimizer steps until `last_step`, by default `config.run.steps`.
 
     The loss of a step is the sum over its target tokens divided by their number, over the whole
     accumulation window and all data ranks: never a mean of means. `on_step` functions are called
-    with the step just taken, in order, on every rank.
+    with the step just taken, in order, on every rank; before them `after_update`, with the model's
+    figures of the step over all ranks, if it has any, and () fp32 on the device, 1 if its update
+    was taken, else 0.
 
     Where `parallel.sequence` ranks hold a row between them, all of them are given that row, and
     each computes `part(row)`. `parallel.tensor` ranks compute the same with a part of the weights.
@@ -95,6 +99,9 @@ def train(
                     watch.expect(step, loss / parallel.tensor, window)
                     watch.heart.mark("update")
                 engine.step()  # updates only after the window's last pack
+        found = sum_figures(figures, divisor)
+        if after_update is not None and found:
+            after_update(found, watch.guard.taken())
         watch.heart.mark("metrics")
         metrics.record(
             StepRecord(
@@ -106,7 +113,7 @@ def train(
                 capacity=sum(batch["input_ids"].numel() for batch in window)
                 * (world_size // parallel.ranks_per_row),
                 data_wait_seconds=waited,
-                figures=sum_figures(figures, divisor),
+                figures=found,
             )
         )
         watch.heart.end()

@@ -1,8 +1,8 @@
 """What keeps a router's load even: losses over the stretches of a row, and counts of its choices.
 
 A segment s is a document, or all documents of a row; documents without a target (the padding tail)
-are in none. Of its L_s tokens n_s are targets. With p_te the router's softmax and f_se the share of
-the choices in s that fell on expert e,
+are in none. Of its L_s tokens n_s are targets. With p_te the router's softmax, or its sigmoids
+divided by their sum, and f_se the share of the choices in s that fell on expert e,
 
     balance = sum_s n_s * E sum_e f_se (1/L_s) sum_{t in s} p_te      (1 per target when even)
     z       = sum_s n_s * (1/L_s) sum_{t in s} logsumexp(logits_t)^2
@@ -23,6 +23,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from triptych_kernels import expert_counts
 
+from .layout import Score
 from .sequence import SequenceGroup
 
 Over = Literal["document", "row"]
@@ -77,14 +78,18 @@ def segment_row(
 
 
 def router_figures(
-    logits: Tensor, experts: Tensor, segments: Segments, sequence: SequenceGroup
+    logits: Tensor,
+    experts: Tensor,
+    segments: Segments,
+    sequence: SequenceGroup,
+    score: Score = "softmax",
 ) -> RouterFigures:
     """Losses of one router's logits (T, E) fp32, differentiable, and its choices experts (T, k).
 
     Where ranks share a row, these are the rank's terms of the sums.
     """
     num_experts, num_segments = logits.shape[1], len(segments.num_tokens)
-    probabilities = logits.softmax(-1)
+    probabilities = logits.softmax(-1) if score == "softmax" else _shares(logits.sigmoid())
     keys = segments.of_token[:, None] * num_experts + experts  # (T, k)
     counts = expert_counts(keys, num_segments * num_experts, mask=segments.is_counted)
     counts = counts.view(num_segments, num_experts).float()
@@ -96,6 +101,10 @@ def router_figures(
     balance = num_experts * (per_token * segments.weights).sum()
     z = (logits.logsumexp(-1).square() * segments.weights).sum()
     return RouterFigures(balance, z, load.view(2, num_experts).float())
+
+
+def _shares(scores: Tensor) -> Tensor:
+    return scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
 
 
 def _sum_over(values: Tensor, sequence: SequenceGroup) -> Tensor:

@@ -26,9 +26,19 @@ class Family(NamedTuple):
     """published ones that its configuration covers"""
     ran: str
     """where it was trained, and at what size; every family is tested tiny on CPUs"""
+    has_bias: bool = False
+    """whether experts are chosen by score + bias"""
 
 
 FAMILIES: dict[str, Family] = {
+    "dots1": Family(
+        "triptych_models.dots1:Dots1",
+        _MIXTURE,
+        ("pretrain", "sft", "moe"),
+        "dots.llm1 142B-A14B, and what is upcycled with a shared expert",
+        "tiny on CPUs",
+        has_bias=True,
+    ),
     "llava": Family(
         "triptych_models.llava:Llava",
         _SEEING,

@@ -27,6 +27,12 @@ class MoEConfig(BaseModel):
     z_loss: float = Field(
         default=0.0, ge=0, description="times the mean of logsumexp(router logits)^2, e.g. 0.001"
     )
+    bias_rate: float = Field(
+        default=0.0,
+        ge=0,
+        description="how far an expert's bias, by which it is chosen, moves a step towards an even "
+        "load over all ranks, e.g. 0.001; for dots1, then with aux_loss=0 or little",
+    )
 
 
 class LoraConfig(BaseModel):
@@ -129,6 +135,21 @@ class ModelConfig(BaseModel):
         if self.moe is not None and "experts" not in parts:
             raise ValueError(
                 f"model.moe: must be left out for a model without experts, got {self.path}"
+            )
+        if (
+            self.moe is not None
+            and self.moe.bias_rate
+            and not FAMILIES[self.find_family()].has_bias
+        ):
+            raise ValueError(
+                f"model.moe.bias_rate: must be 0 for a model whose experts have no bias, got "
+                f"{self.moe.bias_rate} for {self.path}; take moe.aux_loss, or make a mixture that "
+                "has one by tools/upcycle_moe.py --shared-expert"
+            )
+        if self.moe is not None and self.moe.bias_rate and "router" in self.freeze:
+            raise ValueError(
+                f"model.moe.bias_rate: must be 0 with model.freeze=[router], got "
+                f"{self.moe.bias_rate}; a bias is the router's"
             )
         if self.lora is not None and "experts" in parts:
             raise ValueError(

@@ -68,6 +68,15 @@ def tensors_to_store(
                     yield from _halves(module, name, expert, theirs)
 
 
+def router_biases(model: nn.Module) -> dict[str, Tensor]:
+    """The biases (E,) fp32 by which experts are chosen, under their names in a directory."""
+    return {
+        f"{_in_directory(module, prefix)}.e_score_correction_bias": module.e_score_correction_bias
+        for prefix, module in model.named_modules()
+        if isinstance(module, Router) and module.e_score_correction_bias is not None
+    }
+
+
 def draw_experts(module: Experts, parameter: Tensor, std: float, seed: torch.Generator) -> Tensor:
     """normal(0, std) for all experts one after the other, of which this rank's are kept."""
     kept = []

@@ -11,6 +11,7 @@ over all ranks.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from triptych_kernels import moe_mlp, route
 
 from .balance import RouterFigures, Segments, router_figures
 from .expert_rows import gather_rows, largest, sum_rows
-from .layout import StoredExperts
+from .layout import MixtureShape, StoredExperts
 from .sequence import ALONE, SequenceGroup
 
 
@@ -48,34 +49,46 @@ EVERY_EXPERT = ExpertGroup()
 class Router(nn.Module):
     """Scores every expert for each token; logits are computed in fp32 whatever the weight's dtype.
 
+    Where the shape says so, experts are chosen by score + e_score_correction_bias, a buffer (E,)
+    that no gradient moves (see `Mixture.after_update`); it stays fp32, where steps of 0.001 last.
+
     Args:
-        num_experts, hidden_size: shape of the weight.
-        top_k: experts of a token.
-        normalize: divide the chosen weights by their sum.
-        dtype: of the weight.
+        shape: of the sparse layers.
+        hidden_size: of a token.
+        dtype: of the weight (E, H).
         stored: the block's name in directories.
     """
 
+    e_score_correction_bias: Tensor | None
+
     def __init__(
-        self,
-        num_experts: int,
-        hidden_size: int,
-        top_k: int,
-        *,
-        normalize: bool,
-        dtype: torch.dtype,
-        stored: StoredExperts,
+        self, shape: MixtureShape, hidden_size: int, *, dtype: torch.dtype, stored: StoredExperts
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=dtype))
-        self.top_k, self.normalize, self.stored = top_k, normalize, stored
+        self.weight = nn.Parameter(torch.empty(shape.num_experts, hidden_size, dtype=dtype))
+        self.shape, self.stored = shape, stored
+        # float() after: zero.Init makes zeros in the model's dtype
+        bias = torch.zeros(shape.num_experts).float() if shape.has_bias else None
+        self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (T, H) → logits (T, E), weights (T, k) and experts (T, k) int64, the first two fp32."""
         wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(wide), self.weight.to(wide))
-        return logits, *route(logits, self.top_k, normalize=self.normalize)
+        shape, bias = self.shape, self.e_score_correction_bias
+        weights, experts = route(
+            logits, shape.top_k, normalize=shape.normalize, score=shape.score, bias=bias
+        )
+        return logits, weights * shape.scale if shape.scale != 1 else weights, experts
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = self.e_score_correction_bias
+        super()._apply(fn, recurse)  # behind .to(), .bfloat16(), .cuda()
+        moved = self.e_score_correction_bias
+        if kept is not None and moved is not None and moved.dtype != kept.dtype:
+            self.e_score_correction_bias = kept.to(moved.device)
+        return self
 
 
 class Experts(nn.Module):
@@ -156,7 +169,8 @@ class SharedGate(nn.Module):
 
 class MoEBlock(nn.Module):
     """Stands in for transformers' sparse block, under its names: gate, experts, and where every
-    token also runs through an MLP of its own, shared_expert and shared_expert_gate."""
+    token also runs through an MLP of its own, shared_expert and shared_expert_gate, or
+    shared_experts, whose output counts whole."""
 
     def __init__(
         self,
@@ -164,12 +178,14 @@ class MoEBlock(nn.Module):
         experts: Experts,
         shared_expert: nn.Module | None = None,
         shared_expert_gate: SharedGate | None = None,
+        shared_experts: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.gate = gate
         self.experts = experts
         self.shared_expert = shared_expert
         self.shared_expert_gate = shared_expert_gate
+        self.shared_experts = shared_experts
 
     def forward(
         self,
@@ -183,7 +199,9 @@ class MoEBlock(nn.Module):
         out = self.experts(x, weights, experts)
         if self.shared_expert is not None and self.shared_expert_gate is not None:
             out = out + self.shared_expert_gate(x) * self.shared_expert(x)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(x)
         out = out.view(hidden_states.shape)
         if segments is None:
             return out, None
-        return out, router_figures(logits, experts, segments, sequence)
+        return out, router_figures(logits, experts, segments, sequence, self.gate.shape.score)

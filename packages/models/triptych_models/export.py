@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .expert_weights import tensors_to_store
+from .expert_weights import router_biases, tensors_to_store
 from .lora import adapted_layers, adapter_parameters, merged_weight
 from .weights import Gather, own_parameters, whole
 
@@ -58,6 +58,8 @@ def export(
         if writer is not None:
             writer.add(name, tensor.to("cpu", dtype, copy=True))
     if writer is not None:
+        for name, bias in router_biases(hf).items():  # in fp32, as stock keeps them
+            writer.add(name, bias.to("cpu", copy=True))
         writer.finish()
         if out_dir.exists():
             shutil.rmtree(out_dir)

@@ -58,7 +58,7 @@ def mixture_flops(
     mlps = each * 3 * (shape.shared_width - text.intermediate_size)
     layers = language_layers(text, [int(x) for x in batch["cu_seqlens"]])
     head = 2.0 * hidden_size * text.vocab_size * int(batch["num_targets"])
-    gates = shape.num_experts + (shape.shared_width > 0)
+    gates = shape.num_experts + shape.has_shared_gate
     works = {
         "language": Work(layers.linear + mlps + head, layers.attention),
         "router": Work(each * gates, 0.0),

@@ -19,6 +19,8 @@ _MOST = {
     "num_heads": 1 << 12,
     "num_experts": 1 << 14,
     "num_local_experts": 1 << 14,
+    "n_routed_experts": 1 << 14,
+    "n_shared_experts": 1 << 8,
     "hidden_size": 1 << 18,
     "out_hidden_size": 1 << 18,
     "intermediate_size": 1 << 20,

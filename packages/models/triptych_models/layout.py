@@ -1,8 +1,10 @@
 """Where things lie in a transformers model: the same question has another answer per family."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedModel
+
+Score = Literal["softmax", "sigmoid"]
 
 
 def decoder(hf: PreTrainedModel) -> Any:
@@ -26,17 +28,48 @@ def head_dim(text: Any) -> int:
 
 
 class MixtureShape(NamedTuple):
-    """Of the sparse layers of a mixture of experts; 0 is the width of a shared expert not there."""
+    """Of the sparse layers of a mixture of experts; 0 is the width of a shared expert not there.
+
+    In DeepSeek-V3's kind (arXiv 2412.19437) scores are sigmoids, experts are chosen by
+    score + bias, and what the shared expert gives counts whole; else scores are a softmax.
+    """
 
     num_experts: int
     top_k: int
     width: int
     normalize: bool  # the chosen experts' weights sum up to 1
     shared_width: int
+    score: Score = "softmax"
+    scale: float = 1.0  # of the chosen experts' weights
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether experts are chosen by score + bias."""
+        return self.score == "sigmoid"
+
+    @property
+    def has_shared_gate(self) -> bool:
+        """Whether what the shared expert gives is weighted."""
+        return self.shared_width > 0 and self.score == "softmax"
+
+
+def experts_key(text: Any) -> str:
+    """Where the language model's section has the number of experts."""
+    return "n_routed_experts" if hasattr(text, "n_routed_experts") else "num_experts"
 
 
 def mixture_shape(text: Any) -> MixtureShape:
     """What the language model's section says of experts."""
+    if experts_key(text) == "n_routed_experts":
+        return MixtureShape(
+            text.n_routed_experts,
+            text.num_experts_per_tok,
+            text.moe_intermediate_size,
+            text.norm_topk_prob,
+            text.n_shared_experts * text.moe_intermediate_size,
+            "sigmoid",
+            text.routed_scaling_factor,
+        )
     return MixtureShape(
         text.num_experts,
         text.num_experts_per_tok,

@@ -17,7 +17,15 @@ from .balance import RouterFigures, Segments, segment_row
 from .config import MoEConfig
 from .experts import EVERY_EXPERT, ExpertGroup, Experts, MoEBlock, Router, SharedGate
 from .flops import mixture_flops, vision_flops
-from .layout import MixtureShape, StoredExperts, decoder, mixture_shape, text_config, tower
+from .layout import (
+    MixtureShape,
+    StoredExperts,
+    decoder,
+    experts_key,
+    mixture_shape,
+    text_config,
+    tower,
+)
 from .offload import InputStore
 from .output import LossOutput
 from .packed import PackedModel
@@ -47,9 +55,9 @@ class Mixture(PackedModel):
     ) -> None:
         text = text_config(hf_config)
         shape = mixture_shape(text)
-        text.num_experts = 1  # stock blocks are not kept: the smallest there are
+        setattr(text, experts_key(text), 1)  # stock blocks are not kept: the smallest there are
         super().__init__(hf_config, dtype=dtype, **settings)
-        text.num_experts = shape.num_experts
+        setattr(text, experts_key(text), shape.num_experts)
         self.moe = moe or MoEConfig()
         for layer in decoder(self.hf).layers:
             if hasattr(layer.mlp, "experts"):
@@ -99,7 +107,9 @@ class Mixture(PackedModel):
         language: list[nn.Module] = [model.embed_tokens, model.norm, self.hf.lm_head]
         for layer in model.layers:
             language += [child for child in layer.children() if id(child) not in sparse]
-        language += [block.shared_expert for block in blocks if block.shared_expert is not None]
+        for block in blocks:
+            shared = (block.shared_expert, block.shared_experts)
+            language += [module for module in shared if module is not None]
         gates = [block.shared_expert_gate for block in blocks]
         return {
             **super().parts(),
@@ -120,6 +130,21 @@ class Mixture(PackedModel):
         config, trainable = self.hf.config, self.trainable_parts()
         vision = 0.0 if tower(self.hf) is None else vision_flops(config, batch, trainable)
         return vision + mixture_flops(text_config(config), batch, trainable, len(self.blocks()))
+
+    @torch.no_grad()
+    def after_update(self, figures: Mapping[str, Tensor], taken: Tensor) -> None:
+        """Move each expert's bias by moe.bias_rate towards an even load (arXiv 2408.15664).
+
+        figures["expert_load"] (sparse layers, E) is of all ranks and micro-steps, and the same on
+        every rank, so biases are; taken () is 0 for a step that was left out.
+        """
+        if self.moe.bias_rate == 0:
+            return
+        load = figures["expert_load"]
+        moves = self.moe.bias_rate * taken * (load.mean(1, keepdim=True) - load).sign()
+        for block, move in zip(self.blocks(), moves, strict=True):
+            assert block.gate.e_score_correction_bias is not None, "ModelConfig.check_path lets by"
+            block.gate.e_score_correction_bias += move  # in place: compiled layers keep it
 
     def set_mlp_chunks(self, chunks: int) -> None:
         """Refused: a router's figures are those of whole rows."""
@@ -150,14 +175,7 @@ class Mixture(PackedModel):
         self, stock: Any, shape: MixtureShape, dtype: torch.dtype, group: ExpertGroup
     ) -> MoEBlock:
         hidden_size = text_config(self.hf.config).hidden_size
-        gate = Router(
-            shape.num_experts,
-            hidden_size,
-            shape.top_k,
-            normalize=shape.normalize,
-            dtype=dtype,
-            stored=self.stored,
-        )
+        gate = Router(shape, hidden_size, dtype=dtype, stored=self.stored)
         experts = Experts(
             shape.num_experts,
             hidden_size,
@@ -166,9 +184,10 @@ class Mixture(PackedModel):
             stored=self.stored,
             group=group,
         )
-        if not shape.shared_width:
-            return MoEBlock(gate, experts)
-        return MoEBlock(gate, experts, stock.shared_expert, SharedGate(hidden_size, dtype=dtype))
+        if shape.has_shared_gate:
+            shared_gate = SharedGate(hidden_size, dtype=dtype)
+            return MoEBlock(gate, experts, stock.shared_expert, shared_gate)
+        return MoEBlock(gate, experts, shared_experts=getattr(stock, "shared_experts", None))
 
 
 def _run_sparse(

@@ -115,6 +115,12 @@ class PackedModel(nn.Module):
         loss_sum = self.hf.lm_head(hidden_states, shift_labels, num_targets)
         return LossOutput(loss_sum, num_targets, {})
 
+    def after_update(self, figures: Mapping[str, Tensor], taken: Tensor) -> None:
+        """Called once a step with its metrics over all ranks, and () 1.0 if weights were updated.
+
+        For what no gradient moves; here there is nothing.
+        """
+
     def logits(self, **batch: Any) -> Tensor:
         """Logits (1, T, V) of one packed row; takes what `hidden_states` takes."""
         return self.hf.lm_head(self.hidden_states(**batch))

@@ -51,7 +51,9 @@ def read_config(path: Path, model_type: str) -> PretrainedConfig:
             "packed attention has no dropout"
         )
     switch = "use_sliding_window" if hasattr(text, "use_sliding_window") else "sliding_window"
-    if window := getattr(text, switch, None):
+    layers = getattr(text, "layer_types", None) if switch == "sliding_window" else None
+    is_used = layers is None or "sliding_attention" in layers
+    if is_used and (window := getattr(text, switch, None)):
         raise ValueError(
             f"{where}{switch} must be false or null, got {window}; "
             "packed attention looks at whole documents"

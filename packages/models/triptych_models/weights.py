@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .expert_weights import draw_experts, stored_names, stored_pieces
+from .expert_weights import draw_experts, router_biases, stored_names, stored_pieces
 from .experts import Experts
 from .layout import text_config, tower
 
@@ -58,6 +58,8 @@ def initialize(hf: PreTrainedModel, seed: int, gather: Gather = whole) -> None:
         with gather(list(own.values())):
             for name, parameter in own.items():
                 parameter.copy_(initial_value(module, name, parameter, std, generator))
+    for bias in router_biases(hf).values():
+        bias.zero_()
 
 
 def initial_value(
@@ -91,7 +93,8 @@ def load_weights(hf: PreTrainedModel, directory: Path, gather: Gather = whole) -
     """
     files = weight_files(directory)
     modules = list(own_parameters(hf))
-    wanted = {
+    biases = router_biases(hf)
+    wanted = {*biases} | {
         each
         for module, own in modules
         for name in own
@@ -107,16 +110,21 @@ def load_weights(hf: PreTrainedModel, directory: Path, gather: Gather = whole) -
             return list(readers[files[key]].get_slice(key).get_shape())
 
         check_names(directory, wanted, files, readers, hf)
+
+        def fill(key: str, rows: slice, place: Tensor) -> None:
+            stored = readers[files[key]].get_slice(key)[rows]
+            if stored.shape == place.shape:
+                place.copy_(stored)
+            else:
+                misfits.append(f"{key} {list(stored.shape)} ≠ {list(place.shape)}")
+
         for module, own in modules:
             with gather(list(own.values())):
                 for name, parameter in own.items():
-                    pieces = stored_pieces(module, name, parameter, files, shape_of)
-                    for key, rows, place in pieces:
-                        stored = readers[files[key]].get_slice(key)[rows]
-                        if stored.shape == place.shape:
-                            place.copy_(stored)
-                        else:
-                            misfits.append(f"{key} {list(stored.shape)} ≠ {list(place.shape)}")
+                    for piece in stored_pieces(module, name, parameter, files, shape_of):
+                        fill(*piece)
+        for name, bias in biases.items():  # on every rank whole
+            fill(name, slice(None), bias)
     if misfits:
         raise ValueError(
             f"{directory}: shapes in the files must equal the model's, got {', '.join(misfits)}; "

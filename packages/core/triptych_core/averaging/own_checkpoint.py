@@ -18,7 +18,7 @@ from triptych_core.checkpoint.payload import BUFFER, FROZEN, MASTER
 
 # Families of triptych-models hold the transformers model as `hf`; exports are named from inside it.
 _PREFIX = "hf."
-_EXPERTS_APART = ("qwen3_moe", "qwen2_moe")  # whose directories have a matrix an expert
+_EXPERTS_APART = ("dots1", "qwen3_moe", "qwen2_moe")  # whose directories have a matrix an expert
 
 
 def is_own_checkpoint(path: Path) -> bool:

@@ -75,6 +75,12 @@ class LossGuard:
         none = torch.full((2,), torch.inf, device=self._loss.device)
         return torch.cat([torch.zeros_like(none[:1]), self._loss.float().view(1), none, none[:1]])
 
+    def taken(self) -> Tensor:
+        """() fp32 on the device: 1 if the step just taken updated anything, else 0."""
+        if self.is_on:
+            return self.report()[0]
+        return _norm(self.engine, self._loss.device).isfinite().float()
+
     def learn(self, report: Sequence[float]) -> None:
         """What a report says, on the host; every rank at the same point, before the next update.
 
