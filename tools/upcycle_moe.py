@@ -3,9 +3,11 @@
     python tools/upcycle_moe.py DENSE OUT --experts 8 --top-k 2
     python tools/upcycle_moe.py DENSE OUT --layers every-second --noise 0.01
     python tools/upcycle_moe.py DENSE OUT --router-from shards/train
+    python tools/upcycle_moe.py DENSE OUT --shared-expert --layers last-half
 
-Qwen3 becomes Qwen3-MoE, Qwen3-VL becomes Qwen3-VL-MoE. Every expert of a layer is a copy of its
-MLP; the chosen experts' weights sum up to 1. Without noise the logits are the dense model's,
+Qwen3 becomes Qwen3-MoE, or with a shared expert Dots1, Qwen3-VL becomes Qwen3-VL-MoE. Every expert
+of a layer is a copy of its MLP, or gives half of what it gives, as the shared one then does; the
+chosen experts' weights sum up to 1. Without noise the logits are the dense model's,
 whatever the router says. The router is random, or, from data, gives each expert a cluster of the
 tokens that its layer sees (triptych_models/router_init.py has the formula). A layer's MLP is in
 memory at a time, and of tensors that are only copied a few rows; from data also a row of tokens.
@@ -43,8 +45,14 @@ FOLDER = click.Path(path_type=Path)
 @click.option(
     "--layers",
     default="all",
-    type=click.Choice(["all", "every-second", "first-half"]),
+    type=click.Choice(["all", "every-second", "first-half", "last-half"]),
     help="which layers get experts",
+)
+@click.option(
+    "--shared-expert",
+    is_flag=True,
+    help="also an expert that all tokens run through, and biases that choose: a Qwen3 becomes a "
+    "Dots1, of all layers or the last half",
 )
 @click.option(
     "--noise",
@@ -74,6 +82,7 @@ def main(
     experts: int,
     top_k: int,
     layers: Any,
+    shared_expert: bool,
     noise: float,
     router_std: float,
     router_from: tuple[str, ...],
@@ -84,7 +93,7 @@ def main(
     """Make OUT, a mixture of experts, of the dense model in DENSE."""
     from triptych_models.upcycle import Recipe
 
-    recipe = Recipe(experts, top_k, layers, noise, router_std, seed)
+    recipe = Recipe(experts, top_k, layers, noise, router_std, seed, shared_expert)
     try:
         data = (list(router_from), router_tokens)
         size = upcycle(dense, out, recipe, data, max_shard_bytes)

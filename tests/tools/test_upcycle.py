@@ -67,6 +67,25 @@ def test_logits_are_the_dense_models(
     torch.testing.assert_close(ours.logits(**batch), plain.logits(**batch), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("layers", "first"), [("all", 0), ("last-half", 2)])
+def test_a_shared_expert_and_the_others_give_half_each(
+    dense: Path, tmp_path: Path, layers: Any, first: int
+) -> None:
+    out = tmp_path / "moe"
+    upcycle(dense, out, Recipe(4, 2, layers, shared_expert=True), max_shard_bytes=60_000)
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(model).__name__ == "Dots1ForCausalLM"
+    found = [i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")]
+    assert found == list(range(first, 4))
+    wanted = logits(Qwen3ForCausalLM.from_pretrained(dense))
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-5)
+    ours = build_model(ModelConfig(path=out), dtype=torch.float32)
+    batch = tiny.inputs_only(tiny.pack_text([tiny.document(1, words=30)], 32))
+    plain = build_model(ModelConfig(path=dense), dtype=torch.float32)
+    torch.testing.assert_close(ours.logits(**batch), plain.logits(**batch), rtol=1e-5, atol=1e-5)
+
+
 def test_noise_makes_experts_differ_and_nothing_else(dense: Path, tmp_path: Path) -> None:
     for name, noise in (("plain", 0.0), ("noisy", 0.1), ("again", 0.1)):
         upcycle(dense, tmp_path / name, Recipe(3, 1, "all", noise, seed=5))
@@ -94,6 +113,8 @@ def test_what_cannot_be_is_refused(dense: Path, tmp_path: Path) -> None:
         upcycle(dense, tmp_path / "there", Recipe(4, 2))
     with pytest.raises(ValueError, match=r"--top-k: must lie in 1\.\.4"):
         upcycle(dense, tmp_path / "out", Recipe(4, 5))
+    with pytest.raises(ValueError, match=r"--layers: must be all or last-half with --shared-exp"):
+        upcycle(dense, tmp_path / "out", Recipe(4, 2, "every-second", shared_expert=True))
     upcycle(dense, tmp_path / "moe", Recipe(2, 1))
     with pytest.raises(ValueError, match="model_type must be qwen3 or qwen3_vl, got qwen3_moe"):
         upcycle(tmp_path / "moe", tmp_path / "out", Recipe(4, 2))

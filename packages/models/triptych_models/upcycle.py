@@ -5,7 +5,9 @@ Every expert begins as its layer's MLP, so that whatever the router chooses, wei
 experts differ from the start. Routers are drawn at random, or made of data (router_init.py).
 
 Qwen3 becomes Qwen3-MoE, Qwen3-VL becomes Qwen3-VL-MoE, each with its dense layers under
-`mlp_only_layers` and `decoder_sparse_step` 1.
+`mlp_only_layers` and `decoder_sparse_step` 1. With a shared expert a Qwen3 becomes a Dots1: the
+shared expert and each of the others get the MLP with its last matrix halved, so that their sum
+gives it back, and the biases by which experts are chosen are 0.
 """
 
 import json
@@ -18,13 +20,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Qwen3MoeConfig
+from transformers import Dots1Config, Qwen3MoeConfig
 
 from .expert_weights import has_squares
 from .layout import text_config
 from .read_config import read_config
 
-Layers = Literal["all", "every-second", "first-half"]
+Layers = Literal["all", "every-second", "first-half", "last-half"]
 
 _MLP = (".mlp.gate_proj.weight", ".mlp.up_proj.weight", ".mlp.down_proj.weight")
 # Of a dense configuration alone, or said anew.
@@ -45,6 +47,7 @@ class Recipe:
     noise: float = 0.0
     router_std: float = 0.02
     seed: int = 0
+    shared_expert: bool = False
 
     def sparse_layers(self, num_layers: int) -> list[int]:
         """The layers that get experts; every second one begins with the second."""
@@ -53,6 +56,7 @@ class Recipe:
             "all": every,
             "every-second": every[1::2],
             "first-half": every[: num_layers // 2],
+            "last-half": every[num_layers // 2 :],
         }
         return list(chosen[self.layers])
 
@@ -109,6 +113,8 @@ def moe_config(dense: Dense, recipe: Recipe) -> dict[str, Any]:
         raise ValueError(
             f"--layers: must leave a layer with experts, got {recipe.layers} of {num_layers} layers"
         )
+    if recipe.shared_expert:
+        return _dots1(dense, recipe, sparse)
     experts = {
         "num_experts": recipe.num_experts,
         "num_experts_per_tok": recipe.top_k,
@@ -126,6 +132,34 @@ def _qwen3_moe(dense: Dense, experts: dict[str, Any]) -> dict[str, Any]:
     tree = dict(config.to_diff_dict())
     # Under the name that published folders have, and everything reads; it changes by release.
     return tree | {"num_experts": tree.pop("num_local_experts", experts["num_experts"])}
+
+
+def _dots1(dense: Dense, recipe: Recipe, sparse: list[int]) -> dict[str, Any]:
+    num_layers = dense.text.num_hidden_layers
+    if dense.model_type != "qwen3":
+        raise ValueError(
+            f"--shared-expert: must be left out for a {dense.model_type}, got it for {dense.path}; "
+            "only a qwen3 has a mixture with a shared expert"
+        )
+    if sparse != list(range(sparse[0], num_layers)):
+        raise ValueError(
+            f"--layers: must be all or last-half with --shared-expert, got {recipe.layers}; a dots1 "
+            "has its dense layers first"
+        )
+    known = {key: value for key, value in dense.text.to_dict().items() if key not in _DENSE_ONLY}
+    config = Dots1Config(
+        **known,
+        architectures=["Dots1ForCausalLM"],
+        sliding_window=None,
+        n_routed_experts=recipe.num_experts,
+        n_shared_experts=1,
+        num_experts_per_tok=recipe.top_k,
+        moe_intermediate_size=dense.text.intermediate_size,
+        first_k_dense_replace=sparse[0],
+        norm_topk_prob=True,
+        routed_scaling_factor=1.0,
+    )
+    return dict(config.to_diff_dict())
 
 
 def _qwen3_vl_moe(dense: Dense, experts: dict[str, Any]) -> dict[str, Any]:
@@ -175,6 +209,8 @@ def tensors(
             draw = partial(_draw_router, router, recipe, rows)
             yield Made(router, (recipe.num_experts, shape[1]), (name,), draw)
             yield from experts(prefix, tuple(shape), recipe)
+            if recipe.shared_expert:
+                yield from _shared(prefix, tuple(shape), recipe)
 
 
 def _one_by_one(prefix: str, shape: tuple[int, ...], recipe: Recipe) -> Iterator[Made]:
@@ -182,10 +218,31 @@ def _one_by_one(prefix: str, shape: tuple[int, ...], recipe: Recipe) -> Iterator
     for end in _MLP:
         source = f"{prefix.removesuffix('.mlp')}{end}"
         each = shape[::-1] if end == _MLP[2] else shape
+        is_halved = recipe.shared_expert and end == _MLP[2]
         for expert in range(recipe.num_experts):
             copy = f"{prefix}.experts.{expert}.{end.removeprefix('.mlp.')}"
-            make = partial(_noisy, copy, recipe) if recipe.noise else None
-            yield Made(copy, each, (source,), make)
+            make = partial(_noisy, copy, recipe, 0.5 if is_halved else 1.0)
+            yield Made(copy, each, (source,), make if recipe.noise or is_halved else None)
+
+
+def _shared(prefix: str, shape: tuple[int, ...], recipe: Recipe) -> Iterator[Made]:
+    """What a layer has beside experts whose gate has this shape (F, H): biases, a shared one."""
+    source = f"{prefix.removesuffix('.mlp')}{_MLP[0]}"
+    zeros = partial(_zeros, recipe.num_experts)
+    yield Made(f"{prefix}.gate.e_score_correction_bias", (recipe.num_experts,), (source,), zeros)
+    for end in _MLP:
+        source = f"{prefix.removesuffix('.mlp')}{end}"
+        each = shape[::-1] if end == _MLP[2] else shape
+        name = f"{prefix}.shared_experts.{end.removeprefix('.mlp.')}"
+        yield Made(name, each, (source,), _halve if end == _MLP[2] else None)
+
+
+def _zeros(count: int, gate: Tensor) -> Iterator[Tensor]:
+    yield torch.zeros(count)
+
+
+def _halve(matrix: Tensor) -> Iterator[Tensor]:
+    yield matrix * 0.5
 
 
 def _stacked(prefix: str, shape: tuple[int, ...], recipe: Recipe) -> Iterator[Made]:
@@ -209,7 +266,8 @@ def _stack_experts(
         names = [f"{prefix}.experts.{expert}.{end.removeprefix('.mlp.')}" for end in ends]
         pairs = zip(names, matrices, strict=True)
         parts = [
-            next(_noisy(name, recipe, matrix)) if recipe.noise else matrix for name, matrix in pairs
+            next(_noisy(name, recipe, 1.0, matrix)) if recipe.noise else matrix
+            for name, matrix in pairs
         ]
         whole = torch.cat(parts)
         yield (whole.T if transposed else whole)[None]
@@ -224,8 +282,11 @@ def _draw_router(name: str, recipe: Recipe, rows: Tensor | None, gate: Tensor) -
     yield torch.normal(0.0, recipe.router_std, shape, generator=_seed(name, recipe))
 
 
-def _noisy(name: str, recipe: Recipe, matrix: Tensor) -> Iterator[Tensor]:
-    wide = matrix.float()
+def _noisy(name: str, recipe: Recipe, times: float, matrix: Tensor) -> Iterator[Tensor]:
+    wide = matrix.float() * times
+    if not recipe.noise:
+        yield wide
+        return
     scale = recipe.noise * float(wide.square().mean().sqrt())
     yield wide + torch.normal(0.0, scale, matrix.shape, generator=_seed(name, recipe))
 
