@@ -143,8 +143,8 @@ def _dots1(dense: Dense, recipe: Recipe, sparse: list[int]) -> dict[str, Any]:
         )
     if sparse != list(range(sparse[0], num_layers)):
         raise ValueError(
-            f"--layers: must be all or last-half with --shared-expert, got {recipe.layers}; a dots1 "
-            "has its dense layers first"
+            f"--layers: must be all or last-half with --shared-expert, got {recipe.layers}; a "
+            "dots1 has its dense layers first"
         )
     known = {key: value for key, value in dense.text.to_dict().items() if key not in _DENSE_ONLY}
     config = Dots1Config(
