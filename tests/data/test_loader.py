@@ -154,7 +154,7 @@ def test_state_of_other_data_or_processor_is_refused(shards, tmp_path):
         open_loader(write_mixture(tmp_path, 10)).load_state_dict(state)
     small = Processor.from_directory(MODEL, max_pixels=1024)
     loader = PackLoader(tiny_config(shards), small, rank=0, world_size=1)
-    with pytest.raises(ValueError, match=r"data state: .*processor must be"):
+    with pytest.raises(ValueError, match=r"data state: .*processor\.image must be"):
         loader.load_state_dict(state)
     with pytest.raises(ValueError, match=r"data\.balance_group must be None"):
         open_loader(shards).load_state_dict({"position": 3})

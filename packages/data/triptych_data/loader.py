@@ -66,6 +66,7 @@ class PackLoader:
             config.seq_len,
             sources,
         )
+        self._parts: dict[str, Any] = processor.parts
         self._overridden: list[dict[str, Any]] = []
         self._config = config
         self._stream = RankStream(self.plan, self.builder, rank, world_size)
@@ -107,7 +108,8 @@ class PackLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs: the position, and what gives it its meaning."""
-        state = {"position": self.position, "plan": self.plan.fingerprint()}
+        plan = self.plan.fingerprint()
+        state = {"position": self.position, "plan": plan, "processor": self._parts}
         return state | ({"resumed_anyway": self._overridden} if self._overridden else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -119,6 +121,10 @@ class PackLoader:
         saved with.
         """
         changed = differences(state.get("plan", {}), self.plan.fingerprint())
+        if "processor" in changed:
+            parts = differences(state.get("processor", self._parts), self._parts)
+            named = {f"processor.{name}": values for name, values in parts.items()}
+            changed = {k: v for k, v in changed.items() if k != "processor" or not named} | named
         if changed and not self._config.resume_anyway:
             raise ValueError(
                 f"checkpoint data state: {in_words(changed)}; restore what has changed, start the "

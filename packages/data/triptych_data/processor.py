@@ -111,15 +111,16 @@ class Processor:
         self.image_token_id = self._text.image_token_id
         self.video_token_id = self._text.video_token_id
         self.control_ids = self._text.control_ids
-        self.fingerprint = _fingerprint(
-            {
-                "version": ENCODING_VERSION,
-                "chat": (self._chat or self._text).fingerprint,
-                "image": _given(rules) if rules else None,
-                "video": video_rules._asdict() if video_rules else None,
-                "jpeg": self._jpeg.model_dump() if self._jpeg else None,
-            },
-        )
+        facts: dict[str, Any] = {
+            "version": ENCODING_VERSION,
+            "chat": (self._chat or self._text).fingerprint,
+            "image": _given(rules) if rules else None,
+            "video": video_rules._asdict() if video_rules else None,
+            "jpeg": self._jpeg.model_dump() if self._jpeg else None,
+        }
+        self.fingerprint = _fingerprint(facts)
+        # The same by name, for people: of a tokenizer apart from what a template makes of it.
+        self.parts = json.loads(json.dumps(facts | {"tokenizer": self._text.fingerprint}))
 
     @classmethod
     def from_directory(
