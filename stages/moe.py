@@ -1,7 +1,8 @@
 """Training of a mixture of experts on chats or documents, its experts divided over ranks if wanted.
 
 From a Hugging Face directory of a mixture, published or made of a dense one by
-`tools/upcycle_moe.py`. Routers are kept even by the losses of `model.moe`; with
+`tools/upcycle_moe.py`. Experts are kept even by the losses of `model.moe`, or of a mixture with
+biases (`--shared-expert` makes one) by `model.moe.bias_rate`; with
 `model.freeze=[language]` only experts and routers train. metrics.jsonl has each sparse layer's
 `balance_loss` (1 when even), `z_loss` and, once an interval, `expert_load`, the tokens of every
 expert of every sparse layer, of text and images apart, with entropy and largest share.

@@ -85,6 +85,7 @@ def write_unshuffled(directory: Path, **fields: Any) -> Path:
 SIGLIP_IDLE = ("encoder.layers.2.", "post_layernorm")
 
 PROOFS: dict[str, Proof] = {
+    "dots1": Proof(tiny.write_dots1_model_dir, texts, tiny.pack_text),
     "llava": Proof(
         tiny.write_llava_model_dir,
         squares,

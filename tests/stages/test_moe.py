@@ -212,3 +212,6 @@ def test_the_shipped_configuration_is_read():
     config = load_config(stage.MoEStageConfig, ROOT / "stages/configs/moe_tiny.yaml")
     assert config.model.moe is not None
     assert (config.model.moe.aux_loss, config.model.moe.aux_over) == (0.01, "row")
+    config = load_config(stage.MoEStageConfig, ROOT / "stages/configs/moe_bias_tiny.yaml")
+    assert config.model.moe is not None
+    assert (config.model.moe.aux_loss, config.model.moe.bias_rate) == (0, 0.001)
