@@ -241,7 +241,8 @@ def check_ranks(config: PackedConfig, runtime: Runtime, folder: Path) -> Check:
     if runtime.is_main:
         together.run.dir.mkdir()
     job = build_job(together, runtime)
-    rows = PackLoader(config.data, job.processor, rank=0, world_size=1)
+    finish = job.batches.builder.finish
+    rows = PackLoader(config.data, job.processor, rank=0, world_size=1, finish=finish)
     take_steps(job, runtime, rows)
     runs = folder / "whole", folder / "together"
     check: Check = on_main(partial(compare_layouts, *runs, config.engine.precision))
@@ -302,6 +303,8 @@ def _stock_states(job: Job, stock: Any, alone: dict[str, Any]) -> Tensor:
     given: list[Tensor] = []
     hook = stock.lm_head.register_forward_pre_hook(lambda _, args: given.append(args[0]))
     inputs = model_inputs(job.model, [document], job.processor.pad_token_id, force_image=False)
+    if job.model.diffusion is not None:  # stock looks both ways if a mask of its own says so
+        inputs["attention_mask"] = torch.zeros(1, 1, *2 * document.input_ids.shape)
     with torch.no_grad():
         stock(**{key: value.cpu() for key, value in inputs.items()})
     hook.remove()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from triptych_core.loop import Part as RowPart
     from triptych_core.metrics import Metrics
     from triptych_core.plan.plan import Plan
+    from triptych_data.batch import Finish
     from triptych_data.heldout import Heldout
     from triptych_data.loader import PackLoader
     from triptych_data.processor import Processor
@@ -211,6 +212,16 @@ def begin(config: PackedConfig) -> "tuple[PackedConfig, Runtime, str | None]":
     return config, runtime, chosen
 
 
+def find_finish(config: PackedConfig) -> "Finish | None":
+    """What is done to a row beside packing it: of a diffusion model, tokens are masked."""
+    from triptych_models.masked_diffusion.noise import MaskRow
+
+    diffusion = config.model.diffusion
+    if diffusion is None:
+        return None
+    return MaskRow(diffusion, diffusion.mask_of(config.model.path), config.data.seed)
+
+
 def build_job(config: PackedConfig, runtime: "Runtime") -> Job:
     """Wire data, model and engine together, as they are before the first step."""
     from triptych_core.engine.build import (
@@ -249,7 +260,7 @@ def build_job(config: PackedConfig, runtime: "Runtime") -> Job:
         jpeg=config.data.jpeg,
         chat=config.data.chat,
     )
-    batches = PackLoader(config.data, processor, **ranks)
+    batches = PackLoader(config.data, processor, **ranks, finish=find_finish(config))
 
     # Model: born in pieces under ZeRO-3, filled part by part.
     dtype = compute_dtype(config.engine)
@@ -332,6 +343,7 @@ def run(config: PackedConfig) -> None:
             job.processor,
             seq_len=config.data.seq_len,
             limit=config.evaluation.max_questions,
+            finish=batches.builder.finish,
             **job.place,
         )
     resumed = resume(engine, config, batches)
@@ -413,6 +425,8 @@ def _export(config: PackedConfig, model: "PackedModel", *, is_main: bool) -> Non
     from triptych_models.export import export
     from triptych_models.lora import export_adapter
 
+    diffusion = config.model.diffusion
+    notes = {} if diffusion is None else diffusion.as_note(config.model.path)
     lora, read = config.model.lora, read_parameters(config.engine)
     source, out = config.model.path, config.run.dir
     if lora is not None:
@@ -426,4 +440,5 @@ def _export(config: PackedConfig, model: "PackedModel", *, is_main: bool) -> Non
             gather=read,
             is_main=is_main,
             overwrite=True,  # this run's own, from before it was continued
+            notes=notes,
         )

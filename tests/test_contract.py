@@ -14,6 +14,8 @@ from triptych_data.processor import Processor
 from triptych_data.shards.write import write_shards
 from triptych_models.config import ModelConfig
 from triptych_models.families import build_shell
+from triptych_models.masked_diffusion.config import DiffusionConfig
+from triptych_models.masked_diffusion.noise import MaskRow
 from triptych_models.qwen3 import Qwen3
 from triptych_models.qwen3_vl import Qwen3VL
 
@@ -43,13 +45,17 @@ def test_a_model_of_text_alone_takes_every_key_of_a_batch_of_documents(tmp_path)
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("a b", "c")))
     write_shards(tmp_path / "x.jsonl", tmp_path / "shards")
     config = DataConfig(shards=[str(tmp_path / "shards")], seq_len=64, num_workers=0)
-    loader = PackLoader(config, Processor.from_directory(TEXT_MODEL), rank=0, world_size=1)
-    batch = next(iter(loader))
+    processor = Processor.from_directory(TEXT_MODEL)
+    batch = next(iter(PackLoader(config, processor, rank=0, world_size=1)))
     assert batch["position_ids"].shape == (1, 64)
     taken = set(inspect.signature(Qwen3.forward).parameters)
     taken |= set(inspect.signature(Qwen3.hidden_states).parameters)
     assert batch.keys() - taken == LABEL_KEYS
-    assert batch.keys() >= taken - {"self", "batch", "sequence", "settings"}
+    of_diffusion = {"target_weights", "num_masked"}
+    assert batch.keys() >= taken - {"self", "batch", "sequence", "settings"} - of_diffusion
+    finish = MaskRow(DiffusionConfig(), mask_token_id=511, seed=0)
+    masked = next(iter(PackLoader(config, processor, rank=0, world_size=1, finish=finish)))
+    assert masked.keys() == batch.keys() | of_diffusion
 
 
 def test_a_processor_of_another_model_is_refused(tmp_path):

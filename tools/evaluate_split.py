@@ -74,8 +74,9 @@ def open_model(path: Path, dtype: str = "auto") -> Loaded:
 
     from triptych_models.config import ModelConfig
     from triptych_models.families import build_model
+    from triptych_models.masked_diffusion.config import read_diffusion
 
-    config = ModelConfig(path=path, compile="none")
+    config = ModelConfig(path=path, compile="none", diffusion=read_diffusion(path))
     config.check_path()
     device = torch.device(get_accelerator().current_device_name())
     if dtype == "auto":
@@ -105,7 +106,9 @@ def evaluate_split(
         summarize,
     )
     from triptych_data.heldout import Heldout
+    from triptych_models.masked_diffusion.noise import MaskRow
 
+    diffusion = loaded.model.diffusion
     processor = open_processor(loaded, settings)
     heldout = Heldout(
         shards,
@@ -114,6 +117,7 @@ def evaluate_split(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         limit=settings.max_questions,
+        finish=diffusion and MaskRow(diffusion, loaded.model.mask_token_id, seed=0),
     )
     if not heldout.questions:
         raise ValueError(
@@ -194,16 +198,18 @@ def answerer(
         meter.seconds += time.perf_counter() - began
         for question, prompt, row in zip(questions, prompts, rows, strict=True):
             length = min(len(row) + 1, settings.max_new_tokens)  # with what ends it
-            meter.spent[question] = spent_on(loaded.model, processor, prompt, length)
+            most = settings.max_new_tokens
+            meter.spent[question] = spent_on(loaded.model, processor, prompt, length, most)
         return [processor.decode(row) for row in rows]
 
     return answer
 
 
-def spent_on(model: Any, processor: Any, prompt: Any, answer_tokens: int) -> Spent:
+def spent_on(model: Any, processor: Any, prompt: Any, answer_tokens: int, most: int) -> Spent:
     """Tokens and FLOPs of one answer: causal attention over prompt and answer, with a cache.
 
-    The last token is not computed on, padding of a batch not counted.
+    The last token is not computed on, padding of a batch not counted. A diffusion model computes
+    the prompt and `most` tokens in each of its steps, were it to take all of them.
     """
     length = len(prompt.input_ids)
     batch = {
@@ -215,7 +221,12 @@ def spent_on(model: Any, processor: Any, prompt: Any, answer_tokens: int) -> Spe
     image_tokens = sum(
         int((prompt.input_ids == token).sum()) for token in stand_for_media if token is not None
     )
-    return Spent(length, image_tokens, answer_tokens, float(model.flops(batch)))
+    steps = 1
+    if model.diffusion is not None:
+        steps = -(-most // model.diffusion.tokens_per_step)
+        batch["cu_seqlens"] = [0, length + most]
+        batch["num_targets"] = min(most, model.diffusion.block_length)
+    return Spent(length, image_tokens, answer_tokens, steps * float(model.flops(batch)))
 
 
 def total_cost(meter: Meter) -> dict[str, float]:

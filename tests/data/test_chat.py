@@ -189,3 +189,21 @@ def test_decode_drops_special_tokens(chat):
     assert chat.text.decode(chat.encode(turns("Hi 猫", "Yö <|im_end|>")).input_ids.tolist()) == (
         "user\nHi 猫\nassistant\nYö <|im_end|>\n"
     )
+
+
+def test_a_last_answer_is_filled_to_a_multiple_by_its_end(chat):
+    from triptych_data.text.chat_config import ChatConfig
+
+    filling = ChatTokenizer(MODEL, TEMPLATE, ChatConfig(fill_answer=8))
+    assert filling.fingerprint != chat.fingerprint
+    for messages in (turns("Hi", "Hello there."), turns("Hi", "Yes", "and?", "a b c d e f g h")):
+        plain, filled = chat.encode(messages), filling.encode(messages)
+        end = plain.trained.nonzero()[0][-1] + 1
+        assert filled.input_ids[:end].tolist() == plain.input_ids[:end].tolist()
+        assert filled.trained[:end].tolist() == plain.trained[:end].tolist()
+        assert set(filled.input_ids[end - 1 :].tolist()) == {chat.end_token_id}
+        assert filled.trained[end:].all() and len(filled.input_ids) - end < 8
+        begin = len(filling.encode(messages[:-1], add_generation_prompt=True).input_ids)
+        assert (len(filled.input_ids) - begin) % 8 == 0
+    asked = turns("Hi", "Hello there.", "and?")  # ends by a question: nothing is filled
+    assert filling.encode(asked).input_ids.tolist() == chat.encode(asked).input_ids.tolist()

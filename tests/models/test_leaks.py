@@ -24,6 +24,7 @@ CASES: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "qwen3_vl, stock ops": (tiny.write_model_dir, {"fuse": False}),
     "qwen3_vl, adapters": (tiny.write_model_dir, {}),
     "qwen3": (tiny.write_text_model_dir, {}),
+    "qwen3, diffusion": (tiny.write_text_model_dir, {"diffusion": {}}),
     "qwen2": (tiny.write_qwen2_model_dir, {}),
     "qwen3_moe": (tiny.write_moe_model_dir, {"moe": {"aux_over": "document"}}),
     "qwen2_moe": (tiny.write_qwen2_moe_model_dir, {"moe": {"aux_over": "document"}}),

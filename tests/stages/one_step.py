@@ -97,6 +97,7 @@ def steps(folder: Path, runtime: Any, run_dir: Path, run: list[str] | Run) -> li
     from triptych_models.families import build_model
     from triptych_models.freeze import parameter_parts
     from triptych_models.lora import add_adapters
+    from triptych_models.masked_diffusion.noise import MaskRow
     from triptych_models.matrices import matrix_shapes
     from triptych_models.sequence import SequenceGroup
     from triptych_models.sequence_batch import take_part
@@ -162,6 +163,8 @@ def steps(folder: Path, runtime: Any, run_dir: Path, run: list[str] | Run) -> li
     count = mesh.dp_size * config.engine.gradient_accumulation_steps * config.run.steps
     chosen = rows_of(folder) if numbers is None else [rows_of(folder)[n] for n in numbers]
     assert len(chosen) >= count, f"{count} rows are needed"
+    if diffusion := config.model.diffusion:
+        chosen = [MaskRow(diffusion, model.mask_token_id, 0)(row, 0) for row in chosen]
     mine = chosen[:count][mesh.dp_rank :: mesh.dp_size]
     ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
     with Metrics(config, **ranks) as metrics:

@@ -104,6 +104,10 @@ class Reference:
                 figures["expert_load"][number] += load
                 if "expert_load_images" in figures:
                     figures["expert_load_images"][number] += load_images
+        return self._differentiated(objective, figures)
+
+    def _differentiated(self, objective: Tensor, figures: dict[str, Tensor]) -> Row:
+        """The gradients of a row's summed loss."""
         figures["loss"] = objective.detach()
         found: Sequence[Tensor | None] = [None] * len(self.weights)
         if objective.requires_grad:

@@ -67,9 +67,10 @@ def rows(images: bool = True) -> list[dict[str, Any]]:
     """`documents`, packed."""
     pack = tiny.pack if images else tiny.pack_text
     made = [pack(row, SEQ_LEN) for row in documents(images)]
-    for row in made:
+    for number, (row, packed) in enumerate(zip(made, documents(images), strict=True)):
         row["num_tokens"] = int((row["input_ids"] != tiny.PAD).sum())
         row["sample_keys"] = []
+        row["sample_ids"] = [10 * number + i for i in range(len(packed))]
     return made
 
 
@@ -80,7 +81,8 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 def forward_of(batch: dict[str, Any]) -> dict[str, Any]:
     """What of a row a model's forward takes."""
-    return {name: x for name, x in batch.items() if name not in ("num_tokens", "sample_keys")}
+    labels = ("num_tokens", "sample_keys", "sample_ids")
+    return {name: x for name, x in batch.items() if name not in labels}
 
 
 def norm_of(gradients: dict[str, torch.Tensor]) -> float:

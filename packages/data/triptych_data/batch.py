@@ -1,6 +1,6 @@
 """Encoded samples to the batch of one packed row that a model takes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from triptych_data.encoded import EncodedSample
 from triptych_data.text.chat import IGNORE_INDEX
 
 Batch = dict[str, Any]
+Finish = Callable[[Batch, int | None], Batch]
+"""What a stage does to a batch where it is made, of an epoch; None for held-out samples."""
 
 # Longest lengths are rounded up to multiples of this, so that compiled kernels see few of them.
 _BUCKET = 256

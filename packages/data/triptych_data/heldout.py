@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from triptych_data.batch import Batch
+from triptych_data.batch import Batch, Finish
 from triptych_data.encoded import EncodedSample
 from triptych_data.loader import eval_batches
 from triptych_data.look.preview_media import data_uri
@@ -72,7 +72,7 @@ class Heldout:
     """The samples of held-out shards whose last turn is an assistant's answer.
 
     At most `limit` of them, spread evenly over the shards. Samples are read and decoded when
-    asked for, so a large set costs no memory.
+    asked for, so a large set costs no memory. `finish` is done to every batch.
     """
 
     def __init__(
@@ -84,12 +84,14 @@ class Heldout:
         rank: int,
         world_size: int,
         limit: int,
+        finish: Finish | None = None,
     ) -> None:
         self._shards = Shards.open(shards)
         self._processor = processor
         self._seq_len = seq_len
         self._rank = rank
         self._world_size = world_size
+        self._finish = finish
         count = self._shards.num_samples
         wanted = [i * count // limit for i in range(limit)] if limit < count else range(count)
         records = ((i, self._shards.read_json(i)) for i in wanted)
@@ -101,8 +103,9 @@ class Heldout:
 
     def batches(self) -> Iterator[Batch]:
         """This rank's packs of all held-out samples; equally many on every rank."""
+        ranks = self._rank, self._world_size
         return eval_batches(
-            self._shards.paths, self._processor, self._seq_len, self._rank, self._world_size
+            self._shards.paths, self._processor, self._seq_len, *ranks, self._finish
         )
 
     def prompt(self, index: int) -> EncodedSample:

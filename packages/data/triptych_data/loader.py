@@ -6,7 +6,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from triptych_data.batch import Batch
+from triptych_data.batch import Batch, Finish
 from triptych_data.config import DataConfig
 from triptych_data.faults import Faults
 from triptych_data.plan.lengths import (
@@ -34,7 +34,8 @@ class PackLoader:
     The stream depends on shards, processor and config only; of each next `world_size` packs rank r
     takes pack r, so the same packs are trained on, in the same order, whatever the number of ranks
     or workers. `position` counts the samples that all ranks have consumed; it may be set to the
-    begin of any pack, also while iterating. Batches prepared ahead do not count.
+    begin of any pack, also while iterating. Batches prepared ahead do not count. `finish` is done
+    to every batch by the worker that made it, and must be picklable.
 
     Raises ValueError for shards without index, and samples that are too long or, beyond
     `data.max_bad_rate`, refused.
@@ -48,6 +49,7 @@ class PackLoader:
         rank: int,
         world_size: int,
         progress: Progress | None = None,
+        finish: Finish | None = None,
     ) -> None:
         assert 0 <= rank < world_size
         if config.num_workers:
@@ -65,6 +67,7 @@ class PackLoader:
             self.plan.pieces,
             config.seq_len,
             sources,
+            finish,
         )
         self._parts: dict[str, Any] = processor.parts
         self._overridden: list[dict[str, Any]] = []
@@ -191,7 +194,12 @@ def _check(
 
 
 def eval_batches(
-    shards: Sequence[str | Path], processor: Processor, seq_len: int, rank: int, world_size: int
+    shards: Sequence[str | Path],
+    processor: Processor,
+    seq_len: int,
+    rank: int,
+    world_size: int,
+    finish: Finish | None = None,
 ) -> Iterator[Batch]:
     """Yield this rank's share of held-out shards: over all ranks each sample exactly once.
 
@@ -203,7 +211,7 @@ def eval_batches(
     check_refused(opened, lengths, processor, max_bad_rate=0.0)
     fitting_samples(opened, lengths, seq_len, None, skip_long=False)
     pieces, cut = cut_documents(lengths, seq_len)
-    builder = PackBuilder(opened, processor, lengths.num_tokens, pieces, seq_len)
+    builder = PackBuilder(opened, processor, lengths.num_tokens, pieces, seq_len, finish=finish)
     packs = pack_lengths(cut.num_tokens, seq_len)
     for first in range(0, len(packs), world_size):
         mine = packs[first + rank].tolist() if first + rank < len(packs) else []

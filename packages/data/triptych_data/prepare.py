@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from triptych_data.batch import Batch, collate
+from triptych_data.batch import Batch, Finish, collate
 from triptych_data.encoded import EncodedSample, cut_piece
 from triptych_data.faults import BadSample, Hole, reason_of
 from triptych_data.plan.pieces import Pieces
@@ -76,6 +76,8 @@ class PackBuilder:
     seq_len: int
     sources: Sequence[PlanSource] = ()
     """whose samples are those of `shards`, one source after the other"""
+    finish: Finish | None = None
+    """the last thing done to a batch"""
 
     def build(self, ids: Sequence[int], note: Note, epoch: int | None = None) -> Batch:
         """Return the batch of the pieces `ids`, in this order, those left out listed in `holes`.
@@ -103,7 +105,8 @@ class PackBuilder:
         )
         lost = {hole.sample for hole in holes}
         kept = [piece for piece in ids if piece not in lost]
-        return batch | {"sample_ids": kept, "holes": holes}
+        batch |= {"sample_ids": kept, "holes": holes}
+        return batch if self.finish is None else self.finish(batch, epoch)
 
     def _warm(self, samples: Sequence[int]) -> None:
         """Fetch what lies on servers, many samples at once; what fails will fail again alone."""

@@ -45,9 +45,10 @@ def packed_attention(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     sequence: SequenceGroup = ALONE,
+    causal: bool = True,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each document of one packed row.
+    """Attention inside each document of one packed row, causal unless it looks both ways.
 
     query (1, Hq, T, D), key and value (1, Hkv, T, D), cu_seqlens (num_docs + 1,) int32
     → (1, T, Hq, D). In a sequence group of N ranks each has T/N of the row's T tokens.
@@ -62,7 +63,7 @@ def packed_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D), no copy
     if sequence.size > 1:
         q, k, v = tokens_to_heads(q, k, v, sequence)
-    out = attention(q, k, v, cu_seqlens, max_seqlen, causal=True, scale=scaling)
+    out = attention(q, k, v, cu_seqlens, max_seqlen, causal=causal, scale=scaling)
     if sequence.size > 1:
         out = heads_to_tokens(out, sequence)
     return out[None], None

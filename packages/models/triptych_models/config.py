@@ -8,6 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from .catalogue import FAMILIES, Part
 from .foreign_config import read_foreign
+from .masked_diffusion.config import FILE, DiffusionConfig, read_diffusion
+
+# Whose layers are attention and a gated MLP alone, and so may look both ways.
+BOTH_WAYS = ("qwen2", "qwen3")
 
 
 class MoEConfig(BaseModel):
@@ -89,6 +93,11 @@ class ModelConfig(BaseModel):
     moe: MoEConfig | None = Field(
         default=None, description="losses of a mixture of experts; only for a model that is one"
     )
+    diffusion: DiffusionConfig | None = Field(
+        default=None,
+        description="train by masked diffusion instead of next tokens; for "
+        + " and ".join(BOTH_WAYS),
+    )
     lora: LoraConfig | None = Field(
         default=None, description="train adapters instead of the parts themselves"
     )
@@ -124,6 +133,7 @@ class ModelConfig(BaseModel):
                 f"model.path: must be a local Hugging Face directory, got '{self.path}'; "
                 "download the model there or correct the path"
             )
+        self._check_diffusion()
         parts = FAMILIES[self.find_family()].parts
         named = [("model.freeze", part) for part in self.freeze]
         for key, part in [*named, *(("optim.lr_by_part", part) for part in lr_by_part)]:
@@ -158,6 +168,18 @@ class ModelConfig(BaseModel):
             )
         if set(parts) <= set(self.freeze):
             raise ValueError("model.freeze: must leave a part to train, got all; name fewer")
+
+    def _check_diffusion(self) -> None:
+        if self.diffusion is not None and self.find_family() not in BOTH_WAYS:
+            raise ValueError(
+                f"model.diffusion: must be left out unless the family is {' or '.join(BOTH_WAYS)}, "
+                f"got {self.find_family()}; take a dense model of text alone"
+            )
+        if self.diffusion is None and read_diffusion(self.path) is not None:
+            raise ValueError(
+                f"model.diffusion: must be set for a model that was trained so, got {self.path} "
+                f"with a {FILE}; repeat its settings, or delete the file to train next tokens"
+            )
 
     def find_family(self) -> str:
         """The architecture, read from config.json where `family` leaves it to that.

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -39,12 +39,14 @@ def export(
     is_main: bool = True,
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
     """Write config, tokenizer and processor files of source_dir with hf's weights.
 
     Every rank must call it, since gather is collective; only is_main writes. Written beside
-    out_dir and renamed, so out_dir is complete or absent. At most one shard is in memory. Raises
-    ValueError if out_dir exists, unless overwrite says to replace it.
+    out_dir and renamed, so out_dir is complete or absent. At most one shard is in memory. notes are
+    further text files by name. Raises ValueError if out_dir exists, unless overwrite says to
+    replace it.
     """
     partial = out_dir.with_name(f".{out_dir.name}.partial")
     if is_main:
@@ -53,6 +55,8 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)  # of an export that was cut off
         partial.mkdir(parents=True)
         copy_configs(source_dir, partial, dtype)
+        for name, text in (notes or {}).items():
+            (partial / name).write_text(text)
     writer = ShardWriter(partial, max_shard_bytes) if is_main else None
     for name, tensor in stored_tensors(hf, gather):
         if writer is not None:

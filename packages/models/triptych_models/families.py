@@ -67,4 +67,6 @@ def build_shell(
             f"parallel.expert: must be 1 for a model without experts, got {experts.size}; "
             "take a mixture of experts"
         )
-    return family.from_directory(config.path, dtype=dtype, fused=fused)
+    model = family.from_directory(config.path, dtype=dtype, fused=fused)
+    model.diffusion = config.diffusion
+    return model

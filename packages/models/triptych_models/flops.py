@@ -1,9 +1,10 @@
 """FLOPs of one packed row, counted from integers of the host.
 
 Counted are matrix multiplications (2 per multiply-add): projections, MLPs, attention over the pairs
-it really looks at (the causal half in the language model, the whole frame in the tower), patch
-embedding, mergers, and the head on rows that have a target. Not counted: embedding look-ups, norms,
-rotary, softmax, what gradient checkpointing computes again, and the dummy image of a text-only row.
+it really looks at (the causal half in the language model, all of them under masked diffusion, the
+whole frame in the tower), patch embedding, mergers, and the head on rows that have a target. Not
+counted: embedding look-ups, norms, rotary, softmax, what gradient checkpointing computes again, and
+the dummy image of a text-only row.
 Every row of T counts, the padding tail too.
 """
 
@@ -38,10 +39,12 @@ def qwen3_flops(
     trainable: Collection[str],
     *,
     adapted: bool = False,
+    causal: bool = True,
 ) -> float:
     """Forward + backward FLOPs of a batch of text alone; see qwen3_vl_flops."""
     trains = "language" in trainable
-    return language_flops(config, batch, weight=trains and not adapted, inputs=trains)
+    weight = trains and not adapted
+    return language_flops(config, batch, weight=weight, inputs=trains, causal=causal)
 
 
 def mixture_flops(
@@ -163,24 +166,30 @@ def with_backward(work: Work, *, weight: bool, inputs: bool) -> float:
 
 
 def language_flops(
-    text: PretrainedConfig, batch: Mapping[str, Any], *, weight: bool, inputs: bool
+    text: PretrainedConfig,
+    batch: Mapping[str, Any],
+    *,
+    weight: bool,
+    inputs: bool,
+    causal: bool = True,
 ) -> float:
     """Forward + backward FLOPs of decoder layers and head."""
-    layers = language_layers(text, [int(x) for x in batch["cu_seqlens"]])
-    head = Work(2.0 * text.hidden_size * text.vocab_size * int(batch["num_targets"]), 0.0)
+    layers = language_layers(text, [int(x) for x in batch["cu_seqlens"]], causal=causal)
+    labels = int(batch.get("num_masked", batch["num_targets"]))
+    head = Work(2.0 * text.hidden_size * text.vocab_size * labels, 0.0)
     return with_backward(layers, weight=weight, inputs=inputs) + with_backward(
         head, weight=weight, inputs=inputs
     )
 
 
-def language_layers(text: PretrainedConfig, bounds: list[int]) -> Work:
+def language_layers(text: PretrainedConfig, bounds: list[int], *, causal: bool = True) -> Work:
     """All decoder layers over documents that end at bounds[1:]."""
     q_dim, kv_dim = (
         heads * head_dim(text) for heads in (text.num_attention_heads, text.num_key_value_heads)
     )
     weights = text.hidden_size * (2 * q_dim + 2 * kv_dim + 3 * text.intermediate_size)
     lengths = [stop - start for start, stop in pairwise(bounds)]
-    pairs = sum(n * (n + 1) // 2 for n in lengths)
+    pairs = sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
     layers = text.num_hidden_layers
     return Work(2.0 * layers * weights * bounds[-1], 4.0 * layers * q_dim * pairs)
 

@@ -1,27 +1,20 @@
-"""Greedy decoding through transformers' own `generate`, with a KV cache."""
+"""Greedy decoding through transformers' own `generate`, with a KV cache.
+
+Of a model of masked diffusion: masks filled in, see triptych_models.masked_diffusion.sampler.
+"""
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
 from .llava import Llava
+from .masked_diffusion.sampler import fill_in
 from .packed import PackedModel
+from .prompt import Prompt, before_stop
 from .qwen3_vl import Qwen3VL
 from .vision import normalize_pixels
-
-
-class Prompt(Protocol):
-    """One encoded prompt; image fields None or empty without images."""
-
-    input_ids: Tensor
-    """(n,) int64."""
-    pixel_values: Tensor | None
-    """(patches, patch_dim) uint8."""
-    image_grid_thw: Tensor | None
-    """(num_images, 3) int64."""
 
 
 def generate(
@@ -40,6 +33,9 @@ def generate(
     """
     if not prompts and not synced:
         return []
+    if model.diffusion is not None:
+        lengths = {"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id}
+        return fill_in(model, prompts, **lengths, synced=synced)
     inputs = model_inputs(model, prompts, pad_token_id, force_image=synced)
     was_training = model.training
     model.eval()
@@ -57,12 +53,6 @@ def generate(
     stops = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     new_tokens = tokens[: len(prompts), inputs["input_ids"].shape[1] :].tolist()
     return [before_stop(row, stops) for row in new_tokens]
-
-
-def before_stop(tokens: list[int], stops: set[int]) -> list[int]:
-    """The tokens before the first stop."""
-    end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
-    return tokens[:end]
 
 
 def model_inputs(

@@ -24,11 +24,12 @@ class LossHead(nn.Linear):
         hidden_states: Tensor,
         shift_labels: Tensor | None = None,
         num_targets: int | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """hidden_states (…, H) → logits (…, V); with shift_labels (…) → summed loss () fp32.
 
         num_targets says how many labels are not -100, so that rows without a target can be left
-        out without asking the device.
+        out without asking the device. weights (…) multiply each row's loss.
         """
         if shift_labels is None:
             return super().forward(hidden_states)
@@ -38,4 +39,5 @@ class LossHead(nn.Linear):
             shift_labels.flatten(),
             bias=self.bias,
             num_targets=num_targets,
+            weights=None if weights is None else weights.flatten(),
         )

@@ -17,6 +17,7 @@ from .checkpointing import Checkpointing, run_layer
 from .config import LoraConfig
 from .head import LossHead
 from .layout import decoder, text_config
+from .masked_diffusion.config import DiffusionConfig
 from .mlp_chunks import chunk_mlp
 from .offload import InputStore
 from .output import LossOutput
@@ -62,6 +63,7 @@ class PackedModel(nn.Module):
         self.input_store = InputStore()
         self.sequence = ALONE
         self.lora: LoraConfig | None = None  # see triptych_models.lora
+        self.diffusion: DiffusionConfig | None = None  # with it attention looks both ways
 
     @classmethod
     def from_directory(
@@ -90,13 +92,23 @@ class PackedModel(nn.Module):
         adapters = {}
         if self.lora is not None:
             adapters["lora"] = self.lora.model_dump(exclude={"merge"}, exclude_none=True)
-        return _without(self.hf.config.to_diff_dict(), IMMATERIAL) | adapters
+        noise = {}
+        if self.diffusion is not None:
+            noise["diffusion"] = {"predict": self.diffusion.predict, "mask": self.mask_token_id}
+        return _without(self.hf.config.to_diff_dict(), IMMATERIAL) | adapters | noise
+
+    @property
+    def mask_token_id(self) -> int:
+        """What stands for a masked token, of a model of masked diffusion."""
+        assert self.diffusion is not None
+        return self.diffusion.mask(text_config(self.hf.config).vocab_size)
 
     def check_processor(self, processor: Any) -> None:
         """Raise ValueError unless the data's processor makes what this model expects.
 
         Of this one all token ids must be below the rows of the embedding: beyond them a device
-        reads what is not there. processor has `vocab_size` and `position_axes`.
+        reads what is not there. And a mask that was not named is no token of the tokenizer.
+        processor has `vocab_size` and `position_axes`.
         """
         rows = text_config(self.hf.config).vocab_size
         if processor.vocab_size > rows:
@@ -104,15 +116,32 @@ class PackedModel(nn.Module):
                 f"model.path: the tokenizer's ids must be below config.json's vocab_size ({rows}), "
                 f"got {processor.vocab_size}; take all files of the folder from one model"
             )
+        diffusion = self.diffusion
+        if diffusion and diffusion.mask_token_id is None and processor.vocab_size == rows:
+            raise ValueError(
+                f"model.diffusion.mask_token_id: must name a token, got none for a tokenizer that "
+                f"uses all {rows} rows of the embedding; take a token that no text has"
+            )
 
-    def forward(self, *, shift_labels: Tensor, num_targets: int, **batch: Any) -> LossOutput:
+    def forward(
+        self,
+        *,
+        shift_labels: Tensor,
+        num_targets: int,
+        target_weights: Tensor | None = None,
+        num_masked: int | None = None,
+        **batch: Any,
+    ) -> LossOutput:
         """Summed loss of one packed row.
 
-        shift_labels (1, T) int64; the rest of the batch as in `hidden_states`.
+        shift_labels (1, T) int64; the rest of the batch as in `hidden_states`. Of masked diffusion
+        also target_weights (1, T) fp32, and num_masked labels: num_targets then says what the sum
+        is divided by.
         """
         self.input_store = InputStore()
         hidden_states = self.hidden_states(**batch)
-        loss_sum = self.hf.lm_head(hidden_states, shift_labels, num_targets)
+        num_labels = num_targets if num_masked is None else num_masked
+        loss_sum = self.hf.lm_head(hidden_states, shift_labels, num_labels, target_weights)
         return LossOutput(loss_sum, num_targets, {})
 
     def after_update(self, figures: Mapping[str, Tensor], taken: Tensor) -> None:
@@ -188,6 +217,7 @@ class PackedModel(nn.Module):
                 cu_seqlens=cu_seqlens,
                 max_seqlen=max_seqlen,
                 sequence=self.sequence,
+                causal=self.diffusion is None,
                 **kwargs,
             )
             if after_layer is not None:

@@ -41,9 +41,9 @@ class Qwen3(PackedModel):
     def flops(self, batch: Mapping[str, Any]) -> float:
         """Forward and backward FLOPs of one packed row; see triptych_models.flops."""
         parts, adapted = self.trainable_parts(), self.lora is not None
-        return qwen3_flops(self.hf.config, batch, parts, adapted=adapted) + adapter_flops(
-            self, batch
-        )
+        causal = self.diffusion is None
+        base = qwen3_flops(self.hf.config, batch, parts, adapted=adapted, causal=causal)
+        return base + adapter_flops(self, batch)
 
     def check_processor(self, processor: Any) -> None:
         """Raise ValueError unless the data's processor makes text alone, of ids that are known."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .sequence import SequenceGroup
 
-_TOKENS = ("input_ids", "shift_labels", "position_ids")
+_TOKENS = ("input_ids", "shift_labels", "position_ids", "target_weights")
 
 
 def take_part(batch: Mapping[str, Any], group: SequenceGroup) -> Mapping[str, Any]:
@@ -24,8 +24,12 @@ def take_part(batch: Mapping[str, Any], group: SequenceGroup) -> Mapping[str, An
     assert seq_len % group.size == 0, "the stage's configuration is checked for that"
     length = seq_len // group.size
     tokens = slice(group.rank * length, (group.rank + 1) * length)
-    part = dict(batch) | {name: batch[name][..., tokens] for name in _TOKENS}
-    part["num_targets"] = int((part["shift_labels"] != -100).sum())
+    part = dict(batch) | {name: batch[name][..., tokens] for name in _TOKENS if name in batch}
+    labels = int((part["shift_labels"] != -100).sum())
+    if "num_masked" in batch:  # the row's divisor, once
+        part |= {"num_masked": labels, "num_targets": 0 if group.rank else batch["num_targets"]}
+    else:
+        part["num_targets"] = labels
     if "pixel_values" in batch:
         for name in ("pixel_values", "image_grid_thw", "vision_cu_seqlens"):
             del part[name]

@@ -65,15 +65,18 @@ class Heads:
 
     Args:
         model: gives a `loss_sum`.
-        head: of it; takes hidden states (1, T, H), labels (1, T) and their number.
+        head: of it; takes hidden states (1, T, H), labels (1, T), their number, and what else
+            the model gives it.
     """
 
     def __init__(self, model: nn.Module, head: nn.Module) -> None:
         self._head = head
         self.losses: list[Tensor] = []
-        self._given: list[Tensor] = []
+        self._given: list[tuple[Any, ...]] = []
         self._handles = [
-            head.register_forward_pre_hook(lambda _, args: self._given.append(args[0].detach())),
+            head.register_forward_pre_hook(
+                lambda _, args: self._given.append((args[0].detach(), *args[3:]))
+            ),
             model.register_forward_hook(lambda *args: self.losses.append(args[2].loss_sum)),
         ]
 
@@ -85,7 +88,7 @@ class Heads:
     @torch.no_grad()
     def loss_of(self, number: int, labels: Tensor) -> Tensor:
         """The head's summed loss on these labels, (1, T) int64, of pack `number`, () fp32."""
-        given = self._given[number]
+        given, *more = self._given[number]
         count = int((labels != -100).sum())
-        loss: Tensor = self._head(given, labels.to(given.device), count)
+        loss: Tensor = self._head(given, labels.to(given.device), count, *more)
         return loss

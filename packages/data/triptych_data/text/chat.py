@@ -89,7 +89,8 @@ class ChatTokenizer:
         Trained is all that the model has to say in an assistant's turn (what follows the
         generation prompt: text, reasoning, calls) and the token that ends it, in the turns that
         the options select. A turn without text trains nothing, and nothing does with a
-        generation prompt.
+        generation prompt. `fill_answer` repeats the end token of a chat that ends by a trained
+        turn.
 
         Raises ValueError if the template refuses, cuts or drops what the messages say, writes a
         trained turn otherwise than it is generated, or prints other media than the chat has.
@@ -101,7 +102,11 @@ class ChatTokenizer:
             prepared, tools or None, trained, add_generation_prompt=add_generation_prompt
         )
         assembly = assemble(chat, trained, media, self._controls)
-        return disassemble(self.text.encoder.encode(assembly.anchored), assembly)
+        tokens = disassemble(self.text.encoder.encode(assembly.anchored), assembly)
+        multiple = self._options.fill_answer
+        if multiple and len(messages) - 1 in trained and tokens.trained.any():
+            return fill_answer(tokens, multiple, self.end_token_id)
+        return tokens
 
     def document(
         self, parts: Sequence[Mapping[str, Any]], media: Sequence[MediaTokens]
@@ -147,6 +152,8 @@ class ChatTokenizer:
             "placeholders": self._controls.placeholders,
             "options": self._options.model_dump(include={"train_turns", "date"}),
         }
+        if self._options.fill_answer:
+            settings["fill_answer"] = self._options.fill_answer
         digest = hashlib.sha256(self.text.description.encode())
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         return digest.hexdigest()
@@ -195,6 +202,20 @@ class ChatTokenizer:
                     f"{found[1]}, which the chat template prints itself; give reasoning as "
                     "reasoning_content and calls as tool_calls"
                 )
+
+
+def fill_answer(tokens: ChatTokens, multiple: int, end_token_id: int) -> ChatTokens:
+    """The tokens with the last trained run made as long as a multiple; what came behind it goes."""
+    trained = np.flatnonzero(tokens.trained)
+    end = trained[-1] + 1
+    gaps = np.flatnonzero(np.diff(trained) > 1)
+    length = end - trained[gaps[-1] + 1 if len(gaps) else 0]
+    more = -length % multiple
+    ids = np.concatenate([tokens.input_ids[:end], np.full(more, end_token_id)])
+    return ChatTokens(
+        ids.astype(tokens.input_ids.dtype),
+        np.concatenate([tokens.trained[:end], np.ones(more, dtype=bool)]),
+    )
 
 
 def shift_targets(tokens: ChatTokens) -> np.ndarray:

@@ -25,6 +25,13 @@ class ChatConfig(BaseModel):
         description="The day (YYYY-MM-DD) that a chat template prints as today; tokens must not "
         "depend on when they are made.",
     )
+    fill_answer: int | None = Field(
+        default=None,
+        ge=1,
+        description="Behind a chat's last answer its end token is repeated, and trained, until the "
+        "answer takes a multiple of so many tokens: for model.diffusion, which is asked to fill "
+        "masks in and must not be told by their number how long the answer is.",
+    )
     tiktoken: Literal["off", "if_equal", "require"] = Field(
         default="off",
         description="Whether text is encoded by tiktoken, several times as fast, where that is "

@@ -1,0 +1,22 @@
+"""What is answered, and where an answer ends."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Prompt(Protocol):
+    """One encoded prompt; image fields None or empty without images."""
+
+    input_ids: Tensor
+    """(n,) int64."""
+    pixel_values: Tensor | None
+    """(patches, patch_dim) uint8."""
+    image_grid_thw: Tensor | None
+    """(num_images, 3) int64."""
+
+
+def before_stop(tokens: list[int], stops: set[int]) -> list[int]:
+    """The tokens before the first stop."""
+    end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
+    return tokens[:end]
