@@ -102,6 +102,7 @@ PROOFS: dict[str, Proof] = {
     ),
     "mixtral": Proof(tiny.write_mixtral_model_dir, texts, tiny.pack_text),
     "qwen2": Proof(tiny.write_qwen2_model_dir, texts, tiny.pack_text),
+    "qwen2_5_vl": Proof(tiny.write_qwen2_5_vl_model_dir, pictures, tiny.pack),
     "qwen2_moe": Proof(tiny.write_qwen2_moe_model_dir, texts, tiny.pack_text),
     "qwen3": Proof(tiny.write_text_model_dir, texts, tiny.pack_text),
     "qwen3_moe": Proof(tiny.write_moe_model_dir, texts, tiny.pack_text),

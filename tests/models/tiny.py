@@ -65,6 +65,38 @@ def write_model_dir(directory: Path, *, tied: bool = False) -> Path:
     return directory
 
 
+def write_qwen2_5_vl_model_dir(directory: Path, **fields: Any) -> Path:
+    """A Qwen2.5-VL, as published folders write it (all of the text on top): windows of 2 x 2 merge
+    blocks in the first block of the tower, whole frames in the second."""
+    write_model_dir(directory)
+    vision = {
+        "model_type": "qwen2_5_vl",
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_heads": 2,
+        "patch_size": 4,
+        "spatial_merge_size": MERGE,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 32,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+        "tokens_per_second": 2,
+    }
+    config = _without_heads(write_text_model_dir(directory)) | {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "vision_config": vision,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]},
+        "image_token_id": IMAGE,
+        "video_token_id": 295,
+        "vision_start_token_id": START,
+        "vision_end_token_id": END,
+    }
+    (directory / "config.json").write_text(json.dumps(config | fields))
+    return directory
+
+
 def write_text_model_dir(directory: Path, *, tied: bool = False) -> Path:
     """config.json of a Qwen3 with two layers, as published folders write it."""
     directory.mkdir(parents=True, exist_ok=True)

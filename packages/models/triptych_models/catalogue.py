@@ -67,6 +67,13 @@ FAMILIES: dict[str, Family] = {
         "0.5B, 1.5B, 3B, 7B, 14B, 32B, 72B (2 and 2.5)",
         "tiny on CPUs",
     ),
+    "qwen2_5_vl": Family(
+        "triptych_models.qwen2_5_vl:Qwen2_5VL",
+        _SEEING,
+        ("align", "pretrain", "sft"),
+        "3B, 7B, 32B, 72B",
+        "tiny on CPUs",
+    ),
     "qwen2_moe": Family(
         "triptych_models.qwen2_moe:Qwen2MoE",
         _MIXTURE,

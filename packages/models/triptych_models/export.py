@@ -4,12 +4,14 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .expert_weights import router_biases, tensors_to_store
+from .layout import stored_name, stored_prefixes
 from .lora import adapted_layers, adapter_parameters, merged_weight
 from .weights import Gather, own_parameters, whole
 
@@ -70,13 +72,14 @@ def export(
         partial.rename(out_dir)
 
 
-def stored_tensors(hf: nn.Module, gather: Gather) -> Iterator[tuple[str, Tensor]]:
+def stored_tensors(hf: Any, gather: Gather) -> Iterator[tuple[str, Tensor]]:
     """All tensors under the names of a directory, whole until the next is asked for.
 
     Adapters are merged into the weights they are beside, in fp32; into those that four bits stand
     for, where they are kept so.
     """
     adapted = {id(layer.base_layer): layer for _, layer in adapted_layers(hf)}
+    prefixes = stored_prefixes(hf.config, ())
     adapters = {id(p) for layer in adapted.values() for p in adapter_parameters(layer).values()}
     for module, own in own_parameters(hf):
         if any(id(parameter) in adapters for parameter in own.values()):
@@ -87,7 +90,7 @@ def stored_tensors(hf: nn.Module, gather: Gather) -> Iterator[tuple[str, Tensor]
             for name, tensor in tensors_to_store(module, own):
                 if layer is not None and name.endswith((".weight", ".packed")):
                     name, tensor = name.replace(".packed", ".weight"), merged_weight(layer)
-                yield name.replace(".base_layer.", "."), tensor
+                yield stored_name(name.replace(".base_layer.", "."), prefixes), tensor
 
 
 def copy_configs(source_dir: Path, out_dir: Path, dtype: torch.dtype) -> None:

@@ -104,17 +104,28 @@ def vision_flops(
     grid = batch.get("image_grid_thw")
     grids = [] if grid is None else [tuple(int(n) for n in row) for row in grid]
 
-    embed = Work(patch_embedding(config.vision_config, grids), 0.0)
-    tower = vision_blocks(config.vision_config, grids)
-    projector = Work(mergers(config.vision_config, grids), 0.0)
-    vision_trains = "vision" in trainable
-    projector_trains = "projector" in trainable
-    into_projector = vision_trains or projector_trains  # it begins with a norm of its own
+    vision = config.vision_config
+    return tower_flops(
+        patch_embedding(vision, grids),
+        vision_blocks(vision, grids),
+        mergers(vision, grids),
+        trainable,
+        adapted=adapted,
+    )
+
+
+def tower_flops(
+    embedding: float, tower: Work, projector: float, trainable: Collection[str], *, adapted: bool
+) -> float:
+    """Forward + backward of a tower and a projector that begins with a norm of its own, from the
+    forward FLOPs of both and of the patch embedding; see qwen3_vl_flops."""
+    sees, projects = "vision" in trainable, "projector" in trainable
     weights = set() if adapted else trainable
+    embed, merge = Work(embedding, 0.0), Work(projector, 0.0)
     return (
         with_backward(embed, weight="vision" in weights, inputs=False)  # pixels need no gradient
-        + with_backward(tower, weight="vision" in weights, inputs=vision_trains)
-        + with_backward(projector, weight="projector" in weights, inputs=into_projector)
+        + with_backward(tower, weight="vision" in weights, inputs=sees)
+        + with_backward(merge, weight="projector" in weights, inputs=sees or projects)
     )
 
 
@@ -206,6 +217,25 @@ def tower_blocks(hidden: int, intermediate: int, depth: int, grids: list[tuple[i
     return Work(2.0 * depth * weights * patches, 4.0 * depth * hidden * pairs)
 
 
+def gated_tower(vision: PretrainedConfig, grids: list[tuple[int, ...]], side: int) -> Work:
+    """All blocks of a tower with gated MLPs: all but a few attend within windows of side² patches.
+
+    A window at a frame's edge is as large as what is left of the frame.
+    """
+    hidden, whole = vision.hidden_size, len(vision.fullatt_block_indexes)
+    weights = 4 * hidden * hidden + 3 * hidden * vision.intermediate_size
+    patches = sum(t * h * w for t, h, w in grids)
+    frames = sum(t * (h * w) ** 2 for t, h, w in grids)
+    windows = sum(t * _squares(h, side) * _squares(w, side) for t, h, w in grids)
+    pairs = whole * frames + (vision.depth - whole) * windows
+    return Work(2.0 * vision.depth * weights * patches, 4.0 * hidden * pairs)
+
+
+def _squares(length: int, side: int) -> int:
+    """Sum of squares of the pieces of a length that is cut every side."""
+    return length // side * side**2 + (length % side) ** 2
+
+
 def patch_embedding(vision: PretrainedConfig, grids: list[tuple[int, ...]]) -> float:
     patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     return 2.0 * patch_dim * vision.hidden_size * sum(t * h * w for t, h, w in grids)
@@ -213,8 +243,12 @@ def patch_embedding(vision: PretrainedConfig, grids: list[tuple[int, ...]]) -> f
 
 def mergers(vision: PretrainedConfig, grids: list[tuple[int, ...]]) -> float:
     """The merger after the tower and one per tapped block."""
+    return (1 + len(vision.deepstack_visual_indexes)) * patch_merger(vision, grids)
+
+
+def patch_merger(vision: PretrainedConfig, grids: list[tuple[int, ...]]) -> float:
+    """One merger: two products for each block of patches that becomes a token."""
     unit = vision.spatial_merge_size**2
     wide = vision.hidden_size * unit
     tokens = sum(t * h * w for t, h, w in grids) // unit
-    count = 1 + len(vision.deepstack_visual_indexes)
-    return 2.0 * count * tokens * wide * (wide + vision.out_hidden_size)
+    return 2.0 * tokens * wide * (wide + vision.out_hidden_size)

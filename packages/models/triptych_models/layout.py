@@ -1,5 +1,6 @@
 """Where things lie in a transformers model: the same question has another answer per family."""
 
+from collections.abc import Collection
 from typing import Any, Literal, NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -91,3 +92,27 @@ class StoredExperts(NamedTuple):
     up: str = "up_proj"
     down: str = "down_proj"
     is_stacked: bool = False
+
+
+Prefixes = tuple[tuple[str, str], ...]
+
+# How names of tensors begin: in transformers' modules, and in published folders (by which
+# transformers 5 reads and writes them: conversion_mapping.py).
+STORED_PREFIXES: dict[str, Prefixes] = {
+    "qwen2_5_vl": (("model.visual.", "visual."), ("model.language_model.", "model.")),
+}
+
+
+def stored_prefixes(config: PretrainedConfig, stored: Collection[str]) -> Prefixes:
+    """What to rename for a folder of these tensors: nothing where it has the modules' names."""
+    pairs = STORED_PREFIXES.get(config.model_type, ())
+    is_own = any(name.startswith(own) for name in stored for own, _ in pairs)
+    return () if is_own else pairs
+
+
+def stored_name(name: str, prefixes: Prefixes) -> str:
+    """A tensor's name in a folder."""
+    for own, published in prefixes:
+        if name.startswith(own):
+            return published + name.removeprefix(own)
+    return name

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .expert_weights import draw_experts, router_biases, stored_names, stored_pieces
 from .experts import Experts
-from .layout import text_config, tower
+from .layout import stored_name, stored_prefixes, text_config, tower
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 
@@ -88,11 +88,15 @@ def constant(value: float, like: Tensor) -> Tensor:
 def load_weights(hf: PreTrainedModel, directory: Path, gather: Gather = whole) -> None:
     """Read model.safetensors, or its shards by index, into the model, one module at a time.
 
-    Names are those of the Hugging Face checkpoint. Raises ValueError that lists tensors missing,
-    unexpected or of another shape.
+    Names are those of published folders, or of transformers' modules. Raises ValueError that lists
+    tensors missing, unexpected or of another shape.
     """
     files = weight_files(directory)
-    modules = list(own_parameters(hf))
+    prefixes = stored_prefixes(hf.config, files)
+    modules = [
+        (module, {stored_name(name, prefixes): p for name, p in own.items()})
+        for module, own in own_parameters(hf)
+    ]
     biases = router_biases(hf)
     wanted = {*biases} | {
         each
@@ -182,8 +186,9 @@ def check_names(
     hf: PreTrainedModel,
 ) -> None:
     """ValueError unless exactly the wanted tensors are stored; a tied head may be stored twice."""
-    (tied,) = hf._tied_weights_keys.items()  # lm_head.weight and the embedding's name
-    head, embedding = tied
+    (pair,) = hf._tied_weights_keys.items()  # lm_head.weight and the embedding's name
+    prefixes = stored_prefixes(hf.config, files)
+    head, embedding = tied = tuple(stored_name(name, prefixes) for name in pair)
     stored = set(files)
     if hf.config.tie_word_embeddings and {head, embedding} <= stored:
         copies = [readers[files[name]].get_tensor(name) for name in tied]
