@@ -95,17 +95,21 @@ MEDIA_RULES = ("preprocessor_config.json", "video_preprocessor_config.json")
     help="what becomes a token: each patch, neighbouring ones together, or a learned query",
 )
 @click.option(
-    "--factor", default=2, type=click.IntRange(min=1), help="SigLIP: patches a side merged"
+    "--factor",
+    type=click.IntRange(min=1),
+    help="SigLIP, pixel_unshuffle: patches a side merged  [default: 2]",
 )
 @click.option(
-    "--queries", default=64, type=click.IntRange(min=1), help="SigLIP: a resampler's tokens"
+    "--queries",
+    type=click.IntRange(min=1),
+    help="SigLIP, resampler: an image's tokens  [default: 64]",
 )
 @click.option("--output", required=True, type=FOLDER, help="a new folder")
 @click.option("--seed", default=0, help="of the projector")
 @click.option(
     "--max-shard-bytes", default=5 * 10**9, type=click.IntRange(min=1), help="of a file of weights"
 )
-def main(vision: Path, language: Path, output: Path, projector: str, **settings: int) -> None:
+def main(vision: Path, language: Path, output: Path, projector: str, **settings: Any) -> None:
     """Write OUTPUT, a model of the two models' parts and a fresh projector."""
     try:
         size = assemble(vision, language, output, projector, **settings)
@@ -120,14 +124,16 @@ def assemble(
     output: Path,
     projector: str = "pixel_unshuffle",
     *,
-    factor: int = 2,
-    queries: int = 64,
+    factor: int | None = None,
+    queries: int | None = None,
     seed: int = 0,
     max_shard_bytes: int = 5 * 10**9,
 ) -> int:
     """Write the folder; returns the bytes of its weights.
 
-    Raises ValueError if `output` exists, or a folder is not of a family that it may be of.
+    factor is of pixel_unshuffle behind a SigLIP (2 if None), queries of a resampler (64). Raises
+    ValueError if `output` exists, a folder is not of a family that it may be of, or the projector
+    has no use for one of them.
     """
     if output.exists():
         raise ValueError(f"--output: must not exist, got {output}; name a new directory")
@@ -138,12 +144,23 @@ def assemble(
             f"--projector: must be {' or '.join(PROJECTORS[family])} behind the tower of a "
             f"{family}, got {projector}; choose one, or the tower of a SigLIP"
         )
+    for option, value, user in (
+        ("--factor", factor, "pixel_unshuffle"),
+        ("--queries", queries, "resampler"),
+    ):
+        if value is not None and (projector != user or family not in SIGLIP):
+            raise ValueError(
+                f"{option}: must be left out but for {user} behind the tower of a SigLIP, got "
+                f"{value} for {projector} behind a {family}"
+            )
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was cut off
     partial.mkdir(parents=True)
     vocabulary = write_tokenizer(language, partial, write_chat(vision, family, partial))
     if family in SIGLIP:
-        config = config_of_siglip(vision, language, projector, vocabulary, factor, queries)
+        config = config_of_siglip(
+            vision, language, projector, vocabulary, factor or 2, queries or 64
+        )
         write_siglip_rules(vision, partial, config)
     else:
         config = config_of_qwen3_vl(vision, language, projector, vocabulary)

@@ -1,7 +1,8 @@
 """Write the tiny models that the CPU demo and the tests use: model directories without weights.
 
     python tools/make_tiny_model.py [OUT_DIR]        (default: stages/configs/qwen3_vl_tiny)
-    python tools/make_tiny_model.py --text           (default: stages/configs/qwen3_tiny)
+    python tools/make_tiny_model.py --kind text      (default: stages/configs/qwen3_tiny)
+    python tools/make_tiny_model.py --kind llava     (default: stages/configs/llava_tiny)
 
 The directory is what `model.path` names: stock transformers loads its config, tokenizer and
 processor, and builds the model with random weights. Sizes that differ in the real models differ
@@ -14,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import click
+from assemble_vlm import CHATML
 from make_digits import WORDINGS
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
 CONFIGS = Path(__file__).parent.parent / "stages/configs"
 VOCAB_SIZE = 512  # rows of the embedding; the tokenizer may fill fewer, as Qwen's does
+KINDS = {"vision": "qwen3_vl_tiny", "text": "qwen3_tiny", "llava": "llava_tiny"}
+SIGLIP_SIDE = 32  # pixels: 16 tokens an image
 PATCH_SIZE, MERGE_SIZE, TEMPORAL_PATCH_SIZE = 8, 2, 2
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -64,20 +68,27 @@ CHAT_TEMPLATE = """\
 
 @click.command()
 @click.argument("out_dir", required=False, type=click.Path(file_okay=False, path_type=Path))
-@click.option("--text", is_flag=True, help="A Qwen3: a language model alone, before any chat.")
-def main(out_dir: Path | None, text: bool) -> None:
+@click.option(
+    "--kind",
+    default="vision",
+    type=click.Choice([*KINDS]),
+    help="A Qwen3-VL, a Qwen3 before any chat, or a LLaVA: SigLIP's tower before that Qwen3.",
+)
+def main(out_dir: Path | None, kind: str) -> None:
     """Write the model directory, then load it with transformers and run it once."""
-    out_dir = out_dir or CONFIGS / ("qwen3_tiny" if text else "qwen3_vl_tiny")
+    out_dir = out_dir or CONFIGS / KINDS[kind]
     out_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer()
     tokenizer.save(str(out_dir / "tokenizer.json"))
     ids = tokenizer.get_vocab()
-    for name, content in (text_files(ids) if text else vision_files(ids)).items():
+    files = {"vision": vision_files, "text": text_files, "llava": llava_files}[kind]
+    for name, content in files(ids).items():
         (out_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if text:
+    if kind == "text":
         check_text(out_dir)
     else:
-        (out_dir / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+        template = CHATML if kind == "llava" else CHAT_TEMPLATE
+        (out_dir / "chat_template.jinja").write_text(template, encoding="utf-8")
         check(out_dir)
 
 
@@ -98,6 +109,35 @@ def text_files(ids: dict[str, int]) -> dict[str, Any]:
         "config.json": text_config(ids),
         "generation_config.json": generation_config(ids),
         "tokenizer_config.json": tokenizer_config() | {"eos_token": "<|endoftext|>"},
+    }
+
+
+def llava_files(ids: dict[str, int]) -> dict[str, Any]:
+    """The small files of a LLaVA, as assemble_vlm.py puts it together: a token a patch."""
+    from triptych_models.assemble_siglip import siglip_config, siglip_processor
+
+    config = siglip_config(
+        siglip(),
+        text_config(ids),
+        "mlp",
+        vocab_size=VOCAB_SIZE,
+        image_token_id=ids["<|image_pad|>"],
+        tied=True,
+    )
+    side = {"height": SIGLIP_SIDE, "width": SIGLIP_SIDE}
+    return {
+        "config.json": config,
+        "generation_config.json": generation_config(ids),
+        "tokenizer_config.json": with_processor(tokenizer_config(), "LlavaProcessor"),
+        "processor_config.json": siglip_processor(config, "<|image_pad|>"),
+        "preprocessor_config.json": {
+            "image_processor_type": "SiglipImageProcessor",
+            "size": side,
+            "do_convert_rgb": True,
+            "resample": 3,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        },
     }
 
 
@@ -183,6 +223,20 @@ def model_config(ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
+def siglip() -> dict[str, Any]:
+    """The tower's section: half a million parameters, four blocks of which three run."""
+    return {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "hidden_act": "gelu_pytorch_tanh",
+        "image_size": SIGLIP_SIDE,
+        "patch_size": PATCH_SIZE,
+        "initializer_range": 0.02,
+    }
+
+
 def text_config(ids: dict[str, int]) -> dict[str, Any]:
     """config.json: a Qwen3 of about 1.9 M parameters, the Qwen3-VL's language model."""
     text = model_config(ids)["text_config"]
@@ -216,10 +270,10 @@ def tokenizer_config() -> dict[str, Any]:
     }
 
 
-def with_processor(settings: dict[str, Any]) -> dict[str, Any]:
+def with_processor(settings: dict[str, Any], name: str = "Qwen3VLProcessor") -> dict[str, Any]:
     """Settings of a tokenizer that belongs to a processor of images too."""
     first, *rest = settings.items()
-    return dict([first, ("processor_class", "Qwen3VLProcessor"), *rest])
+    return dict([first, ("processor_class", name), *rest])
 
 
 def image_config() -> dict[str, Any]:
@@ -262,10 +316,10 @@ def check(path: Path) -> None:
     """Load the directory as a user would, run one forward pass, print the parameter counts."""
     import torch
     from PIL import Image
-    from transformers import AutoConfig, AutoProcessor, Qwen3VLForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     torch.manual_seed(0)
-    model = Qwen3VLForConditionalGeneration(AutoConfig.from_pretrained(path))
+    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
     processor = AutoProcessor.from_pretrained(path)
     content = [{"type": "image"}, {"type": "text", "text": "Which digit is this?"}]
     text = processor.apply_chat_template(
@@ -274,7 +328,8 @@ def check(path: Path) -> None:
     inputs = processor(text=[text], images=[Image.new("RGB", (64, 64))], return_tensors="pt")
     with torch.no_grad():
         logits = model(**inputs).logits
-    vision = sum(p.numel() for p in model.model.visual.parameters())
+    tower = getattr(model.model, "visual", getattr(model.model, "vision_tower", None))
+    vision = sum(p.numel() for p in tower.parameters())
     total = sum(p.numel() for p in model.parameters())
     click.echo(
         f"{path}: {total:,} parameters ({vision:,} vision, {total - vision:,} language), "

@@ -35,6 +35,7 @@ from assemble_vlm import assemble, main
 
 TEXT = ROOT / "stages/configs/qwen3_tiny"
 SIDE = 24
+QUERIES = {"resampler": 9}
 TOKENS = {"linear": 16, "mlp": 16, "pixel_unshuffle": 4, "resampler": 9}
 TOWER = {
     "hidden_size": 32,
@@ -120,7 +121,8 @@ def test_all_of_it_is_computed_as_transformers_does_from_files_to_logits(
 ) -> None:
     out = tmp_path / "vlm"
     words = ["--vision", parts / f"siglip-{whole}", "--language", parts / language]
-    words += ["--projector", projector, "--queries", 9, "--output", out]
+    words += ["--projector", projector, "--output", out]
+    words += [f"--queries={QUERIES[projector]}"] if projector in QUERIES else []
     result = CliRunner().invoke(main, [str(word) for word in words])
     assert result.exit_code == 0, result.output
     stock, info = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
@@ -180,7 +182,13 @@ def train(workspace: Path, out: Path, stage: int, freeze: str) -> None:
 def test_two_ranks_under_zero_3_train_it_as_one_does(
     parts: Path, tmp_path: Path, projector: str, freeze: str
 ) -> None:
-    assemble(parts / "siglip-True", parts / "qwen3", tmp_path / "vlm", projector, queries=9)
+    assemble(
+        parts / "siglip-True",
+        parts / "qwen3",
+        tmp_path / "vlm",
+        projector,
+        queries=QUERIES.get(projector),
+    )
     make_shards(tmp_path / "train", 30, seed=1)
     run_ranks(train, 1, tmp_path, tmp_path / "one", 0, freeze)
     run_ranks(train, 2, tmp_path, tmp_path / "two", 3, freeze)
@@ -205,4 +213,8 @@ def test_what_does_not_fit_is_refused(parts: Path, tmp_path: Path) -> None:
     assert "must divide the 4 patches" in said(*siglip, "--factor", "3")
     queries = said(*siglip, "--projector", "resampler", "--queries", "5")
     assert "num_queries must be a square, got 5" in queries
+    unused = said(*siglip, "--projector", "mlp", "--queries", "9")
+    assert "--queries: must be left out but for resampler" in unused
+    unused = said(*siglip, "--projector", "resampler", "--factor", "2")
+    assert "--factor: must be left out but for pixel_unshuffle" in unused
     assert not (tmp_path / "o").exists()

@@ -13,7 +13,14 @@ SHIPPED = ROOT / "stages/configs/qwen3_vl_tiny"
 SHIPPED_TEXT = ROOT / "stages/configs/qwen3_tiny"
 
 
-@pytest.mark.parametrize(("options", "shipped"), [([], SHIPPED), (["--text"], SHIPPED_TEXT)])
+@pytest.mark.parametrize(
+    ("options", "shipped"),
+    [
+        ([], SHIPPED),
+        (["--kind=text"], SHIPPED_TEXT),
+        (["--kind=llava"], SHIPPED.with_name("llava_tiny")),
+    ],
+)
 def test_shipped_directory_is_what_the_maker_writes(
     tmp_path: Path, options: list[str], shipped: Path
 ) -> None:
