@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
+from running import carry_out
 
 from triptych_core.config import StageConfig, did_you_mean
 from triptych_data.config import CostConfig, DataConfig
@@ -16,7 +17,6 @@ from triptych_models.catalogue import FAMILIES, Part
 from triptych_models.config import ModelConfig
 
 if TYPE_CHECKING:
-    from triptych_core.checkpoint.saver import Saver
     from triptych_core.launch import Runtime
     from triptych_core.loop import Part as RowPart
     from triptych_core.metrics import Metrics
@@ -319,23 +319,11 @@ def run(config: PackedConfig) -> None:
         replay(config)
         return
     # Not at the top: the configuration is checked before torch is imported.
-    from triptych_core.checkpoint.saver import Saver, resume
-    from triptych_core.engine.averaged import averaged_weights
-    from triptych_core.engine.recompiles import RecompileWatch
-    from triptych_core.evaluation.evaluate import evaluate_if_due
-    from triptych_core.faults.oversight import Oversight
-    from triptych_core.faults.watch import Watch
-    from triptych_core.launch import shutdown
-    from triptych_core.loop import train
-    from triptych_core.metrics import Metrics
-    from triptych_core.plan.postmortem import suggest_remedy
-    from triptych_core.run import close_run, describe_run, open_run
     from triptych_data.heldout import Heldout
     from triptych_data.plan.ledger import Ledger
 
     config, runtime, chosen = begin(config)
     job = build_job(config, runtime)
-    engine, model, batches, part = job.engine, job.model, job.batches, job.part
     heldout = None
     if config.evaluation.shards:
         heldout = Heldout(
@@ -346,61 +334,31 @@ def run(config: PackedConfig) -> None:
             finish=batches.builder.finish,
             **job.place,
         )
-    resumed = resume(engine, config, batches)
-    start_step = resumed.step
-    facts = {"parameters": job.parameters, "data": batches.describe(), "chosen": chosen}
-    open_run(config, runtime, facts, resumed)
-    with Metrics(
-        config, rank=runtime.rank, world_size=runtime.world_size, start_step=start_step
-    ) as metrics:
-        metrics.note(describe_run(config, runtime, facts, start_step))
-        answer = partial(_answer, job, heldout)
-        test = partial(evaluate_if_due, engine, config, heldout, answer, metrics, part=part)
-        watch = Watch(config.run, model, model.layers(), batches.doing)
-        oversight = Oversight(
-            engine, config, metrics.note, resumed, asked=watch.stop, heart=watch.heart
-        )
-        save = Saver(engine, config, batches, metrics, oversight)
-        oversight.leave = partial(_leave, config, save, metrics, is_main=runtime.is_main)
-        stream, on_step = iter(batches), [test, save]
-        if config.data.ledger and job.is_first:
-            ledger = Ledger(config.run.dir / "ledger", start_step=start_step, **job.place)
-            stream, on_step = ledger.watch(stream), [ledger.write, *on_step]
-        if config.model.compile == "layers":
-            on_step = [RecompileWatch(start_step), *on_step]
-        if start_step == 0:
-            test(0)
-        with suggest_remedy(config, plan):
-            train(
-                engine,
-                stream,
-                config,
-                flops=model.flops,
-                metrics=metrics,
-                part=part,
-                start_step=start_step,
-                on_step=on_step,
-                after_update=model.after_update,
-                oversight=oversight,
-            )
-    if config.export:
-        with averaged_weights(engine):
-            _export(config, model, is_main=runtime.is_main)
-    close_run(config, runtime)
-    watch.close()
-    shutdown()
+
+    def open_ledger(start_step: int) -> Ledger:
+        return Ledger(config.run.dir / "ledger", start_step=start_step, **job.place)
+
+    export = partial(_export, config, job.model, is_main=runtime.is_main)
+    carry_out(
+        config,
+        runtime,
+        job,
+        {"parameters": job.parameters, "data": job.batches.describe(), "chosen": chosen},
+        test=partial(_test, job, heldout),
+        export=export if config.export else None,
+        plan=plan,
+        ledger=open_ledger if config.data.ledger and job.is_first else None,
+        compiles=config.model.compile == "layers",
+        after_update=job.model.after_update,
+    )
 
 
-def _leave(
-    config: PackedConfig, save: "Saver", metrics: "Metrics", step: int, *, is_main: bool
-) -> None:
-    """What is done before the end of a run that was asked to stop; every rank takes part."""
-    from triptych_core.report.page import write_report
+def _test(job: Job, heldout: "Heldout | None", metrics: "Metrics", step: int) -> None:
+    """Evaluate if the step is due; every rank takes part."""
+    from triptych_core.evaluation.evaluate import evaluate_if_due
 
-    save.save_now(step)
-    metrics.flush()
-    if is_main:
-        write_report(config.run.dir)
+    answer = partial(_answer, job, heldout)
+    evaluate_if_due(job.engine, job.config, heldout, answer, metrics, step, part=job.part)
 
 
 def _answer(job: Job, heldout: "Heldout | None", questions: list[int]) -> list[str]:

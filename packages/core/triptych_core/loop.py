@@ -33,6 +33,11 @@ def whole_row(batch: Batch) -> Batch:
     return batch
 
 
+def row_tokens(batch: Batch) -> int:
+    """How many tokens a packed row can hold."""
+    return int(batch["input_ids"].numel())
+
+
 def train(
     engine: Any,
     batches: Iterator[Batch],
@@ -41,6 +46,7 @@ def train(
     flops: Callable[[Batch], float],
     metrics: Metrics,
     part: Part = whole_row,
+    capacity: Callable[[Batch], int] = row_tokens,
     start_step: int = 0,
     last_step: int | None = None,
     on_step: Sequence[Callable[[int], None]] = (),
@@ -57,6 +63,7 @@ def train(
 
     Where `parallel.sequence` ranks hold a row between them, all of them are given that row, and
     each computes `part(row)`. `parallel.tensor` ranks compute the same with a part of the weights.
+    `capacity` is what a batch's `num_tokens` could at most be.
 
     Raises:
         EndsRun: a rank was asked to stop, or the loss guard of `oversight` has had enough.
@@ -110,8 +117,7 @@ def train(
                 counts=counts,
                 grad_norm=engine.get_global_grad_norm(),
                 lr=config.optim.lr * scale,
-                capacity=sum(batch["input_ids"].numel() for batch in window)
-                * (world_size // parallel.ranks_per_row),
+                capacity=sum(map(capacity, window)) * (world_size // parallel.ranks_per_row),
                 data_wait_seconds=waited,
                 figures=found,
             )

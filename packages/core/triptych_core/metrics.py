@@ -47,9 +47,16 @@ class Metrics:
     """
 
     def __init__(
-        self, config: StageConfig, *, rank: int, world_size: int, start_step: int = 0
+        self,
+        config: StageConfig,
+        *,
+        rank: int,
+        world_size: int,
+        start_step: int = 0,
+        unit: str = "tokens",
     ) -> None:
         self._config = config
+        self._unit = unit  # of what a batch's num_tokens counts
         self._is_main = is_main = rank == 0
         self._peak = peak_flops(config) * world_size
         self._readout = Readout()
@@ -177,8 +184,8 @@ class Metrics:
             "step": record.step,
             "loss": step.loss,
             "num_targets": num_targets,
-            "num_tokens": num_tokens,
-            "tokens_per_second": num_tokens / seconds,
+            f"num_{self._unit}": num_tokens,
+            f"{self._unit}_per_second": num_tokens / seconds,
             "mfu": flops / seconds / self._peak if math.isfinite(self._peak) else None,
             "flops": flops,
             "grad_norm": step.grad_norm,
@@ -199,9 +206,10 @@ class Metrics:
         seconds = sum(line["step_seconds"] for line in lines)
         share = sum(line["flops"] for line in lines) / seconds / self._peak
         mfu = f"  mfu {share:.1%}" if math.isfinite(share) else ""
-        speed = sum(line["num_tokens"] for line in lines) / seconds
+        speed = sum(line[f"num_{self._unit}"] for line in lines) / seconds
         wait = sum(line["data_wait_seconds"] for line in lines) / seconds
-        status = f"loss {last['loss']:.4f}  {speed:,.0f} tok/s{mfu}  data wait {wait:.1%}"
+        unit = "tok" if self._unit == "tokens" else self._unit
+        status = f"loss {last['loss']:.4f}  {speed:,.0f} {unit}/s{mfu}  data wait {wait:.1%}"
         if self._progress is not None:
             self._progress.update(self._task, completed=last["step"], status=status)
         else:

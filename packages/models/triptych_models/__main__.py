@@ -2,13 +2,13 @@
 
 import sys
 
-from .catalogue import FAMILIES
+from .catalogue import DENOISERS, FAMILIES
 
 
 def main() -> None:
     """Print a paragraph for each family."""
     out = sys.stdout
-    for name, family in FAMILIES.items():
+    for name, family in [*FAMILIES.items(), *DENOISERS.items()]:
         out.write(f"{name}\n")
         for key, value in (
             ("parts", ", ".join(family.parts)),

@@ -110,3 +110,25 @@ FAMILIES: dict[str, Family] = {
         "tiny on CPUs",
     ),
 }
+
+
+class Denoiser(NamedTuple):
+    """What there is to know of a diffusion family before its class is imported."""
+
+    implementation: str
+    """module:class, of a `diffusion.model.DiffusionModel`"""
+    parts: tuple[str, ...]
+    stages: tuple[str, ...]
+    sizes: str
+    ran: str
+
+
+DENOISERS: dict[str, Denoiser] = {
+    "sit": Denoiser(
+        "triptych_models.diffusion.sit_model:SiTModel",
+        ("embedders", "blocks", "head"),
+        ("diffusion",),
+        "S, B, L, XL, with patches of 1, 2, 4, 8",
+        "tiny on CPUs",
+    ),
+}

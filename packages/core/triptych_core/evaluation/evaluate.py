@@ -93,6 +93,8 @@ class Evaluation:
     examples: list[dict[str, Any]] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
     score: float | None = None
+    picture: str | None = None
+    """what the model draws, as a data URI"""
 
 
 class HeldoutSet(Protocol):

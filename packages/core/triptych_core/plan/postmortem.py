@@ -26,7 +26,7 @@ def name_batch(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
         shapes = ", ".join(
             f"{name} {tuple(value.shape)}"
             for name, value in batch.items()
-            if isinstance(value, torch.Tensor) and name in ("input_ids", "pixel_values")
+            if isinstance(value, torch.Tensor) and name in ("input_ids", "pixel_values", "latents")
         )
         error.add_note(f"out of memory in {running_module(model, error.__traceback__)}, {shapes}")
         error.add_note(f"samples: {', '.join(keys) or 'not named'}")
@@ -34,13 +34,16 @@ def name_batch(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def suggest_remedy(config: Stage, plan: Callable[[Stage], Plan]) -> Iterator[None]:
-    """Let an OutOfMemoryError end with the one setting that would have made the run fit."""
+def suggest_remedy(config: Stage, plan: Callable[[Stage], Plan] | None) -> Iterator[None]:
+    """Let an OutOfMemoryError end with the one setting that would have made the run fit.
+
+    A stage without a plan has no advice.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
         current = (config.engine.stage, config.engine.checkpointing)
-        if config.parallel.tensor > 1:
+        if plan is None or config.parallel.tensor > 1:
             raise  # no plan knows it
         try:
             shown = config.plan.model_copy(update={"show": "table"})  # all there is to choose from

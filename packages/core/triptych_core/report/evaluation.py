@@ -36,7 +36,7 @@ def draw_evaluation(evaluations: Sequence[Record]) -> Iterator[str]:
     losses = [e for e in (before, last) if e and e.get("heldout_loss") is not None]
     if losses:
         told = " and ".join(f"{short(e['heldout_loss'])} at step {e['step']:,}" for e in losses)
-        yield f"<p>Held-out loss: {told} (nats per target token).</p>"
+        yield f"<p>Held-out loss: {told}.</p>"
     if last.get("exact_match"):
         yield _table(before, last)
     if _has_own_metrics(last):

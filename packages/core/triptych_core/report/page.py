@@ -11,7 +11,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from string import Template
@@ -20,6 +20,7 @@ from typing import Any
 from triptych_core.report.chart import Line, draw_chart, short, smooth
 from triptych_core.report.evaluation import TOTAL, draw_evaluation, scores
 from triptych_core.report.experts import draw_experts
+from triptych_core.report.pictures import draw_pictures
 
 Record = dict[str, Any]
 
@@ -57,6 +58,7 @@ CURVES = [
     Curve("Balance of experts", "1 is even", "balance_loss", from_zero=False, is_for_all=False),
     Curve("Learning rate", "", "lr", is_noisy=False),
     Curve("Throughput", "tokens/s", "tokens_per_second"),
+    Curve("Throughput", "images/s", "images_per_second", is_for_all=False),
     Curve("Model FLOPs utilisation", "% of peak", "mfu", 100, top=100),
     Curve("Packing fill", "% of a row is data", "packing_fill", 100, from_zero=False, top=100),
     Curve("Waiting for data", "ms per step", "data_wait_seconds", 1000, from_zero=False),
@@ -73,7 +75,8 @@ def write_report(run_dir: Path | str) -> Path:
     run = read_run(Path(run_dir))
     charts, hover = draw_charts(run)
     body = [_header(run), _numbers(run), _facts(run), charts]
-    body += [*draw_experts(run.steps), *draw_evaluation(run.evaluations), _config(run)]
+    body += [*draw_experts(run.steps), *draw_evaluation(run.evaluations)]
+    body += [*draw_pictures(run.evaluations), _config(run)]
     page = fill_page(f"{run.name} · Triptych", body, hover)
     path = Path(run_dir) / "report.html"
     path.write_text(page, "utf-8")
@@ -137,11 +140,15 @@ def _parse(text: str, where: str, *keys: str) -> Record:
 def draw_charts(run: Run) -> tuple[str, list[Record]]:
     """The HTML of all curves the run has values for, and what each tells when pointed at."""
     figures, hover, missing = [], [], []
+    named = run.facts.get("loss")  # of a run whose loss is no cross entropy
     for curve in CURVES:
+        if curve.key == "loss" and isinstance(named, str):
+            curve = replace(curve, unit=html.escape(named))
         drawn = draw_curve(curve, run)
         if drawn is None:
             missing += [curve.title] * curve.is_for_all
             continue
+        missing = [title for title in missing if title != curve.title]
         figures.append(drawn[0])
         hover.append(drawn[1])
     note = f'<p class="note">Not recorded: {", ".join(missing)}.</p>' if missing else ""
@@ -220,10 +227,13 @@ def _quality(run: Run) -> Iterable[tuple[str, str]]:
 def _speed(run: Run) -> Iterable[tuple[str, str]]:
     tokens, targets = sum(_known(run, "num_tokens")), sum(_known(run, "num_targets"))
     seconds = sum(_known(run, "step_seconds"))
+    if images := sum(_known(run, "num_images")):
+        yield short(images), "images"
     if tokens:
         yield short(tokens), f"tokens, {short(targets)} of them targets"
-    if speed := _known(run, "tokens_per_second"):
-        yield short(statistics.median(speed)), "tokens/s, median"
+    for unit in ("tokens", "images"):
+        if speed := _known(run, f"{unit}_per_second"):
+            yield short(statistics.median(speed)), f"{unit}/s, median"
     if mfu := _known(run, "mfu"):
         yield f"{statistics.median(mfu):.1%}", "MFU, median"
     if seconds and (wait := _known(run, "data_wait_seconds")):

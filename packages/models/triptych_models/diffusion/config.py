@@ -5,11 +5,11 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..catalogue import DENOISERS
+
 Interpolation = Literal["linear", "gvp", "vp"]
 Prediction = Literal["velocity", "noise", "score"]
 Family = Literal["sit"]
-
-PARTS: dict[Family, tuple[str, ...]] = {"sit": ("embedders", "blocks", "head")}
 
 # (hidden_size, num_layers, num_heads): table 1 of DiT (arXiv 2212.09748), which SiT keeps.
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
@@ -132,7 +132,7 @@ class DiffusionModelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    family: Family = Field(default="sit", description="architecture: " + ", ".join(PARTS))
+    family: Family = Field(default="sit", description="architecture: " + ", ".join(DENOISERS))
     sit: SiTConfig = Field(default_factory=SiTConfig, description="of family sit")
     path: Path | None = Field(
         default=None, description="sit: weights in the official layout, .pt or .safetensors"
@@ -148,7 +148,7 @@ class DiffusionModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_parts(self) -> Self:
-        parts = PARTS[self.family]
+        parts = DENOISERS[self.family].parts
         for part in self.freeze:
             if part not in parts:
                 raise ValueError(

@@ -27,6 +27,14 @@ class SiTModel(DiffusionModel):
         config = self.net.config
         return (config.channels, config.image_size, config.image_size)
 
+    def check_latents(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError unless the data's latents are those the net takes."""
+        if shape != self.latent_shape:
+            raise ValueError(
+                f"model.sit: channels and image_size must be those of the latents {shape}, got "
+                f"{self.latent_shape}; change them, or read other shards"
+            )
+
     def predict(self, x: Tensor, times: Tensor, condition: Condition) -> Tensor:
         out: Tensor = self.net(x, times, condition["labels"], self.run_layer)
         return out
