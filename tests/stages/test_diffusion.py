@@ -1,0 +1,174 @@
+"""The diffusion stage: on other ranks the same, resumed to the last bit, and it learns."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.tiny import ROOT
+
+SHAPE = (2, 4, 4)
+
+
+def stage() -> ModuleType:
+    sys.path.insert(0, str(ROOT / "stages"))
+    import diffusion
+
+    return diffusion
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    from triptych_data.tensors.write import write_tensor_shards
+
+    path = tmp_path_factory.mktemp("diffusion")
+    generator = torch.Generator().manual_seed(0)
+    for name, count in (("train", 22), ("heldout", 5), ("few", 4)):
+        rows = torch.randn(count, *SHAPE, generator=generator)
+        samples = [({"label": i % 3}, {"latents": row}) for i, row in enumerate(rows)]
+        write_tensor_shards(samples, path / name, samples_per_shard=9)
+    return path
+
+
+def words(workspace: Path, run_dir: Path, *more: str) -> list[str]:
+    return [
+        f"run.dir={run_dir}",
+        "run.steps=6",
+        "run.device=cpu",
+        "model.sit={size: custom, hidden_size: 16, num_layers: 2, num_heads: 2, image_size: 4, "
+        "channels: 2, num_classes: 3}",
+        f"data.shards=[{workspace / 'train'}]",
+        "data.batch_size=4",
+        "data.num_workers=0",
+        "engine.precision=fp32",
+        "engine.zero.persistence_threshold=0",
+        "optim.lr=1e-2",
+        "optim.ema_decay=0.9",
+        "sampler={method: sde_euler, steps: 3, guidance: 2.0}",
+        "samples.count=6",
+        "checkpoint.every=3",
+        "checkpoint.keep=9",
+        f"evaluation.shards=[{workspace / 'heldout'}]",
+        "evaluation.every=3",
+        "log.progress=false",
+        *more,
+    ]
+
+
+def train(overrides: list[str]) -> None:
+    from triptych_core.config import load_config
+
+    diffusion = stage()
+    diffusion.main(load_config(diffusion.DiffusionConfig, None, overrides))
+
+
+def lines(run_dir: Path, name: str = "metrics") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().splitlines()]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run_dir / "export/model.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def alone(workspace: Path) -> Path:
+    """One rank, two micro-batches a step."""
+    run_dir = workspace / "alone"
+    run_ranks(train, 1, words(workspace, run_dir, "engine.gradient_accumulation_steps=2"))
+    return run_dir
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_two_ranks_compute_what_one_does(workspace: Path, alone: Path, zero: int):
+    run_dir = workspace / f"zero-{zero}"
+    run_ranks(train, 2, words(workspace, run_dir, f"engine.zero.stage={zero}"))
+    for ours, theirs in zip(lines(run_dir), lines(alone), strict=True):
+        for name in ("num_targets", "num_images", "flops", "lr", "packing_fill"):
+            assert ours[name] == theirs[name], name
+        for name in ("loss", "grad_norm"):
+            assert abs(ours[name] / theirs[name] - 1) < 1e-4, name
+    for ours, theirs in zip(lines(run_dir, "evaluation"), lines(alone, "evaluation"), strict=True):
+        assert abs(ours["heldout_loss"] / theirs["heldout_loss"] - 1) < 1e-4
+    expected = weights(alone)
+    for name, value in weights(run_dir).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_resumed_run_is_the_same_to_the_last_bit(workspace: Path, alone: Path):
+    run_dir = workspace / "resumed"
+    shutil.copytree(alone, run_dir)
+    shutil.rmtree(run_dir / "checkpoints/step-000006")
+    shutil.rmtree(run_dir / "export")
+    run_ranks(train, 1, words(workspace, run_dir, "engine.gradient_accumulation_steps=2"))
+    assert len(json.loads((run_dir / "run.json").read_text())["resumes"]) == 1
+    for ours, theirs in zip(lines(run_dir), lines(alone), strict=True):
+        for name in ("step", "loss", "grad_norm", "num_targets"):
+            assert ours[name] == theirs[name], name
+    assert lines(run_dir, "evaluation") == lines(alone, "evaluation")  # pictures, too
+    expected = weights(alone)
+    for name, value in weights(run_dir).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_the_run_folder_tells_what_was_learnt(alone: Path):
+    assert [line["step"] for line in lines(alone, "evaluation")] == [0, 3, 6]
+    assert lines(alone)[0]["num_targets"] == 8 * 32  # elements of eight latents
+    report = (alone / "report.html").read_text()
+    assert report.count('alt="samples at step') == 3
+    assert "squared error of velocity, an element" in report
+    assert "images/s, median" in report
+    assert "nats" not in report
+    config = json.loads((alone / "export/config.json").read_text())
+    assert config["sit"]["hidden_size"] == 16
+
+
+def test_a_handful_of_latents_is_memorised(workspace: Path):
+    run_dir = workspace / "few"
+    more = ("run.steps=150", f"data.shards=[{workspace / 'few'}]", "evaluation.every=0")
+    more += ("objective.condition_dropout=0", "checkpoint.save=false", "data.batch_size=16")
+    more += ("optim.lr=1e-2", "evaluation.shards=[]", "sampler.method=euler")
+    run_ranks(train, 1, words(workspace, run_dir, *more))
+    losses = [line["loss"] for line in lines(run_dir)]
+    assert losses[0] > 1.5  # of a net that gives zeros: the variance of data less noise
+    assert sum(losses[-20:]) / 20 < 0.5
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("parallel.sequence=2", r"parallel.sequence: must be 1 in this stage, got 2"),
+        ("plan.show=table", r"plan.show: must be no in this stage, got table"),
+        ("engine.zero.stage=auto", r"engine.zero.stage: must be 0, 1, 2 or 3"),
+        ("model.sit.sise=XL", r"model.sit.sise: .* did you mean 'size'"),
+        ("model.freeze=[vision]", r"model.freeze: must name parts of the model \(embedders"),
+        ("objective.weighting=velocity", r"objective.weighting: must be none"),
+    ],
+)
+def test_what_the_stage_cannot_do_is_refused(workspace: Path, word: str, message: str):
+    from triptych_core.config import load_config
+
+    with pytest.raises(ValueError, match=message):
+        load_config(stage().DiffusionConfig, None, words(workspace, workspace / "x", word))
+
+
+def test_latents_of_another_shape_are_refused(workspace: Path):
+    bad = words(workspace, workspace / "bad", "model.sit.image_size=8")
+    with pytest.raises(RuntimeError, match=r"channels and image_size must be those of the latents"):
+        run_ranks(train, 1, bad)
+
+
+@pytest.mark.parametrize("name", ["diffusion_sit_tiny", "diffusion_sit_xl_2"])
+def test_the_shipped_configurations_are_valid(name: str):
+    from triptych_core.config import load_config
+
+    path = ROOT / f"stages/configs/{name}.yaml"
+    config = load_config(stage().DiffusionConfig, path)
+    assert config.optim.weight_decay == 0.0
