@@ -16,7 +16,7 @@ from triptych_data.shards.reader import Shards
 from triptych_data.shards.tarwriter import TarWriter
 from triptych_data.tensors.config import TensorDataConfig
 from triptych_data.tensors.loader import TensorLoader, heldout_batches
-from triptych_data.tensors.record import decode, encode
+from triptych_data.tensors.record import Wanted, decode, encode
 from triptych_data.tensors.write import write_tensor_shards
 
 COUNT, SHAPE = 11, (2, 3, 3)
@@ -170,7 +170,7 @@ def test_what_a_model_could_stumble_over_is_refused(name):
     record, tensors = BAD[name]
     members = [memoryview(json.dumps(record).encode()), memoryview(tensors)]
     with pytest.raises(BadSample, match=r"^here: .*, got "):
-        decode(members, "here", shape=SHAPE, num_classes=3)
+        decode(members, "here", Wanted({"latents": SHAPE, "latents_std": SHAPE}, 3))
 
 
 def test_a_bad_sample_leaves_a_hole_of_weight_0(tmp_path):
@@ -209,6 +209,45 @@ def test_arrays_of_another_kind_are_refused_and_nothing_is_written(tmp_path):
         assert done.exit_code == 1, name
         assert ", got " in done.output, name
         assert not list((tmp_path / "out").rglob("*.tar")), name
+
+
+def test_texts_and_features_come_with_videos(tmp_path):
+    videos = torch.randn(3, 2, 4, 2, 2)
+    texts, images = torch.randn(3, 5, 6), torch.randn(3, 7)
+    arrays = {"latents": videos, "text_features": texts, "image_features": images}
+    save_file(arrays | {"text_lens": torch.tensor([5, 2, 1])}, tmp_path / "a.safetensors")
+    save_file({"text_features": torch.full((2, 6), 9.0)}, tmp_path / "empty.safetensors")
+    words = ["latents", str(tmp_path / "a.safetensors"), str(tmp_path / "shards")]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    config = TensorDataConfig(
+        shards=[str(tmp_path / "shards")],
+        batch_size=3,
+        num_workers=0,
+        text_len=8,
+        empty_text=tmp_path / "empty.safetensors",
+        features=["image_features"],
+        given_frames=1,
+    )
+    (batch,) = take(TensorLoader(config, rank=0, world_size=1, num_classes=None), 1)
+    assert batch["given_frames"] == 1
+    assert batch["num_targets"] == 3 * 2 * 3 * 4  # the first frame of four is no target
+    assert batch["text_features"].shape == (3, 8, 6)
+    for row, sample in enumerate(batch["sample_ids"]):
+        length = (5, 2, 1)[sample]
+        assert torch.equal(batch["text_features"][row, :length], texts[sample, :length])
+        assert not batch["text_features"][row, length:].any()
+        assert torch.equal(batch["image_features"][row], images[sample])
+        assert torch.equal(batch["latents"][row], videos[sample])
+    assert batch["empty_text"][0, :, 0].tolist() == [9, 9, 0, 0, 0, 0, 0, 0]
+    for change, message in (
+        ({"given_frames": 4}, "data.given_frames"),
+        ({"text_len": 4}, r"text_features must be at most \(4, 6\)"),
+        ({"features": ["masks"]}, "must hold a tensor named masks"),
+        ({"empty_text": tmp_path / "a.safetensors"}, "must hold text_features of at most 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TensorLoader(config.model_copy(update=change), rank=0, world_size=1, num_classes=None)
 
 
 def test_shards_of_chats_are_refused(tmp_path):

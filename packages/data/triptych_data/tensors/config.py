@@ -1,5 +1,6 @@
 """The data part of a stage on latents; it imports neither torch nor numpy."""
 
+from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -28,6 +29,24 @@ class TensorDataConfig(BaseModel):
         default=[1.0],
         min_length=1,
         description="5.489980785067252 for Stable Diffusion's VAE: 1 / 0.18215.",
+    )
+    text_len: int | None = Field(
+        default=None,
+        ge=1,
+        le=2**16,
+        description="Rows that text_features are filled up to with zeros; null: no texts.",
+    )
+    empty_text: Path | None = Field(
+        default=None,
+        description="A .safetensors file with the text_features of the empty text; null: zeros.",
+    )
+    features: list[str] = Field(
+        default_factory=list, description="Other tensors of a sample that the model takes, by name."
+    )
+    given_frames: int = Field(
+        default=0,
+        ge=0,
+        description="First frames of the latents that the model is given, and does not learn.",
     )
     num_workers: int = Field(
         default=2,

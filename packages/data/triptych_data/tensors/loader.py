@@ -13,7 +13,16 @@ from triptych_data.faults import Faults
 from triptych_data.resume import differences, in_words
 from triptych_data.shards.reader import Shards
 from triptych_data.tensors.config import TensorDataConfig
-from triptych_data.tensors.record import NAMES, decode
+from triptych_data.tensors.record import (
+    LATENTS,
+    NAMES,
+    STD,
+    TEXT,
+    Shape,
+    Wanted,
+    decode,
+    load_tensors,
+)
 from triptych_data.tensors.stream import HELDOUT, TensorBatches, TensorStream
 from triptych_data.workers.pool import Job, run_workers, start_server
 
@@ -102,7 +111,8 @@ class TensorLoader:
             "seed": config.seed,
             "mean": config.mean,
             "std": config.std,
-            "num_classes": self.batches.num_classes,
+            "num_classes": self.batches.wanted.num_classes,
+            "given_frames": config.given_frames,
         }
 
     def _batches_from(self, position: int) -> Generator[Batch]:
@@ -163,17 +173,60 @@ def open_batches(
                 f"{path}: must hold samples of tensors (json and safetensors), got "
                 f"{', '.join(index.suffixes[:4])}; write it with: triptych-data latents"
             )
-    first = decode(opened.read_members(0), opened.where(0), shape=None, num_classes=num_classes)
-    shape = tuple(first.latents.shape)
+    where, members = opened.where(0), opened.read_members(0)
+    wanted = _wanted(config, load_tensors(members[1], where), where, num_classes)
+    decode(members, where, wanted)
+    shape, given = wanted.shapes[LATENTS], config.given_frames
+    if given and (len(shape) != 4 or given >= shape[1]):
+        raise ValueError(
+            "data.given_frames: must be fewer than the frames of latents (C, F, H, W), got "
+            f"{given} of {shape}; lower it"
+        )
     mean, std = (
         _channels(values, name, shape)
         for name, values in (("mean", config.mean), ("std", config.std))
     )
     size, seed = config.batch_size, config.seed
-    return TensorBatches(opened, size, shape, mean, std, seed, num_classes)
+    empty = _empty_text(config, wanted) if TEXT in wanted.shapes else None
+    return TensorBatches(opened, size, wanted, mean, std, seed, given, empty)
 
 
-def _channels(values: list[float], name: str, shape: tuple[int, ...]) -> Tensor:
+def _wanted(
+    config: TensorDataConfig, first: dict[str, Tensor], where: str, num_classes: int | None
+) -> Wanted:
+    """What all samples must be like, by the first."""
+    names = [LATENTS, *config.features, *([TEXT] if config.text_len else [])]
+    for name in names:
+        if name not in first:
+            raise ValueError(
+                f"{where}: must hold a tensor named {name}, got {sorted(first)[:6]}; correct "
+                "data.features and data.text_len"
+            )
+    shapes = {name: tuple(first[name].shape) for name in names}
+    shapes[STD] = shapes[LATENTS]
+    if config.text_len:
+        shapes[TEXT] = (config.text_len, *shapes[TEXT][1:])
+    return Wanted(shapes, num_classes)
+
+
+def _empty_text(config: TensorDataConfig, wanted: Wanted) -> Tensor | None:
+    path = config.empty_text
+    if path is None:
+        return None
+    if not path.is_file():
+        raise ValueError(f"data.empty_text: must be a file, got '{path}'; correct the path")
+    found = load_tensors(memoryview(path.read_bytes()), str(path)).get(TEXT)
+    most, width = wanted.shapes[TEXT]
+    if found is None or found.ndim != 2 or len(found) > most or found.shape[1] != width:
+        got = None if found is None else tuple(found.shape)
+        raise ValueError(
+            f"{path}: must hold {TEXT} of at most {most} rows of {width}, got {got}; make it with "
+            "the encoder of the other texts"
+        )
+    return found.float()
+
+
+def _channels(values: list[float], name: str, shape: Shape) -> Tensor:
     if len(values) not in (1, shape[0]):
         raise ValueError(
             f"data.{name}: must be one number, or one for each of the {shape[0]} channels, got "

@@ -1,7 +1,8 @@
 """One sample of tensors: `<key>.json`, for people and labels, and `<key>.safetensors`.
 
-The JSON may hold `label`, an integer, and anything else. The tensors are `latents`, and maybe
-`latents_std`, of the same shape: the spread of the autoencoder's posterior.
+The JSON may hold `label`, an integer, and anything else. Of the tensors `latents` must be there;
+`latents_std`, of the same shape, is the spread of the autoencoder's posterior; `text_features`
+(length, width) may have another length in each sample. All others have one shape in all samples.
 """
 
 from collections.abc import Mapping
@@ -19,14 +20,24 @@ from triptych_data.strict_json import load_json
 NAMES = ["json", "safetensors"]
 """What follows the key in the names of a sample's members."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-NAMES_OF_TENSORS = ("latents", "latents_std")
+LATENTS, STD, TEXT = "latents", "latents_std", "text_features"
+
+Shape = tuple[int, ...]
+
+
+class Wanted(NamedTuple):
+    """What a sample must be like."""
+
+    shapes: Mapping[str, Shape]
+    """of its tensors by name; of text (most rows, width); a sample may be without latents_std"""
+    num_classes: int | None = None
+    """labels are below; None: there need be none"""
 
 
 class TensorSample(NamedTuple):
-    """A sample as a batch takes it, fp32."""
+    """A sample as a batch takes it: the tensors that are wanted, fp32."""
 
-    latents: Tensor
-    std: Tensor | None
+    tensors: dict[str, Tensor]
     label: int
 
 
@@ -36,32 +47,29 @@ def encode(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[byt
     return [dump_json(dict(record)), save(held)]
 
 
-def decode(
-    members: list[memoryview], where: str, *, shape: tuple[int, ...] | None, num_classes: int | None
-) -> TensorSample:
+def decode(members: list[memoryview], where: str, wanted: Wanted) -> TensorSample:
     """A sample of its members, checked for all that a model could stumble over.
 
-    shape: of latents. num_classes: labels must be below; None for samples without. Raises
-    BadSample, which begins with `where`.
+    Raises BadSample, which begins with `where`.
     """
     record = load_json(bytes(members[0]), where)
     if not isinstance(record, dict):
         raise BadSample(f"{where}: its JSON must be an object, got {record!r:.60}", "no object")
-    tensors = _load(members[1], where)
-    if "latents" not in tensors:
-        raise BadSample(
-            f"{where}: must hold a tensor named latents, got {sorted(tensors)[:4]}", "no latents"
-        )
-    latents, std = (tensors.get(name) for name in NAMES_OF_TENSORS)
-    assert latents is not None
-    for name, tensor in (("latents", latents), ("latents_std", std)):
-        if tensor is not None:
-            _check(tensor, name, shape or tuple(latents.shape), where)
-    label = 0 if num_classes is None else _label(record, num_classes, where)
-    return TensorSample(latents.float(), None if std is None else std.float(), label)
+    found = load_tensors(members[1], where)
+    tensors = {}
+    for name, shape in wanted.shapes.items():
+        if name in found:
+            tensors[name] = _checked(found[name], name, shape, where).float()
+        elif name != STD:
+            raise BadSample(
+                f"{where}: must hold a tensor named {name}, got {sorted(found)[:4]}", f"no {name}"
+            )
+    label = 0 if wanted.num_classes is None else _label(record, wanted.num_classes, where)
+    return TensorSample(tensors, label)
 
 
-def _load(data: memoryview, where: str) -> dict[str, Tensor]:
+def load_tensors(data: memoryview, where: str) -> dict[str, Tensor]:
+    """The tensors of a member, which is not trusted. Raises BadSample."""
     try:
         tensors: dict[str, Tensor] = load(bytes(data))
     except (SafetensorError, KeyError, ValueError, OverflowError) as error:
@@ -71,11 +79,15 @@ def _load(data: memoryview, where: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _check(tensor: Tensor, name: str, shape: tuple[int, ...], where: str) -> None:
-    if tuple(tensor.shape) != shape or tensor.numel() == 0:
+def _checked(tensor: Tensor, name: str, shape: Shape, where: str) -> Tensor:
+    found = tuple(tensor.shape)
+    fits = found == shape
+    if name == TEXT:
+        fits = len(found) == 2 and found[0] <= shape[0] and found[1] == shape[1]
+    if not fits or tensor.numel() == 0:
+        most = "at most " if name == TEXT else ""
         raise BadSample(
-            f"{where}: {name} must be of shape {shape}, as of the first sample, got "
-            f"{tuple(tensor.shape)}",
+            f"{where}: {name} must be {most}{shape}, as of the first sample, got {found}",
             "wrong shape",
         )
     if tensor.dtype not in DTYPES:
@@ -85,6 +97,7 @@ def _check(tensor: Tensor, name: str, shape: tuple[int, ...], where: str) -> Non
         )
     if not bool(tensor.isfinite().all()):
         raise BadSample(f"{where}: {name} must be finite, got inf or nan", "not finite")
+    return tensor
 
 
 def _label(record: dict[str, Any], num_classes: int, where: str) -> int:

@@ -13,7 +13,7 @@ from triptych_data.faults import BadSample, Hole, reason_of
 from triptych_data.plan.permutation import permute, stream_key
 from triptych_data.prepare import Place
 from triptych_data.shards.reader import Shards
-from triptych_data.tensors.record import TensorSample, decode
+from triptych_data.tensors.record import LATENTS, STD, TEXT, TensorSample, Wanted, decode
 from triptych_data.workers.server import Note
 
 HELDOUT = -1
@@ -30,14 +30,19 @@ class TensorBatches:
 
     shards: Shards
     batch_size: int
-    shape: tuple[int, ...]
-    """of a sample's latents"""
+    wanted: Wanted
     mean: Tensor
     std: Tensor
     """(C or 1, 1, ...): latents become (x - mean) / std"""
     seed: int
-    num_classes: int | None
-    """None: without labels"""
+    given_frames: int = 0
+    empty_text: Tensor | None = None
+    """(rows, width)"""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a sample's latents."""
+        return self.wanted.shapes[LATENTS]
 
     def build(self, ids: Sequence[int], epochs: Sequence[int], note: Note) -> Batch:
         """The batch of the samples `ids`, at most N, each in its epoch; those left out are in
@@ -45,14 +50,17 @@ class TensorBatches:
 
         - `latents`, `noise` (N, C, ...) fp32, zeros where there is no sample
         - `times`, `drops` (N,) fp32 in [0, 1); `weights` (N,) fp32, 1, or 0 without a sample
-        - `labels` (N,) int64, of samples with labels
-        - `num_targets`: elements of the latents that are there; `num_tokens`: samples
+        - with labels `labels` (N,) int64; with texts `text_features` (N, L, D) fp32, and
+          `empty_text` (1, L, D); further features by their names
+        - `num_targets`: elements of the latents that are there and not given; `num_tokens`:
+          samples; `given_frames`, if there are any
         - `sample_keys`, `sample_ids` of those that are in it
         """
-        n = self.batch_size
-        latents, noise = (torch.zeros(n, *self.shape) for _ in range(2))
-        times, drops, weights = (torch.zeros(n) for _ in range(3))
-        labels = torch.zeros(n, dtype=torch.int64)
+        names = [name for name in self.wanted.shapes if name != STD]
+        rows = {name: torch.zeros(self.batch_size, *self.wanted.shapes[name]) for name in names}
+        rows |= {"noise": torch.zeros_like(rows[LATENTS])}
+        rows |= {name: torch.zeros(self.batch_size) for name in ("times", "drops", "weights")}
+        labels = torch.zeros(self.batch_size, dtype=torch.int64)
         holes: list[Hole] = []
         kept: list[int] = []
         for row, (sample, epoch) in enumerate(zip(ids, epochs, strict=True)):
@@ -62,33 +70,49 @@ class TensorBatches:
                 holes.append(found)
                 continue
             kept.append(sample)
-            draws = _generator(self.seed, sample, epoch)
-            times[row], drops[row] = torch.from_numpy(draws.random(2, dtype=np.float32))
-            noise[row] = _normal(draws, self.shape)
-            latents[row] = found.latents
-            if found.std is not None:
-                latents[row] += found.std * _normal(draws, self.shape)
-            latents[row] = (latents[row] - self.mean) / self.std
-            weights[row], labels[row] = 1.0, found.label
+            labels[row] = found.label
+            for name, value in self._drawn(found.tensors, sample, epoch).items():
+                # Texts are shorter than their row.
+                (rows[name][row, : len(value)] if name == TEXT else rows[name][row]).copy_(value)
+        latents = rows[LATENTS]
+        targets = latents[0, :, self.given_frames :] if self.given_frames else latents[0]
         batch: Batch = {
-            "latents": latents,
-            "noise": noise,
-            "times": times,
-            "drops": drops,
-            "weights": weights,
-            "num_targets": len(kept) * latents[0].numel(),
+            **rows,
+            "num_targets": len(kept) * targets.numel(),
             "num_tokens": len(kept),
             "sample_keys": [self.shards.keys(sample) for sample in kept],
             "sample_ids": kept,
             "holes": holes,
         }
-        return batch if self.num_classes is None else batch | {"labels": labels}
+        return batch | self._conditions(labels)
+
+    def _drawn(self, tensors: dict[str, Tensor], sample: int, epoch: int) -> dict[str, Tensor]:
+        """A sample's tensors with what is random of it, in the order in which it is drawn."""
+        draws = _generator(self.seed, sample, epoch)
+        time, drop = torch.from_numpy(draws.random(2, dtype=np.float32))
+        noise, latents = _normal(draws, self.shape), tensors[LATENTS]
+        if STD in tensors:
+            latents = latents + tensors[STD] * _normal(draws, self.shape)
+        latents = (latents - self.mean) / self.std
+        kept = {name: value for name, value in tensors.items() if name != STD}
+        one = torch.ones(())
+        drawn = {"noise": noise, "times": time, "drops": drop, "weights": one, LATENTS: latents}
+        return kept | drawn
+
+    def _conditions(self, labels: Tensor) -> Batch:
+        found: Batch = {} if self.wanted.num_classes is None else {"labels": labels}
+        if TEXT in self.wanted.shapes:
+            empty = torch.zeros(1, *self.wanted.shapes[TEXT])
+            if self.empty_text is not None:
+                empty[0, : len(self.empty_text)] = self.empty_text
+            found["empty_text"] = empty
+        return found | ({"given_frames": self.given_frames} if self.given_frames else {})
 
     def _read(self, sample: int) -> TensorSample | Hole:
         where = self.shards.where(sample)
         try:
             members = self.shards.read_members(sample)
-            return decode(members, where, shape=self.shape, num_classes=self.num_classes)
+            return decode(members, where, self.wanted)
         except BadSample as error:
             return self._hole(sample, error)
         except ValueError as error:

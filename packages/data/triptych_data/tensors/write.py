@@ -17,9 +17,11 @@ from triptych_data.shards.staging import staging
 from triptych_data.shards.tar import END
 from triptych_data.shards.tarwriter import TarWriter, span_bytes
 from triptych_data.sources.kinds import identity
-from triptych_data.tensors.record import NAMES, NAMES_OF_TENSORS, decode, encode
+from triptych_data.tensors.record import LATENTS, NAMES, STD, TEXT, Wanted, decode, encode
 
 SHARD_SIZE = 256_000_000
+MOST_TEXT = 1 << 16
+"""Rows of a sample's text_features."""
 
 Sample = tuple[Mapping[str, Any], Mapping[str, Tensor]]
 
@@ -50,15 +52,15 @@ def _write(
 ) -> None:
     for old in folder.iterdir():
         old.unlink()
-    shape: tuple[int, ...] | None = None
+    wanted: Wanted | None = None
     tar: TarWriter | None = None
     count = number = 0
     with ExitStack() as stack:
         for number, (record, tensors) in enumerate(samples, 1):
             key = f"{number - 1:09d}"
             members = encode(record, tensors)
-            views = [memoryview(member) for member in members]
-            shape = tuple(decode(views, f"sample {key}", shape=shape, num_classes=None)[0].shape)
+            wanted = wanted or like(tensors, f"sample {key}")
+            decode([memoryview(member) for member in members], f"sample {key}", wanted)
             size = span_bytes([len(member) for member in members])
             if tar is not None and (
                 tar.end + size + len(END) > shard_size or count == samples_per_shard
@@ -75,11 +77,25 @@ def _write(
         tar.finish("members")
 
 
+def like(tensors: Mapping[str, Tensor], where: str) -> Wanted:
+    """What all samples must be like by the first; only the length of text may be another."""
+    if LATENTS not in tensors:
+        raise ValueError(
+            f"{where}: must hold a tensor named {LATENTS}, got {sorted(tensors)[:4]}; name it so"
+        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes[STD] = shapes[LATENTS]
+    if TEXT in shapes:
+        shapes[TEXT] = (MOST_TEXT, *shapes[TEXT][1:])
+    return Wanted(shapes)
+
+
 def read_arrays(paths: Iterable[Path]) -> Iterator[Sample]:
     """Samples out of .npz and .safetensors files: `latents` (n, C, ...), `labels` (n,), …
 
-    What else has n rows becomes a field of the JSON if it is (n,), and is refused if it is not one
-    of the tensors of a sample. Nothing is unpickled. Raises ValueError with the file.
+    All arrays have n rows. One of numbers, (n,), becomes a field of the JSON, others tensors; of
+    `text_features` the first `text_lens` (n,) rows, if that is there. Nothing is unpickled. Raises
+    ValueError with the file.
     """
     for path in paths:
         arrays = _read(path)
@@ -94,17 +110,15 @@ def read_arrays(paths: Iterable[Path]) -> Iterator[Sample]:
                     f"{path}: {name} must have a row for each of the {rows} latents, got shape "
                     f"{tuple(array.shape)}; make them alike"
                 )
-            if array.ndim > 1 and name not in NAMES_OF_TENSORS:
-                raise ValueError(
-                    f"{path}: tensors of a sample must be among {', '.join(NAMES_OF_TENSORS)}, got "
-                    f"{name}; leave it out"
-                )
         for row in range(rows):
             values = {name: array[row] for name, array in arrays.items()}
             record = {n: v.item() for n, v in values.items() if v.ndim == 0}
             if "labels" in record:
                 record["label"] = record.pop("labels")
-            yield record, {n: v for n, v in values.items() if v.ndim}
+            held = {n: v for n, v in values.items() if v.ndim}
+            if TEXT in held and "text_lens" in record:
+                held[TEXT] = held[TEXT][: record.pop("text_lens")]
+            yield record, held
 
 
 def shard_arrays(paths: list[Path], output: Path, **options: Any) -> list[Path]:
