@@ -331,7 +331,7 @@ def run(config: PackedConfig) -> None:
             job.processor,
             seq_len=config.data.seq_len,
             limit=config.evaluation.max_questions,
-            finish=batches.builder.finish,
+            finish=job.batches.builder.finish,
             **job.place,
         )
 
