@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.faults.matrix import GUARDS, ROWS, Guard  # noqa: E402
 from tests.faults.outcome import Outcome, Row, in_parallel  # noqa: E402
-from tests.faults.stage_jobs import naming  # noqa: E402
+from tests.faults.processes import adopt_orphans, end_descendants  # noqa: E402
 
 Results = list[tuple[Row, Outcome]]
 Mutations = list[tuple[Guard, Outcome]]
@@ -49,6 +49,7 @@ def main(only: Sequence[str], short: bool, mutations: bool, jobs: int, output: P
     rows = [row for row in ROWS if not only or row.key in only]
     guards = [guard for guard in GUARDS if mutations and (not only or guard.row in only)]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    adopt_orphans()
     began = time.monotonic()
     scratch = Path(tempfile.mkdtemp(prefix="faults-"))
     found: dict[str, Outcome] = {}
@@ -57,7 +58,7 @@ def main(only: Sequence[str], short: bool, mutations: bool, jobs: int, output: P
     except KeyboardInterrupt:
         click.echo("\ninterrupted: the page has the rows that had ended", err=True)
     finally:
-        end_all(str(scratch))
+        end_descendants()
         shutil.rmtree(scratch, ignore_errors=True)
     results = [(row, found[row.key]) for row in rows if row.key in found]
     mutated = [(guard, found[guard.name]) for guard in guards if guard.name in found]
@@ -65,10 +66,10 @@ def main(only: Sequence[str], short: bool, mutations: bool, jobs: int, output: P
     if output is not None:
         output.write_text(text)
     click.echo(text)
-    stay_green = [guard for guard, outcome in mutated if outcome.is_green]
     is_whole = len(found) == len(rows) + len(guards)
     all_green = all(outcome.is_green for _, outcome in results)
-    sys.exit(int(bool(stay_green) or not all_green or not is_whole))
+    all_red = all(outcome.is_red for _, outcome in mutated)
+    sys.exit(int(not (is_whole and all_green and all_red)))
 
 
 def run(
@@ -93,16 +94,10 @@ def run(
         for name, outcome in in_parallel(works, jobs):
             found[name] = outcome
             bar.update(1)
-            if not outcome.is_green and name in by_key:
-                problems = "\n  ".join(outcome.problems[:5])
-                click.echo(f"\n{name}: {len(outcome.problems)} problems\n  {problems}", err=True)
-
-
-def end_all(word: str) -> None:
-    """Kill what is left of trials that were cut short: all that names their folder."""
-    for pid in naming(word):
-        if pid != os.getpid():
-            os.kill(pid, signal.SIGKILL)
+            if outcome.broke or (not outcome.is_green and name in by_key):
+                wrong = outcome.what_is_wrong
+                listed = "\n  ".join(text[-3000:] for text in wrong[:5])
+                click.echo(f"\n{name}: {len(wrong)} problems\n  {listed}", err=True)
 
 
 def _run_row(row: Row, folder: Path, short: bool) -> Outcome:
@@ -117,31 +112,42 @@ def _run_without(guard: Guard, row: Row, folder: Path) -> Outcome:
 
 def page(results: Results, mutated: Mutations, seconds: float) -> str:
     """RELIABILITY.md."""
+    cpu = sum(outcome.cpu for _, outcome in [*results, *mutated])
     lines = [
         "# What runs survive",
         "",
-        f"Written by `{_command()}` in {seconds / 60:.1f} minutes, on {os.cpu_count()} shared "
-        f"cores ({platform.machine()}), {_versions()}, commit {_commit()}, "
-        f"{time.strftime('%Y-%m-%d')}. Of every trial: *detected*, named as what it is; "
-        "*recovered*, what went on from there ended with the same bytes as a run that nothing "
-        "happened to; *wrong*, other weights were saved or loaded. How each row is made: "
-        "`tests/faults/`.",
+        f"Written by `{_command()}` in {seconds / 60:.0f} minutes, {cpu / 60:.1f} minutes of "
+        f"processors, on {os.cpu_count()} cores that others used, too ({_load()}; "
+        f"{platform.machine()}), {_versions()}, commit {_commit()}, {time.strftime('%Y-%m-%d')}. "
+        "Of every trial: *detected*, named as what it is; *recovered*, what went on from there "
+        "ended with the same bytes as a run that nothing happened to, or nothing had to go on; "
+        "*wrong*, other weights were saved or loaded; *named after*, the slowest, and what was "
+        "allowed it. How each row is made: `tests/faults/`.",
         "",
         "| key | fault | trials | detected | recovered | wrong weights | samples lost, repeated "
-        "| slowest to be named, allowed | seconds | |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| named after | seconds | of processors | |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
         *(_line(row, outcome) for row, outcome in results),
     ]
+    for row, outcome in results:
+        if not outcome.is_green:
+            first = " ".join((outcome.what_is_wrong or ["no trial was made"])[0].split())
+            lines += [
+                "",
+                f"`{row.key}` is red: {len(outcome.what_is_wrong)} times, first: {first[-500:]}",
+            ]
     if mutated:
+        green = {row.key for row, outcome in results if outcome.is_green}
         lines += [
             "",
             "## Without a guard",
             "",
-            "Each is switched off alone, and a short form of its row run: it must turn red.",
+            "Each is switched off alone, and a short form of its row run: trials must fail that "
+            "did not before. A row that breaks down, or is late only, does not count.",
             "",
-            "| guard that was switched off | row | problems of trials | |",
+            "| guard that was switched off | row | trials that failed | |",
             "|---|---|---|---|",
-            *(_mutation(guard, outcome) for guard, outcome in mutated),
+            *(_mutation(guard, outcome, guard.row in green) for guard, outcome in mutated),
         ]
     return "\n".join(lines) + "\n"
 
@@ -150,19 +156,40 @@ def _line(row: Row, outcome: Outcome) -> str:
     named = "–"
     if outcome.seconds:
         worst = max(range(len(outcome.seconds)), key=lambda i: outcome.seconds[i])
-        named = f"{outcome.seconds[worst]:.1f} s, {outcome.bounds[worst]:.1f} s"
+        named = f"{outcome.seconds[worst]:.1f} s of {outcome.bounds[worst]:.1f} s"
     cells = [
         *(f"`{row.key}`", row.title, f"{outcome.trials:,}", f"{outcome.detected:,}"),
         *(f"{outcome.recovered:,}", str(outcome.wrong), f"{outcome.lost}, {outcome.repeated}"),
-        *(named, f"{outcome.took:.0f}", "green" if outcome.is_green else "**red**"),
+        *(named, f"{outcome.took:.0f}", f"{outcome.cpu:.0f}"),
+        "green" if outcome.is_green else "**red**",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def _mutation(guard: Guard, outcome: Outcome) -> str:
-    colour = "**still green**" if outcome.is_green else "red"
-    problems = f"{len(outcome.problems)} of {outcome.trials}" if outcome.trials else "it broke down"
-    return f"| {guard.name} | `{guard.row}` | {problems} | {colour} |"
+def _why_red(row: Row, outcome: Outcome) -> list[str]:
+    if outcome.is_green:
+        return []
+    wrong = outcome.what_is_wrong or ["no trial was made"]
+    first = " ".join(wrong[0].split())[-500:]
+    return ["", f"`{row.key}` is red, for {len(wrong)} reasons; the first: {first}"]
+
+
+def verdict(outcome: Outcome, row_is_green: bool) -> str:
+    """What a switched-off guard has shown."""
+    if outcome.broke:
+        return "**broke down**"
+    if not outcome.is_red:
+        return "**still green**"
+    return "red" if row_is_green else "**says nothing: the row is red anyway**"
+
+
+def _mutation(guard: Guard, outcome: Outcome, row_is_green: bool) -> str:
+    failed = f"{len(outcome.problems)} of {outcome.trials}" if outcome.trials else "–"
+    return f"| {guard.name} | `{guard.row}` | {failed} | {verdict(outcome, row_is_green)} |"
+
+
+def _load() -> str:
+    return f"load {os.getloadavg()[2]:.0f} over the last 15 minutes"
 
 
 def _command() -> str:

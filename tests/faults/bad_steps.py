@@ -6,6 +6,8 @@ import json
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 from tests.core.test_loss_guard import BAD, LAYOUTS, STEPS, endings, train_on
 from tests.faults.outcome import Outcome
 from tests.faults.toy import on_ranks
@@ -18,11 +20,11 @@ def bad_steps(folder: Path, short: bool) -> Outcome:
     codes = on_ranks(
         partial(_on_a_rank, folder, len(layouts), found),
         folder / "said.txt",
-        timeout=60 if short else 1200,
+        timeout=3600,
     )
     outcome = Outcome()
     if codes != [0, 0]:
-        return Outcome(problems=[(folder / "said.txt").read_text()[-2000:]])
+        return Outcome(broke=(folder / "said.txt").read_text()[-2000:])
     for number, unlike in enumerate(json.loads(found.read_text())):
         lines = (folder / f"{number}-bad/skipped.jsonl").read_text().splitlines()
         skipped = {line["step"]: line for line in map(json.loads, lines)}
@@ -40,9 +42,11 @@ def too_many_in_a_row(folder: Path, short: bool) -> Outcome:
     """The run ends after n of them, or at the first, as it was told."""
     codes = on_ranks(partial(_endings, folder), folder / "said.txt")
     outcome = Outcome()
-    for rank, code in enumerate(codes):
-        for mode in ("3 in a row", "the first"):
-            outcome.add(f"rank {rank}, {mode}", detected=code == 0, recovered=code == 0)
+    if codes != [0, 0]:
+        return Outcome(broke=(folder / "said.txt").read_text()[-2000:])
+    for rank in (0, 1):
+        for what, as_told in json.loads((folder / f"rank-{rank}.json").read_text()).items():
+            outcome.add(f"rank {rank}, {what}", detected=as_told, recovered=as_told)
     return outcome
 
 
@@ -64,5 +68,11 @@ def _on_a_rank(folder: Path, count: int, found: Path) -> None:
 
 
 def _endings(folder: Path) -> None:
-    row, stop, _ = endings(folder)
-    assert "in 3 steps, got none up to step 6" in row and "in 1 step, got none" in stop
+    import torch.distributed as dist
+
+    try:
+        row, stop, _ = endings(folder)
+    except pytest.fail.Exception:  # it did not end
+        row = stop = "went on"
+    found = {"3 in a row": "up to step 6" in row, "the first": "in 1 step" in stop}
+    (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))

@@ -65,7 +65,7 @@ def damaged_checkpoints(folder: Path, short: bool) -> Outcome:
         on_ranks(partial(train_toy, run_dir, 4, "checkpoint.keep=9"), folder / "run.txt")
     )
     trials = 280 if short else CHECKPOINTS
-    codes = on_ranks(partial(_damage, run_dir, trials, found), folder / "said.txt", 1, timeout=1200)
+    codes = on_ranks(partial(_damage, run_dir, trials, found), folder / "said.txt", 1, timeout=3600)
     assert codes == [0], (folder / "said.txt").read_text()
     return Outcome(**json.loads(found.read_text()))
 

@@ -32,7 +32,7 @@ def full_disk(folder: Path, short: bool) -> Outcome:
             trials.append(
                 (run_dir, 2 in codes and 0 not in codes and "File too large" in said.read_text())
             )
-    on_ranks(partial(_finish, [run_dir for run_dir, _ in trials]), folder / "on.txt", timeout=1200)
+    on_ranks(partial(_finish, [run_dir for run_dir, _ in trials]), folder / "on.txt", timeout=3600)
     for run_dir, said_so in trials:
         wrong = differs(run_dir, wanted, LAST)
         lost, repeated = lost_and_repeated(run_dir)

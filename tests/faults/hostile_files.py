@@ -18,7 +18,7 @@ def hostile_files(folder: Path, short: bool) -> Outcome:
     done = subprocess.run(
         [*command, *(["tar-"] if short else [])], cwd=ROOT, capture_output=True, text=True
     )
-    outcome = Outcome() if done.returncode == 0 else Outcome(problems=[done.stderr[-2000:]])
+    outcome = Outcome() if done.returncode == 0 else Outcome(broke=done.stderr[-2000:])
     for line in done.stdout.splitlines():
         if not line.startswith('{"case"'):
             continue

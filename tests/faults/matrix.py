@@ -11,12 +11,17 @@ from tests.faults.crash_points import crash_points
 from tests.faults.damage import damaged_checkpoints, damaged_shards
 from tests.faults.full_disk import full_disk
 from tests.faults.hostile_files import hostile_files
+from tests.faults.launchers import launchers, supervised
+from tests.faults.lost_ranks import lost_ranks
 from tests.faults.moves import moves
 from tests.faults.outcome import Row
-from tests.faults.stage_jobs import hangs, launchers, stops
+from tests.faults.power_loss import power_loss
+from tests.faults.stage_jobs import hangs, stops
 
 ROWS = [
-    Row("kill", "SIGKILL at every point of a save, of each of two ranks", crash_points),
+    Row("kill", "SIGKILL at each thing that saves do to the disk, of each rank", crash_points),
+    Row("rank", "SIGKILL in each part of a step, of each rank", lost_ranks),
+    Row("power", "power loss at each point of a save, anything unsynced lost", power_loss),
     Row("checkpoint", "damaged checkpoint", damaged_checkpoints),
     Row("shard", "damaged shard or index", damaged_shards),
     Row("disk", "full disk, from some byte of a save on", full_disk),
@@ -25,8 +30,9 @@ ROWS = [
     Row("move", "goes on with other ranks, other ZeRO stage", moves),
     Row("settings", "mistakes in a configuration", settings.wrong_settings),
     Row("stop", "SIGUSR1, SIGTERM, Ctrl-C, a second one, grace expires", stops),
-    Row("hang", "a rank stands still, or skips a collective", hangs),
-    Row("launcher", "SIGTERM or SIGKILL to deepspeed, SIGTERM to torchrun", launchers),
+    Row("hang", "a rank, a data worker, a decode stands still; a skipped collective", hangs),
+    Row("launcher", "SIGTERM or SIGKILL to deepspeed or torchrun, also at once", launchers),
+    Row("restart", "supervised: a rank is killed, then one stands still", supervised),
     Row("hostile", "hostile files", hostile_files),
 ]
 
@@ -59,6 +65,28 @@ def _temporary_name() -> None:
     _manifest()
     _put(save, "unfinished_folder", lambda run, step: run / f"checkpoints/step-{step:06d}")
     _put(save, "put_in_place", lambda folder, step: folder)
+
+
+def _synced_files() -> None:
+    """Bytes are left to the system when a file gets its name."""
+    import os
+    from pathlib import Path
+    from types import SimpleNamespace
+
+    from triptych_core.checkpoint import manifest
+
+    def sync(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").is_dir():
+            os.fsync(descriptor)
+
+    _put(manifest, "os", SimpleNamespace(**(vars(os) | {"fsync": sync})))
+
+
+def _synced_names() -> None:
+    """A checkpoint is called saved, and older ones go, before its name is on the disk."""
+    from triptych_core.checkpoint import folders
+
+    _put(folders, "sync_directory", lambda folder: None)
 
 
 def _generators() -> None:
@@ -170,6 +198,8 @@ GUARDS = [
     Guard("checksums of a checkpoint are compared", _checksums, "checkpoint"),
     Guard("a checkpoint is checked at all", _manifest, "checkpoint"),
     Guard("written under another name, and checked", _temporary_name, "kill"),
+    Guard("files are synced", _synced_files, "power"),
+    Guard("names are synced before older checkpoints go", _synced_names, "power"),
     Guard("generators go on where they were", _generators, "kill"),
     Guard("data go on where they were", _position, "kill"),
     Guard("states of the optimizer come back", _masters, "move"),

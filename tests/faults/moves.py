@@ -48,7 +48,7 @@ def moves(folder: Path, short: bool) -> Outcome:
 
 def _on(ranks: int, work: Any, near: Path) -> None:
     said = near.with_suffix(".txt")
-    codes = on_ranks(work, said, ranks, timeout=1200)
+    codes = on_ranks(work, said, ranks, timeout=3600)
     assert not any(codes), said.read_text()[-3000:]
 
 

@@ -12,6 +12,16 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.faults.processes import (
+    adopt_orphans,
+    collect,
+    command_of,
+    descendants,
+    end_descendants,
+)
+
+LEAVES = 20.0  # seconds in which the last processes of a row end by themselves
+
 
 @dataclass
 class Outcome:
@@ -20,7 +30,8 @@ class Outcome:
     detected: noticed and named as what it is. recovered: what went on from there ended as if
     nothing had happened, bit by bit; or nothing had to go on. wrong: weights that are not those of
     an undisturbed run were saved, or loaded. seconds: from each fault to the line that names it.
-    bound: seconds within which that must be, of each.
+    bounds: seconds within which that must be, of each. problems: of trials; late: what was named
+    too late; broke: why there are no trials, or not all of them.
     """
 
     trials: int = 0
@@ -32,7 +43,10 @@ class Outcome:
     seconds: list[float] = field(default_factory=list)
     bounds: list[float] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    late: list[str] = field(default_factory=list)
+    broke: str = ""
     took: float = 0.0  # seconds of all trials
+    cpu: float = 0.0  # and of processors
 
     def add(
         self,
@@ -59,12 +73,22 @@ class Outcome:
         self.seconds.append(seconds)
         self.bounds.append(bound)
         if seconds > bound:
-            self.problems.append(f"named after {seconds:.1f} s, where {bound:.1f} s are allowed")
+            self.late.append(f"named after {seconds:.1f} s, where {bound:.1f} s are allowed")
 
     @property
     def is_green(self) -> bool:
         """Whether every trial ended as it must."""
-        return self.trials > 0 and not self.problems
+        return self.trials > 0 and not (self.problems or self.late or self.broke)
+
+    @property
+    def is_red(self) -> bool:
+        """Whether a trial ended as none may; neither red nor green: it broke down, or was late."""
+        return self.trials > 0 and bool(self.problems) and not self.broke
+
+    @property
+    def what_is_wrong(self) -> list[str]:
+        """All of it in words."""
+        return [*([self.broke] if self.broke else []), *self.problems, *self.late]
 
 
 class Row(NamedTuple):
@@ -85,13 +109,8 @@ class Apart:
         self.reader, writer = (Connection(end) for end in os.pipe())
         self._child = os.fork()
         if self._child == 0:
-            began = time.monotonic()
-            try:
-                found = work()
-            except BaseException:
-                found = Outcome(problems=[traceback.format_exc()])
-            found.took = time.monotonic() - began
-            writer.send_bytes(pickle.dumps(found))
+            adopt_orphans()
+            writer.send_bytes(pickle.dumps(_do(work)))
             os._exit(0)
         writer.close()
 
@@ -100,9 +119,27 @@ class Apart:
         try:
             found: Outcome = pickle.loads(self.reader.recv_bytes())
         except EOFError:
-            found = Outcome(problems=["it died without a word"])
+            found = Outcome(broke="it died without a word")
         os.waitpid(self._child, 0)
         return found
+
+
+def _do(work: Callable[[], Outcome]) -> Outcome:
+    """Work, with what it took; nothing that it started may be left."""
+    began = time.monotonic()
+    try:
+        found = work()
+    except BaseException:
+        found = Outcome(broke=traceback.format_exc())
+    found.took = time.monotonic() - began
+    deadline = time.monotonic() + LEAVES
+    while descendants(os.getpid()) and time.monotonic() < deadline:
+        collect()
+        time.sleep(0.1)
+    if left := [command_of(pid)[:200] for pid in end_descendants()]:
+        found.problems.append(f"left behind: {left}")
+    found.cpu = sum(os.times()[:4])
+    return found
 
 
 def in_parallel(

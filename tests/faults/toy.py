@@ -162,12 +162,14 @@ def on_ranks(
     said: Path,
     world_size: int = 2,
     sabotage: Sabotage | None = None,
-    timeout: float = 120,
+    timeout: float = 900,
+    patience: float = 1.0,
+    ends: list[float] | None = None,
 ) -> list[int]:
     """Do it on ranks that may die; returns their exit codes, negative of signals.
 
-    Once one has died the others get a second: time to do harm, if they would. What they say is
-    added to a file.
+    Once one has died the others get `patience` seconds: time to do harm, if they would. What they
+    say is added to a file; when they ended, to `ends`.
     """
     port = _free_port()
     children = [
@@ -182,8 +184,10 @@ def on_ranks(
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 codes[child] = os.waitstatus_to_exitcode(status)
+                if ends is not None:
+                    ends.append(time.monotonic())
                 if codes[child]:
-                    deadline = min(deadline, time.monotonic() + 1)
+                    deadline = min(deadline, time.monotonic() + patience)
         if time.monotonic() > deadline:
             for child in children:
                 if child not in codes:

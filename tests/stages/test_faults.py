@@ -20,7 +20,7 @@ from triptych_core.checkpoint.folders import checkpoints
 from triptych_core.faults.codes import HUNG, PEER_LOST, PREEMPTED
 
 # Two ranks as a launcher starts them, forked so that imports are paid once. `fault` is called in a
-# rank when its layer 1 is entered at step 6.
+# rank when its layer 1 is entered at step 6, `before` is done before it joins the others.
 LAUNCHER = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
@@ -44,6 +44,7 @@ def rank_main(words, rank):
     from tests.tiny import sft_stage
     sft = sft_stage()
     config = load_config(sft.SftConfig, None, words)
+{before}
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_SIZE="2",
                        MASTER_ADDR="127.0.0.1", MASTER_PORT=port, DS_ACCELERATOR="cpu")
     try:
@@ -79,12 +80,14 @@ def workspace(tmp_path_factory) -> Path:
 class Job:
     """A run of two ranks under a small launcher, in a process group of its own."""
 
-    def __init__(self, workspace: Path, name: str, *words: str, fault: str = "pass") -> None:
+    def __init__(
+        self, workspace: Path, name: str, *words: str, fault: str = "pass", before: str = "pass"
+    ) -> None:
         self.dir = workspace / "runs" / name
         more = ["evaluation.shards=[]", "export=false", "run.steps=1000000", "log.every=1"]
         more += ["checkpoint.every=5", "log.progress=false"]
         words = tuple(overrides(workspace, self.dir, *more, *words))
-        code = LAUNCHER.format(root=str(ROOT), fault=f"    {fault}")
+        code = LAUNCHER.format(root=str(ROOT), fault=f"    {fault}", before=f"    {before}")
         self.out = (workspace / f"{name}.txt").open("w+")
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, *words],
@@ -110,9 +113,13 @@ class Job:
     def pids(self) -> list[int]:
         return [int(word) for word in re.findall(r"pids (\d+) (\d+)", self.said())[0]]
 
-    def end(self) -> list[int]:
+    def end(self, timeout: float = 120) -> list[int]:
         """Codes of the ranks; none of the job's processes is left."""
-        self.process.wait(120)
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise AssertionError(f"it did not end within {timeout:g} s: {self.said()}") from None
         group = _members(self.process.pid)
         deadline = time.monotonic() + 60  # data workers and sentinels see the end of their rank
         while group and time.monotonic() < deadline:

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from triptych_core.faults.codes import USER_ERROR, EndsRun
 from triptych_core.faults.config import LossGuardConfig
+from triptych_core.faults.lineage import note_launcher
 from triptych_core.parallel.expert_config import check_expert
 from triptych_core.parallel.tensor_config import check_tensor
 from triptych_core.plan.config import PlanConfig
@@ -230,6 +231,7 @@ def run_main(main: Callable[[Stage], None], config: Stage) -> None:
     By the rule of the house a `ValueError` raised in our packages is something a user can mend;
     anything else keeps its traceback. What is told has no secrets.
     """
+    note_launcher()
     mask_tracebacks()
     if config.run.device == "cpu" or config.plan.show != "no":  # a plan needs no device
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported

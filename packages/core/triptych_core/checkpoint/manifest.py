@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 FILE = "manifest.json"
 
@@ -22,12 +23,29 @@ def write_manifest(folder: Path, records: Mapping[str, Record]) -> None:
 
 
 def write_synced(path: Path, data: bytes) -> Record:
-    """Write a file through to the disk; returns its record."""
-    with path.open("wb") as file:
+    """Write a file through to the disk; returns its record. Raises ValueError if it cannot."""
+    with synced_file(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+@contextmanager
+def synced_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file, on the disk once the block is left.
+
+    Raises:
+        ValueError: it could not be written.
+    """
+    try:
+        with path.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise ValueError(
+            f"{path}: must be written whole, got {error.strerror}; make room and start again, the "
+            "checkpoints before are whole"
+        ) from error
 
 
 def find_damage(folder: Path, share: int = 0, shares: int = 1) -> str | None:

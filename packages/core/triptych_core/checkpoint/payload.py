@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from triptych_core.checkpoint.manifest import synced_file
 
 # Kinds of stretches beside those of optimizer states, which have the states' names.
 MASTER, FROZEN, BUFFER = "master", "frozen", "buffer"
@@ -71,17 +72,18 @@ def write_payload(path: Path, stretches: Sequence[Stretch], scalars: Scalars) ->
     """Write a payload and sync it; returns its `bytes` and `sha256`.
 
     Tensors on a device come to the host chunk by chunk.
+
+    Raises:
+        ValueError: it could not be written.
     """
     # Widest elements first: each then begins at a multiple of its own size. Then by name: the same
     # state makes the same file, also after a resume, which makes states in another order.
     stretches = sorted(stretches, key=lambda s: (-s.tensor.element_size(), s.key))
     digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
+    with synced_file(path) as file:
         for chunk in _chunks(stretches, scalars):
             digest.update(chunk)
             size += file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 

@@ -20,12 +20,14 @@ from typing import Any
 from triptych_core.faults import page
 from triptych_core.faults.codes import HUNG, PEER_LOST, PREEMPTED
 from triptych_core.faults.culprit import Report, Verdict, find_culprit
+from triptych_core.faults.lineage import parent_of, status_of
 from triptych_core.lines import write_whole
 
 POLL = 0.5  # seconds
 ANSWER = 2.0  # within which a rank says what it does, if it can run Python at all
 GATHER = 5.0  # within which all ranks of a standing job have told, and peers of a dead one failed
 SLOW = 1800.0  # for compilation, checkpoints, evaluation: far above what they take
+EXCUSED = 1800.0  # for which data are waited for, or a layer that compiles; each alarm is said
 MIN_LIMIT, FACTOR = 10.0, 3.0  # hang_seconds=auto: named by then; times the slowest step
 TELLING = 3.0  # before that: what a poll, an answer that does not come and its stacks take
 DUMP_SIGNAL = signal.SIGUSR2
@@ -61,7 +63,7 @@ class _Watch:
             self._beats, self._quiet, self._patience = beat.beats, 0.0, 1.0
         else:
             self._quiet += passed
-        if not self._told_stop and any(_parent(c) != p for c, p in self._set["lineage"]):
+        if not self._told_stop and any(parent_of(c) != p for c, p in self._set["lineage"]):
             self._told_stop = True
             self._say("the launcher is gone: saves after this step and stops")
             self._send("stop")
@@ -102,10 +104,13 @@ class _Watch:
         reports = self._gather(folder)
         verdict = find_culprit(reports, self._set["world_size"])
         self._speak_for_all(reports, verdict, folder)
-        if verdict.is_excused:
+        if self._is_excused(verdict):
             self._patience *= 2
         else:
             self._end(HUNG)
+
+    def _is_excused(self, verdict: Verdict) -> bool:
+        return verdict.is_excused and self._quiet < self._set["excused"]
 
     def _gather(self, folder: Path) -> list[Report]:
         """Fresh reports of the ranks that stand still, as this one does."""
@@ -120,7 +125,7 @@ class _Watch:
     def _speak_for_all(self, reports: list[Report], verdict: Verdict, folder: Path) -> None:
         if reports and reports[0]["rank"] != self._set["rank"]:
             return
-        what = "waits on" if verdict.is_excused else f"ends with exit code {HUNG}"
+        what = "waits on" if self._is_excused(verdict) else f"ends with exit code {HUNG}"
         self._say(
             f"no progress for {self._quiet:.0f} s (run.hang_seconds), {what}: {verdict.text}; "
             f"stacks of all ranks in {folder}"
@@ -134,11 +139,12 @@ class _Watch:
         self._send("report")
         told = select.select([self._socket], [], [], ANSWER)[0]
         if told:
-            answer |= json.loads(self._socket.recv(1 << 20) or b"{}")
+            with suppress(ConnectionResetError):  # it is gone by now
+                answer |= json.loads(self._socket.recv(1 << 20) or b"{}")
         else:
             with suppress(ProcessLookupError):
                 os.kill(self._set["pid"], DUMP_SIGNAL)
-            is_stopped = _status(self._set["pid"])[0] in "Tt"
+            is_stopped = status_of(self._set["pid"])[0] in "Tt"
             time.sleep(POLL)
             stacks = os.pread(self._set["stacks"], 1 << 20, 0).decode(errors="replace")
             answer["state"] = "stopped" if is_stopped else "silent"
@@ -174,19 +180,5 @@ class _Watch:
         os.write(2, f"rank {self._set['rank']}: {text}\n".encode())
 
 
-def _status(pid: int) -> tuple[str, int]:
-    """State and parent of a process, as /proc has them; gone: X."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return "X", 0
-    state, parent = text.rpartition(")")[2].split()[:2]
-    return state, int(parent)
-
-
 def _is_alive(pid: int) -> bool:
-    return _status(pid)[0] not in "XZ"
-
-
-def _parent(pid: int) -> int:
-    return _status(pid)[1]
+    return status_of(pid)[0] not in "XZ"

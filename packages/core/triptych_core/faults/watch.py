@@ -23,6 +23,7 @@ from torch import nn
 from triptych_core.config import RunConfig
 from triptych_core.faults import page, sentinel
 from triptych_core.faults.heartbeat import Heartbeat
+from triptych_core.faults.lineage import note_launcher
 from triptych_core.faults.stop import StopRequest
 
 _WAITING_IN = ("torch/distributed/", "deepspeed/comm/")  # collectives, by their files
@@ -123,25 +124,13 @@ def _settings(config: RunConfig, modules: list[str]) -> dict[str, Any]:
         "world_size": len(ranks),
         "pid": os.getpid(),
         "peers": [pid for host, pid, _ in ranks if host == me[0] and pid != me[1]],
-        "lineage": _lineage(),
+        "lineage": note_launcher(),
         "folder": str(config.dir / "hang" / f"{ranks[0][2]}-{ranks[0][1]}"),
         "hang_seconds": config.hang_seconds,
+        "excused": sentinel.EXCUSED,
         "grace": config.grace_seconds,
         "modules": modules,
     }
-
-
-def _lineage() -> list[tuple[int, int]]:
-    """Processes and their parents that must stay: of DeepSpeed's two launchers the outer one, too.
-
-    A shell that ends under nohup is no reason to stop.
-    """
-    parent = os.getppid()
-    found = [(os.getpid(), parent)]
-    command = Path(f"/proc/{parent}/cmdline").read_bytes()
-    if b"deepspeed.launcher.launch" in command:
-        found.append((parent, sentinel._parent(parent)))
-    return found
 
 
 def _outwards(frame: FrameType | None) -> list[FrameType]:
