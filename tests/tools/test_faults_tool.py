@@ -11,7 +11,7 @@ import pytest
 
 from tests.tiny import ROOT
 
-ROWS = ("checkpoint", "shard", "row", "settings")
+ROWS = ("power", "checkpoint", "shard", "row", "settings")
 
 
 def faults(*words: str) -> tuple[int, str, str]:
@@ -38,10 +38,10 @@ def test_every_row_is_green(ran):
 def test_a_row_without_its_guard_is_red(ran):
     _, out, _ = ran
     guards = re.findall(r"^\| [^|]+ \| `\w+` \| (\d+) of \d+ \| (red|\S+) \|$", out, flags=re.M)
-    assert len(guards) == 5, out
+    assert len(guards) == 7, out
     assert {colour for _, colour in guards} == {"red"}
 
 
 def test_an_unknown_row_is_named():
     code, _, err = faults("--only", "fire")
-    assert code == 2 and "got fire" in err and "kill, checkpoint" in err
+    assert code == 2 and "got fire" in err and "kill, rank, power" in err
