@@ -108,20 +108,72 @@ QWEN3_MOE_REST = QWEN3_REST | {
     "mlp_only_layers": [],
     "tie_word_embeddings": False,
 }
+QWEN2_REST = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000},
+    "max_position_embeddings": 131072,
+    "use_sliding_window": False,
+    "tie_word_embeddings": True,
+}
+QWEN2 = {
+    "qwen2.5-1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+}
+QWEN2_5_VL_3B = QWEN2_REST | {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1_000_000,
+        "mrope_section": [16, 24, 24],
+    },
+    "vision_config": {
+        "model_type": "qwen2_5_vl",
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 2048,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "tokens_per_second": 2,
+    },
+}
 TEXTS = {name: QWEN3_REST | shape for name, shape in QWEN3.items()}
 TEXTS |= {name: QWEN3_MOE_REST | shape for name, shape in QWEN3_MOE.items()}
+TEXTS |= {name: QWEN2_REST | shape for name, shape in QWEN2.items()}
 TOKENIZER = ("tokenizer.json", "chat_template.jinja", "generation_config.json")
 
 
 @click.command()
 @click.argument("out_dir", type=click.Path(path_type=Path))
-@click.option("--shape", type=click.Choice(["qwen3-vl-2b", *TEXTS]), default="qwen3-vl-2b")
+@click.option(
+    "--shape", type=click.Choice(["qwen3-vl-2b", "qwen2.5-vl-3b", *TEXTS]), default="qwen3-vl-2b"
+)
 def main(out_dir: Path, shape: str) -> None:
     """Write the folder to OUT_DIR, which must not exist."""
     if out_dir.exists():
         raise click.ClickException(f"{out_dir}: must not exist; name another folder")
     if shape in TEXTS:
         write_text(out_dir, TEXTS[shape])
+    elif shape == "qwen2.5-vl-3b":
+        write_qwen2_5_vl(out_dir)
     else:
         write_qwen3_vl(out_dir)
 
@@ -144,9 +196,23 @@ def write_qwen3_vl(out_dir: Path) -> None:
     config["text_config"] |= TEXT | {"rope_parameters": ROPE}
     config["vision_config"] |= VISION
     write_json(out_dir / "config.json", config)
+    write_patch_size(out_dir, 16)
+
+
+def write_qwen2_5_vl(out_dir: Path) -> None:
+    """A Qwen2.5-VL-3B folder: the demo's image tokens and processor, published sizes."""
+    shutil.copytree(TINY, out_dir)
+    tiny = json.loads((out_dir / "config.json").read_text())
+    tokens = {key: value for key, value in tiny.items() if key.endswith("_token_id")}
+    write_json(out_dir / "config.json", QWEN2_5_VL_3B | tokens)
+    write_patch_size(out_dir, 14)
+
+
+def write_patch_size(out_dir: Path, size: int) -> None:
+    """Processors of images and videos that cut patches of this side."""
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         processor = json.loads((out_dir / name).read_text())
-        processor |= {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
+        processor |= {"patch_size": size, "merge_size": 2, "temporal_patch_size": 2}
         processor["size"] = {"shortest_edge": 65536, "longest_edge": 16777216}
         write_json(out_dir / name, processor)
 

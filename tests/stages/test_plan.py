@@ -266,5 +266,7 @@ def test_more_ranks_need_less_and_a_small_device_is_told_what_to_do(folder):
     one, eight = (json.loads(plan(*words, f"plan.ranks={n}", "--json")) for n in (1, 8))
     for few, many in zip(one["choices"], eight["choices"], strict=True):
         assert many["peak_bytes"] < few["peak_bytes"] or few["stage"] == 0
+    # What stock's own norms and gates would keep is not what compiled layers do.
+    assert json.loads(plan(*words, "plan.ranks=1", "model.compile=layers", "--json")) == one
     table = plan(*words, "plan.gpu_memory_gib=0.001")
     assert "nothing fits" in table and "take more ranks" in table

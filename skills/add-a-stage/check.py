@@ -1,0 +1,69 @@
+"""What every stage must have; exits with 1 and says what is missing."""
+
+import ast
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ROOT / "stages"
+SHARED = {"triptych_core", "triptych_data", "triptych_models", "triptych_kernels"}
+
+
+def main() -> int:
+    scripts = sorted(p for p in STAGES.glob("*.py") if 'if __name__ == "__main__"' in p.read_text())
+    wanted = sys.argv[1:]
+    if unknown := set(wanted) - {path.stem for path in scripts}:
+        print(f"stage: must be one of {', '.join(p.stem for p in scripts)}, got {unknown}")
+        return 2
+    chosen = [path for path in scripts if not wanted or path.stem in wanted]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(faults, chosen))
+    for path, missing in zip(chosen, found, strict=True):
+        print(f"{path.name}: {'; '.join(missing) or 'as a stage should be'}")
+    return int(any(found) or not chosen)
+
+
+def faults(path: Path) -> list[str]:
+    missing = []
+    if path.stem in sys.stdlib_module_names:
+        missing.append("has the name of a module of the standard library")
+    if strange := sorted(imported(path) - SHARED - {p.stem for p in STAGES.glob("*.py")}):
+        missing.append(f"imports {', '.join(strange)}")
+    if ast.get_docstring(ast.parse(path.read_text())) is None:
+        missing.append("has no docstring, which its --help would show")
+    shown = call(path, "--help")
+    if shown.returncode or f"stages/{path.name}" not in shown.stdout:
+        missing.append("its --help fails or shows no command of it")
+    configs = sorted((STAGES / "configs").glob(f"{path.stem}_*.yaml"))
+    if not any("tiny" in config.name for config in configs):
+        missing.append(f"has no stages/configs/{path.stem}_*tiny.yaml")
+    for config in configs:
+        printed = call(path, "--config", str(config), "--print-config")
+        if printed.returncode:
+            missing.append(f"refuses {config.name}: {printed.stderr.strip()}")
+    refused = call(path, "optim.lrr=1")
+    if refused.returncode != 2 or "optim.lr" not in refused.stderr:
+        missing.append("does not refuse optim.lrr by name")
+    return missing
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of what a file imports beyond the standard library."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    tops = {name.partition(".")[0] for name in names} - {"torch", "pydantic"}
+    return tops - sys.stdlib_module_names
+
+
+def call(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(path), *words], capture_output=True, text=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
