@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "stages/configs/qwen3_tiny"
+MODEL = ROOT / "stages/configs/qwen3_vl_tiny"
 
 
 def main() -> int:
