@@ -86,6 +86,12 @@ SIGLIP_IDLE = ("encoder.layers.2.", "post_layernorm")
 
 PROOFS: dict[str, Proof] = {
     "dots1": Proof(tiny.write_dots1_model_dir, texts, tiny.pack_text),
+    "internvl": Proof(
+        tiny.write_internvl_model_dir,
+        lambda: squares(4, 4),
+        tiny.pack_llava,
+        logits=llava_logits,
+    ),
     "llava": Proof(
         tiny.write_llava_model_dir,
         squares,

@@ -29,6 +29,30 @@ _TOWER = {
 }
 
 PUBLISHED: dict[str, Published] = {
+    "internvl": Published(
+        "InternVL3-1B-hf",
+        {
+            "tie_word_embeddings": False,
+            "text_config": {
+                "model_type": "qwen2",
+                "vocab_size": 151674,
+                "hidden_size": 896,
+                "intermediate_size": 4864,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 14,
+                "num_key_value_heads": 2,
+                "rope_scaling": {"rope_type": "dynamic", "type": "dynamic", "factor": 2.0},
+            },
+            "vision_config": {"model_type": "internvl_vision", "attention_bias": True},
+        },
+        938_193_024,
+        (
+            "vision_tower.encoder.layer.23.lambda_1",
+            "vision_tower.embeddings.patch_embeddings.projection.weight",
+            "multi_modal_projector.linear_1.weight",
+            "language_model.model.layers.23.self_attn.q_proj.bias",
+        ),
+    ),
     "qwen2": Published(
         "Qwen2.5-7B",
         {

@@ -364,6 +364,35 @@ def write_llava_model_dir(directory: Path, *, tied: bool = False, **fields: Any)
     return directory
 
 
+def write_internvl_model_dir(directory: Path, *, tied: bool = True, **fields: Any) -> Path:
+    """An InternVL: a ViT of 4 x 4 patches and a class token, four patches a token, a Qwen2 with
+    dynamic rotary positions, as published folders have."""
+    write_llava_model_dir(directory, tied=tied)
+    write_qwen2_model_dir(directory, tied=tied)
+    text = json.loads((directory / "config.json").read_text())
+    vision = {
+        "model_type": "internvl_vision",
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_attention_heads": 2,
+        "attention_bias": True,
+        "image_size": [16, 16],
+        "patch_size": [LLAVA_PATCH, LLAVA_PATCH],
+    }
+    config = {
+        "architectures": ["InternVLForConditionalGeneration"],
+        "model_type": "internvl",
+        "text_config": text | {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        "vision_config": vision,
+        "image_token_id": IMAGE,
+        "image_seq_length": 4,
+        "tie_word_embeddings": tied,
+    }
+    (directory / "config.json").write_text(json.dumps(config | fields))
+    return directory
+
+
 def llava_document(
     seed: int, *, words: int = 7, images: int = 0, side: int = 3, tokens: int = 9
 ) -> Document:

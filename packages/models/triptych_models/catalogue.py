@@ -39,6 +39,13 @@ FAMILIES: dict[str, Family] = {
         "tiny on CPUs",
         has_bias=True,
     ),
+    "internvl": Family(
+        "triptych_models.internvl:InternVL",
+        _SEEING,
+        ("align", "pretrain", "sft"),
+        "InternVL3 and 3.5: 1B, 2B, 8B, 14B, 38B (folders ending in -hf)",
+        "tiny on CPUs",
+    ),
     "llava": Family(
         "triptych_models.llava:Llava",
         _SEEING,

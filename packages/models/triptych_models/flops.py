@@ -136,20 +136,24 @@ def llava_flops(
     *,
     num_blocks: int,
     projector: Callable[[int], Sequence[Layer]],
+    class_tokens: int = 0,
     adapted: bool = False,
 ) -> float:
     """Forward + backward FLOPs of a LLaVA whose tower runs num_blocks blocks; see qwen3_vl_flops.
 
-    projector says its products for a number of images. The tower's learned positions train with
+    projector says its products for a number of images; the tower sees class_tokens beside an
+    image's patches. The tower's learned positions train with
     it, so that gradients flow back through all of its blocks.
     """
     vision = config.vision_config
     grid = batch.get("image_grid_thw")
     grids = [] if grid is None else [tuple(int(n) for n in row) for row in grid]
     patches = sum(t * h * w for t, h, w in grids)
-    pixels = vision.num_channels * vision.patch_size**2
+    patch = vision.patch_size
+    pixels = vision.num_channels * (patch**2 if isinstance(patch, int) else patch[0] * patch[1])
     embed = Work(2.0 * pixels * vision.hidden_size * patches, 0.0)
-    blocks = tower_blocks(vision.hidden_size, vision.intermediate_size, num_blocks, grids)
+    rows: list[tuple[int, ...]] = [(t, 1, h * w + class_tokens) for t, h, w in grids]
+    blocks = tower_blocks(vision.hidden_size, vision.intermediate_size, num_blocks, rows)
     weights = set() if adapted else trainable
     sees, projects = "vision" in trainable, "projector" in trainable
     inputs = {"tower": sees, "projector": sees or projects, "queries": projects}

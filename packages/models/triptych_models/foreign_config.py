@@ -54,12 +54,20 @@ def read_foreign(file: Path) -> dict[str, Any]:
                 "trust the rest"
             )
         most = _MOST.get(name)
-        is_size = isinstance(value, int) and not isinstance(value, bool)
-        if most is not None and value is not None and not (is_size and 0 < value <= most):
+        if most is not None and value is not None and not _is_size(name, value, most):
             raise ValueError(
                 f"{file}: {key} must be from 1 to {most}, got {str(value)[:80]}; download it again"
             )
     return config
+
+
+def _is_size(name: str, value: Any, most: int) -> bool:
+    """Whether it is a number from 1 on; of a patch also its height and width."""
+    pair = name == "patch_size" and isinstance(value, list) and len(value) == 2
+    return all(
+        isinstance(number, int) and not isinstance(number, bool) and 0 < number <= most
+        for number in (value if pair else [value])
+    )
 
 
 def _entries(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

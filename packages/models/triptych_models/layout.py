@@ -98,7 +98,13 @@ Prefixes = tuple[tuple[str, str], ...]
 
 # How names of tensors begin: in transformers' modules, and in published folders (by which
 # transformers 5 reads and writes them: conversion_mapping.py).
+_LLAVA = (
+    ("model.language_model.", "language_model.model."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("lm_head.", "language_model.lm_head."),
+)
 STORED_PREFIXES: dict[str, Prefixes] = {
+    "internvl": (*_LLAVA, ("model.vision_tower.", "vision_tower.")),
     "qwen2_5_vl": (("model.visual.", "visual."), ("model.language_model.", "model.")),
 }
 

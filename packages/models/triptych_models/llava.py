@@ -6,7 +6,7 @@ tower sees a plain batch of them. The text model is a Qwen3, a Qwen2 or a Llama.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,20 +33,29 @@ class Llava(ImageModel):
 
     hf_class = LlavaForConditionalGeneration
     model_type = "llava"
+    class_tokens: ClassVar[int] = 0  # of the tower, beside an image's patches
 
     def __init__(self, hf_config: PretrainedConfig, **settings: Any) -> None:
         self.check_config(hf_config)
         super().__init__(hf_config, **settings)
         self.num_blocks = blocks_that_run(hf_config)
-        visual = tower(self.hf)
-        for idle in (visual.encoder.layers[self.num_blocks :], visual.post_layernorm):
+        for idle in self.idle_modules():
             idle.requires_grad_(False)
+
+    def idle_modules(self) -> Sequence[nn.Module]:
+        """What of the tower lies behind the features."""
+        visual = tower(self.hf)
+        return [visual.encoder.layers[self.num_blocks :], visual.post_layernorm]
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels along a side of every patch."""
+        return one_side(self.hf.config.vision_config.patch_size)
 
     @property
     def grid_side(self) -> int:
         """Patches along a side of every image."""
-        vision = self.hf.config.vision_config
-        return int(vision.image_size) // int(vision.patch_size)
+        return one_side(self.hf.config.vision_config.image_size) // self.patch_size
 
     @property
     def tokens_per_image(self) -> int:
@@ -120,8 +129,8 @@ class Llava(ImageModel):
         """What the data's processor must say of images, by the name of its attribute."""
         config = self.hf.config
         return {
-            "patch_size": config.vision_config.patch_size,
-            "image_side": config.vision_config.image_size,
+            "patch_size": self.patch_size,
+            "image_side": one_side(config.vision_config.image_size),
             "image_tokens": self.tokens_per_image,
             "image_token_id": config.image_token_id,
             "position_axes": 1,
@@ -150,13 +159,14 @@ class Llava(ImageModel):
             parts,
             num_blocks=self.num_blocks,
             projector=self.projector_layers,
+            class_tokens=self.class_tokens,
             adapted=adapted,
         ) + adapter_flops(self, batch)
 
     def dummy_image(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """A black image: grid (1, 3) on the host, uint8 patches on device."""
         vision, side = self.hf.config.vision_config, self.grid_side
-        patch_dim = vision.num_channels * vision.patch_size**2
+        patch_dim = vision.num_channels * self.patch_size**2
         pixels = torch.zeros(side * side, patch_dim, dtype=torch.uint8, device=device)
         with unset_fake_temporarily():  # read on the host, also where a plan runs on fake tensors
             grid = torch.tensor([[1, side, side]])
@@ -164,7 +174,7 @@ class Llava(ImageModel):
 
     def whole_images(self, patches: Tensor) -> Tensor:
         """Patches (N * side**2, C * p * p) put together as stock takes them: (N, C, H, W)."""
-        side, patch = self.grid_side, self.hf.config.vision_config.patch_size
+        side, patch = self.grid_side, self.patch_size
         cut = patches.view(-1, side, side, self.hf.config.vision_config.num_channels, patch, patch)
         return cut.permute(0, 3, 1, 4, 2, 5).reshape(
             len(cut), cut.shape[3], side * patch, side * patch
@@ -172,7 +182,7 @@ class Llava(ImageModel):
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         """Features (image tokens, H) of the patches (P, patch_dim) uint8 of whole images."""
-        visual, patch = tower(self.hf), self.hf.config.vision_config.patch_size
+        visual, patch = tower(self.hf), self.patch_size
         embeddings, num_patches = visual.embeddings, self.grid_side**2
         scaled = normalize_pixels(pixels, self.image_mean, self.image_std)
         scaled = scaled.to(embeddings.patch_embedding.weight.dtype)
@@ -183,6 +193,17 @@ class Llava(ImageModel):
         for block in self.tower_layers():
             hidden_states = self._run_layer(block, hidden_states, attention_mask=None)
         return self.project(hidden_states).flatten(0, 1)
+
+
+def one_side(size: int | Sequence[int]) -> int:
+    """The side of a square, which some configurations give twice. Raises ValueError for others."""
+    sides = {size} if isinstance(size, int) else {*size}
+    if len(sides) != 1:
+        raise ValueError(
+            f"model.path: config.json's image_size and patch_size must be squares, got {size}; "
+            "take another model"
+        )
+    return int(sides.pop())
 
 
 def blocks_that_run(config: Any) -> int:

@@ -45,6 +45,7 @@ class PackedModel(nn.Module):
 
     hf_class: ClassVar[type[PreTrainedModel]]
     model_type: ClassVar[str]  # of config.json
+    rope_types: ClassVar[tuple[str, ...]] = ("default",)  # that the family knows
 
     def __init__(
         self, hf_config: PretrainedConfig, *, dtype: torch.dtype, fused: bool = True
@@ -73,7 +74,8 @@ class PackedModel(nn.Module):
 
         Raises ValueError if the directory is not one of a model this family computes.
         """
-        return cls(read_config(path, cls.model_type), dtype=dtype, fused=fused, **settings)
+        config = read_config(path, cls.model_type, cls.rope_types)
+        return cls(config, dtype=dtype, fused=fused, **settings)
 
     def hidden_states(self, *args: Any, **batch: Any) -> Tensor:
         """Hidden states (1, T, H) after the final norm, documents kept apart."""

@@ -9,7 +9,9 @@ from .foreign_config import read_foreign
 from .layout import text_config
 
 
-def read_config(path: Path, model_type: str) -> PretrainedConfig:
+def read_config(
+    path: Path, model_type: str, rope_types: tuple[str, ...] = ("default",)
+) -> PretrainedConfig:
     """Read config.json; ValueError unless it is of model_type and packed rows can be exact.
 
     That takes plain rotary positions, no dropout in attention and no sliding window.
@@ -40,9 +42,9 @@ def read_config(path: Path, model_type: str) -> PretrainedConfig:
             "download it again"
         )
     where = f"{file}: {'' if text is config else 'text_config.'}"
-    if text.rope_parameters["rope_type"] != "default":
+    if text.rope_parameters["rope_type"] not in rope_types:
         raise ValueError(
-            f"{where}rope_parameters.rope_type must be default, got "
+            f"{where}rope_parameters.rope_type must be {' or '.join(rope_types)}, got "
             f"{text.rope_parameters['rope_type']}; scaled rotary positions are not supported"
         )
     if text.attention_dropout:
