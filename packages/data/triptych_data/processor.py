@@ -146,7 +146,8 @@ class Processor:
         if any((directory / file).exists() for file in (IMAGE_FILE, VIDEO_FILE)):
             bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
             rules, settings = read_image_rules(directory, **bounds)
-            video_rules = read_video_rules(directory, video or VideoConfig())
+            if rules.side is None:  # of one-size towers no videos are taken
+                video_rules = read_video_rules(directory, video or VideoConfig())
             _check_alike(directory, rules, video_rules)
         options = {
             "min_pixels": min_pixels,
@@ -310,9 +311,11 @@ class Processor:
         return self._video(video_layout(width, height, frames, seconds, rules))
 
     def _image(self, grid: Grid) -> _Medium:
-        height, width = grid[1:]
+        tiles, height, width = grid
         tokens = self._image_rules().tokens or height * width // self.merge_size**2
-        return _Medium(MediaTokens("image", (tokens,)), [grid])
+        before, after = self._text.image_borders
+        pieces = tuple(piece for piece in (before, tiles * tokens, after) if piece)
+        return _Medium(MediaTokens("image", pieces), [(1, height, width)] * tiles)
 
     def _video(self, layout: VideoLayout) -> _Medium:
         """A video as one image per temporal patch: so its vision tower and M-RoPE see it."""

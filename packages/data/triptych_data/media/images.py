@@ -6,6 +6,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 from io import BytesIO
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -66,6 +67,8 @@ class ImageRules(NamedTuple):
     """Pillow's number for it; None is bicubic."""
     tokens: int | None = None
     """An image of one size becomes so many; None is one for merge_size x merge_size patches."""
+    tiles: tuple[int, int] | None = None
+    """Fewest and most squares of one size that an image is cut into; None is one, never cut."""
 
 
 def encode_image(
@@ -81,6 +84,8 @@ def encode_image(
         image = vary(image)
     grid = image_grid(image.shape[2], image.shape[1], rules)
     height, width = grid[1] * rules.patch_size, grid[2] * rules.patch_size
+    if rules.side is not None and rules.tiles is not None:
+        return patchify(cut_tiles(image, rules)[:, :, :height, :width].contiguous(), rules), grid
     if rules.side is not None:
         image = resize(image, rules.side, rules.side, rules.interpolation)[:, :height, :width]
     else:
@@ -94,13 +99,15 @@ def image_grid(width: int, height: int, rules: ImageRules) -> tuple[int, int, in
 
     Both sides become multiples of `patch_size * merge_size`, the area stays within `min_pixels`
     and `max_pixels`: `smart_resize` of transformers' Qwen2-VL. By rules with a `side` all images
-    have one grid.
+    have one grid; t counts the tiles where an image is cut into them.
 
     Raises ValueError if one side is over 200 times the other.
     """
     check_ratio(width, height)
     if rules.side is not None:
-        return 1, rules.side // rules.patch_size, rules.side // rules.patch_size
+        rows, cols = tile_grid(width, height, rules)
+        count = rows * cols + (rows * cols > 1)  # and the whole image
+        return count, rules.side // rules.patch_size, rules.side // rules.patch_size
     factor = rules.patch_size * rules.merge_size
     new_height = round(height / factor) * factor
     new_width = round(width / factor) * factor
@@ -113,6 +120,41 @@ def image_grid(width: int, height: int, rules: ImageRules) -> tuple[int, int, in
         new_height = math.ceil(height * enlarge / factor) * factor
         new_width = math.ceil(width * enlarge / factor) * factor
     return 1, new_height // rules.patch_size, new_width // rules.patch_size
+
+
+def tile_grid(width: int, height: int, rules: ImageRules) -> tuple[int, int]:
+    """Rows and columns of tiles of an image: the shape most like its own, as InternVL takes them.
+
+    Of shapes alike the larger, as long as the image has over half of its pixels.
+    """
+    if rules.tiles is None or rules.side is None:
+        return 1, 1
+    best, error = (1, 1), math.inf
+    for rows, cols in _tile_shapes(*rules.tiles):
+        off = abs(width / height - cols / rows)
+        if off < error or (off == error and width * height > rules.side**2 * rows * cols / 2):
+            best, error = (rows, cols), off
+    return best
+
+
+def cut_tiles(image: Tensor, rules: ImageRules) -> Tensor:
+    """(3, H, W) uint8 -> (N, 3, side, side): its tiles row by row, then the whole image."""
+    assert rules.side is not None
+    side, mode = rules.side, rules.interpolation
+    rows, cols = tile_grid(image.shape[2], image.shape[1], rules)
+    tiles = resize(image, rows * side, cols * side, mode)
+    tiles = tiles.reshape(3, rows, side, cols, side).permute(1, 3, 0, 2, 4).flatten(0, 1)
+    if len(tiles) == 1:
+        return tiles
+    return torch.cat([tiles, resize(image, side, side, mode)[None]])
+
+
+@lru_cache(maxsize=8)
+def _tile_shapes(fewest: int, most: int) -> list[tuple[int, int]]:
+    """(rows, columns) of so many tiles, the fewest first, and of those the narrowest."""
+    counts = range(1, most + 1)
+    shapes = [(rows, cols) for cols in counts for rows in counts if fewest <= rows * cols <= most]
+    return sorted(shapes, key=lambda shape: shape[0] * shape[1])
 
 
 def check_ratio(width: int, height: int) -> None:

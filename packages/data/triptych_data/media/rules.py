@@ -12,6 +12,8 @@ from triptych_data.media.video import VideoRules
 IMAGE_FILE = "preprocessor_config.json"
 VIDEO_FILE = "video_preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
+CONFIG_FILE = "config.json"
+_MOST_TILES = 256
 # What transformers' Qwen3-VL video processor does where the file does not say.
 _VIDEO_DEFAULTS = {"fps": 2, "min_frames": 4, "max_frames": 768}
 _VIDEO_FRAME_TOKENS = 768
@@ -29,7 +31,8 @@ def read_image_rules(
     bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     if "height" in (settings.get("size") or {}):
         return _one_size(path, settings, bounds), settings
-    rules = ImageRules(**_geometry(path, settings, bounds))
+    numbers: dict[str, Any] = dict(_geometry(path, settings, bounds))
+    rules = ImageRules(**numbers)
     _check_bounds(path, rules, "data.min_pixels", "data.max_pixels")
     return rules, settings
 
@@ -93,6 +96,7 @@ def _one_size(
     beside = path.with_name(PROCESSOR_FILE)
     processor = read_json(beside) if beside.exists() or "patch_size" not in settings else {}
     patch_size: Any = settings.get("patch_size") or processor.get("patch_size")
+    patch_size = patch_size or _patch_of_model(path.with_name(CONFIG_FILE))
     for name, given, is_right, wanted in (
         ("size.width", settings["size"].get("width"), settings["size"].get("width") == side, side),
         ("resample", interpolation, interpolation in INTERPOLATIONS, "2 or 3"),
@@ -112,7 +116,35 @@ def _one_size(
             )
     mode = None if interpolation == BICUBIC else interpolation
     tokens = _image_tokens(beside, processor, (side // patch_size) ** 2)
-    return ImageRules(patch_size, 1, 1, side**2, side**2, side, mode, tokens)
+    return ImageRules(
+        patch_size, 1, 1, side**2, side**2, side, mode, tokens, _tiles(path, settings, processor)
+    )
+
+
+def _patch_of_model(path: Path) -> Any:
+    """What config.json says of patches, where no file of the processor does: InternVL's."""
+    if not path.exists():
+        return None
+    vision = read_json(path).get("vision_config")
+    size = vision.get("patch_size") if isinstance(vision, dict) else None
+    return size[0] if isinstance(size, list) and size and len({*map(str, size)}) == 1 else size
+
+
+def _tiles(
+    path: Path, settings: Mapping[str, Any], processor: Mapping[str, Any]
+) -> tuple[int, int] | None:
+    """Into how many tiles images are cut: by InternVL's processor, whatever else its file says."""
+    names = (settings.get("processor_class"), processor.get("processor_class"))
+    if "InternVLProcessor" not in names:
+        return None
+    fewest, most = settings.get("min_patches", 1), settings.get("max_patches", 12)
+    numbers = isinstance(fewest, int) and isinstance(most, int)
+    if not numbers or not 0 < fewest <= most <= _MOST_TILES:
+        raise ValueError(
+            f"{path}: min_patches and max_patches must be in order from 1 to {_MOST_TILES}, got "
+            f"{fewest} and {most}; fetch the file again"
+        )
+    return fewest, most
 
 
 def _image_tokens(path: Path, processor: Mapping[str, Any], patches: int) -> int | None:

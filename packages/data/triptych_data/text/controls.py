@@ -1,7 +1,7 @@
 """The tokens that steer a model, which only its chat template may print."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from tokenizers import AddedToken
@@ -10,9 +10,9 @@ from triptych_data.text.encoder import anchor
 
 # Attributes of transformers' tokenizers, and Qwen's names where a tokenizer has none.
 _MEDIA = {
-    "image": ("image_token", "<|image_pad|>"),
-    "video": ("video_token", "<|video_pad|>"),
-    "audio": ("audio_token", "<|audio_pad|>"),
+    "image": (("image_token", "context_image_token"), "<|image_pad|>"),
+    "video": (("video_token",), "<|video_pad|>"),
+    "audio": (("audio_token",), "<|audio_pad|>"),
 }
 
 
@@ -41,8 +41,10 @@ class Controls:
         self._edges = {edge for token in self.ids for edge in (token[0], token[-1])}
 
         names = {
-            kind: getattr(tokenizer, attribute, None) or default
-            for kind, (attribute, default) in _MEDIA.items()
+            kind: next(
+                filter(None, (getattr(tokenizer, each, None) for each in attributes)), default
+            )
+            for kind, (attributes, default) in _MEDIA.items()
         }
         self.media_ids = {kind: self.ids[name] for kind, name in names.items() if name in self.ids}
         self.placeholders = {name: kind for kind, name in names.items()}
@@ -53,6 +55,12 @@ class Controls:
     def is_risky(self, text: str) -> bool:
         """Whether `text` could be a part of a control token that holds its first or last letter."""
         return not self._edges.isdisjoint(text)
+
+
+def _first_named(tokenizer: Any, attributes: Sequence[str]) -> str | None:
+    """The token that the tokenizer names by one of these attributes."""
+    names = (getattr(tokenizer, attribute, None) for attribute in attributes)
+    return next((name for name in names if name), None)
 
 
 def _any_of(tokens: Collection[str]) -> re.Pattern[str]:

@@ -78,6 +78,11 @@ class TextTokenizer:
         self.image_token_id = self.controls.media_ids.get("image", -1)  # -1: takes none
         self.video_token_id = self.controls.media_ids.get("video", -1)
         self.audio_token_id = self.controls.media_ids.get("audio", -1)
+        # What a processor puts around an image's tokens, where the template does not: InternVL's.
+        self.image_borders: tuple[str, str] = (
+            getattr(tokenizer, "start_image_token", None) or "",
+            getattr(tokenizer, "end_image_token", None) or "",
+        )
         self.eos_token_id: int | None = tokenizer.eos_token_id
         self.pad_token_id: int | None = tokenizer.pad_token_id
 
