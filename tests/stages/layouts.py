@@ -3,8 +3,8 @@
 A layout reads `3 sequence=2 x2 full`: ZeRO stage, ranks that hold a row or divide experts, packs of
 a rank's step (1 if not said), and words of combinations.FEATURES. `from 4` begins with row 4 of
 rows.py, whose rows 4 to 7 are padding alone, an image alone, no target, a single target. `forced`
-sends every token to expert 0; `aux` lets the routers' balance loss outweigh all else. Together with
-the fp32 AdamW steps of combinations.EXACT:
+sends every token to expert 0; `aux` lets the routers' balance loss outweigh all else; under
+`alone` tokens have no loss, only routers. Together with the fp32 AdamW steps of combinations.EXACT:
 
     python -m tests.stages.layouts
 """
@@ -28,6 +28,7 @@ GRID = {
     ("qwen3_moe", 2): [
         *("0 x2", "3 expert=2 x2", "1 expert=2 x4", "2 expert=2 from 6", "3 expert=2 selective"),
         *("0 expert=2 x2 forced", "3 expert=2 x2 full forced"),
+        *("0 x2 alone", "2 expert=2 x4 full alone", "3 expert=2 sequence=2 x2 alone"),
         *("0 expert=2 x2 aux", "3 full aux", "1 expert=2 sequence=2 x4 full aux"),
     ],
     ("qwen3_moe", 4): [
@@ -59,7 +60,7 @@ class Layout(NamedTuple):
         values = dict(word.split("=") for word in words if "=" in word)
         accumulation = [int(word[1:]) for word in words if word[0] == "x"]
         first = int(words[words.index("from") + 1]) if "from" in words else 0
-        features = tuple(w for w in words if w in FEATURES or w in ("forced", "aux"))
+        features = tuple(w for w in words if w in FEATURES or w in ("forced", "aux", "alone"))
         sizes = int(values.get("sequence", 1)), int(values.get("expert", 1))
         return cls(model, ranks, int(stage), *sizes, *(accumulation or [1]), features, first)
 

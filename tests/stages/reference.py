@@ -33,10 +33,17 @@ class Reference:
     """What the model in a folder gives for each of `rows`, and steps made of that.
 
     `forced`: every token goes to expert 0 alone. `moe`: the weights of the routers' losses.
+    `of_tokens`: that of the loss of tokens.
     """
 
-    def __init__(self, folder: Path, forced: bool = False, moe: Mapping[str, Any] = MOE) -> None:
-        self.moe = moe
+    def __init__(
+        self,
+        folder: Path,
+        forced: bool = False,
+        moe: Mapping[str, Any] = MOE,
+        of_tokens: float = 1.0,
+    ) -> None:
+        self.moe, self.of_tokens = moe, of_tokens
         model = build(folder)
         self.stock = stock_twin(model, torch.float64)
         self.weights = {f"hf.{n}": p.detach().clone() for n, p in self.stock.named_parameters()}
@@ -95,7 +102,7 @@ class Reference:
                 continue
             logits = stock_logits(self.stock, model, document)
             loss = F.cross_entropy(logits, document.shift_labels, reduction="sum")
-            objective = objective + loss
+            objective = objective + self.of_tokens * loss
             for number, router in enumerate(routers):
                 balance, z, load, load_images = router.figures(document, targets)
                 objective = objective + self.moe["aux_loss"] * balance + self.moe["z_loss"] * z

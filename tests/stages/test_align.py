@@ -104,6 +104,61 @@ def test_the_projector_trains_as_in_stock_and_nothing_else_has_gradients(folder,
             assert copies * size <= seen["moments"] <= copies * size + spare
 
 
+def ten_steps(folder: Path, out: Path) -> list[dict[str, Any]]:
+    """At each stage: weights that are another after ten steps, and parameters with a state."""
+    from triptych_core.config import RunConfig
+    from triptych_core.engine import build as engines
+    from triptych_core.launch import launch
+
+    runtime = launch(RunConfig(device="cpu"))
+    build_engine, found = engines.build_engine, []
+
+    def watch(model: Any, optimizer: Any, config: Any, *args: Any) -> Any:
+        engine = build_engine(model, optimizer, config, *args)
+        read, destroy = engines.read_parameters(config), engine.destroy
+
+        def weights() -> dict[str, torch.Tensor]:
+            with read(list(model.parameters())):
+                return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+        before = weights()
+
+        def look_and_destroy() -> None:
+            after = weights()
+            changed = {n for n, weight in before.items() if not torch.equal(weight, after[n])}
+            states = {name for name, _ in optimizer_states(engine)}
+            found.append({"changed": changed, "states": states, "all": set(before)})
+            destroy()
+
+        engine.destroy = look_and_destroy
+        return engine
+
+    engines.build_engine = watch
+    for stage in STAGES:
+        words = ["model.freeze=[vision,language]", "run.steps=10", "optim.ema_decay=0.9"]
+        words += [f"engine.zero.stage={stage}", "engine.precision=bf16"]
+        rows = [number % 8 for number in range(2 * 10)]
+        one_step.steps(folder, runtime, out / str(stage), one_step.Run(words, rows))
+    return found
+
+
+def optimizer_states(engine: Any) -> list[tuple[str, Any]]:
+    """(parameter, stretch) of all masters, moments and averages that a rank would save."""
+    from triptych_core.checkpoint.fragments import fragments
+
+    return [(f.name, stretch) for f in fragments(engine) for stretch in f.stretches()]
+
+
+def test_frozen_parts_are_bit_equal_after_ten_steps_and_have_no_states(folder, tmp_path):
+    for rank in run_ranks(ten_steps, 2, folder, tmp_path):
+        for found in rank:
+            trained = {name for name in found["all"] if "merger" in name}
+            assert len(found["all"]) > 20 + len(trained)
+            assert found["changed"] == trained and found["states"] <= trained
+        states = [found["states"] for found in rank]
+        assert states[0] == {name for name in rank[0]["all"] if "merger" in name}
+
+
 def test_a_first_layer_trains_behind_frozen_embeddings(tmp_path):
     """DeepSpeed's ZeRO-3 needs a gradient of its input to know when its weights' are there."""
     folder = tiny.write_moe_model_dir(tmp_path / "model", tied=True)

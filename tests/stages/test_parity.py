@@ -52,11 +52,12 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def reference(folders) -> Any:
-    """By model, whether expert 0 gets all, whether the balance loss outweighs all."""
+    """By model; whether expert 0 gets all, the balance loss outweighs all, tokens have no loss."""
 
     @cache
-    def of(model: str, forced: bool, aux: bool) -> Reference:
-        return Reference(folders[model], forced, BALANCE if aux else MOE)
+    def of(model: str, forced: bool, aux: bool, alone: bool = False) -> Reference:
+        moe = BALANCE if aux else MOE
+        return Reference(folders[model], forced, moe, of_tokens=0.0 if alone else 1.0)
 
     return of
 
@@ -72,10 +73,19 @@ def force(model: Any) -> None:
         block.gate.forward = partial(first_expert, block.gate.forward)
 
 
+def silence(model: Any) -> None:
+    """Leave the routers' losses alone."""
+    model.hf.lm_head.register_forward_hook(lambda _, given, loss_sum: 0.0 * loss_sum)
+
+
 def run_of(layout: Layout) -> Run:
     aux = [f"model.moe.{key}={value}" for key, value in BALANCE.items()]
     words = [*layout.words(), *(aux if "aux" in layout.features else ())]
-    return Run(words, layout.numbers(), force if "forced" in layout.features else leave)
+    change = next((CHANGES[name] for name in layout.features if name in CHANGES), leave)
+    return Run(words, layout.numbers(), change)
+
+
+CHANGES = {"forced": force, "alone": silence}
 
 
 @pytest.mark.parametrize(("model", "ranks"), GRID, ids=str)
@@ -85,7 +95,8 @@ def test_a_step_equals_that_of_stock_in_fp64(folders, reference, tmp_path, model
     for layout, *by_rank in zip(chosen, *results, strict=True):
         assert len({found.norm for found in by_rank}) == 1, f"{layout}: norms differ"
         names = layout.features
-        wanted = reference(model, "forced" in names, "aux" in names).step(layout.numbers())
+        kind = tuple(name in names for name in ("forced", "aux", "alone"))
+        wanted = reference(model, *kind).step(layout.numbers())
         for found in by_rank:
             compare(found, wanted, str(layout))
 
