@@ -19,6 +19,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 PARITY = "tests/stages/test_parity.py::test_a_step_equals_that_of_stock_in_fp64"
 LEAKS = "tests/models/test_leaks.py::test_no_gradient_reaches_another_document"
+TWICE = "tests/core/test_many_steps.py::test_a_module_that_runs_twice_gets_the_gradients_of_both"
+SMALL = "tests/core/test_many_steps.py::test_updates_below_a_bit_of_bf16_add_up"
+FROZEN = (
+    "tests/stages/test_align.py::test_frozen_parts_are_bit_equal_after_ten_steps_and_have_no_states"
+)
 SAMPLES = "tests/stages/test_samples.py::test_gradients_equal_those_of_each_sample_alone"
 
 
@@ -92,6 +97,82 @@ MUTATIONS = {
         "weight = 1.0 - self.decay_at(",
         "weight = self.decay_at(",
         ("tests/stages/test_ema.py::test_an_average_is_its_closed_form_of_the_weights_that_were",),
+    ),
+    "experts divided by their holders": Mutation(
+        "core/triptych_core/parallel/expert.py",
+        'parameter.ds_zero_placement_family = "autoep_expert"',
+        'parameter.ds_zero_placement_family = ""',
+        (PARITY, "-k", "qwen2_moe"),
+    ),
+    "last gradient alone": Mutation(
+        "core/triptych_core/engine/division.py",
+        "place.add_(parameter.grad)",
+        "place.copy_(parameter.grad)",
+        (TWICE,),
+    ),
+    "no dummy image": Mutation(
+        "models/triptych_models/qwen3_vl.py",
+        "features, deepstack = self._no_image_features(input_ids.device)",
+        "features, deepstack = hidden_states[0, :0], []",
+        (
+            "tests/models/test_qwen3_vl.py"
+            "::test_images_or_not_the_same_modules_run_in_the_same_order",
+        ),
+    ),
+    "idle experts take a token": Mutation(
+        "kernels/triptych_kernels/moe_by_expert.py",
+        "torch.where(experts == first + expert)",
+        "(torch.where(experts == first + expert) if (experts == first + expert).any() else "
+        "experts.new_zeros(2, 1))",
+        ("tests/models/test_qwen3_moe.py::test_an_expert_without_tokens_has_zero_gradients",),
+    ),
+    "frozen parts train": Mutation(
+        "models/triptych_models/freeze.py",
+        "module.requires_grad_(False)",
+        "module.requires_grad_(True)",
+        (FROZEN,),
+    ),
+    "masters are rounded": Mutation(
+        "core/triptych_core/engine/light.py",
+        "        self._held.spread()\n",
+        "        self._held.spread()\n"
+        "        [flat.master.copy_(flat.master.bfloat16()) for flat in self.flats()]\n",
+        (SMALL, "-k", "0-fp32"),
+    ),
+    "gradient of one use": Mutation(
+        "models/triptych_models/head.py",
+        "            self.weight,\n",
+        "            self.weight.detach(),\n",
+        (PARITY, "-k", "qwen3 and 2 and not moe"),
+    ),
+    "integers are averaged": Mutation(
+        "core/triptych_core/averaging/agree.py",
+        "if not stored.dtype.is_floating_point and not recipe.is_excluded(name)",
+        "if name == ''",
+        ("tests/tools/test_average_inputs.py::test_integers_must_be_equal",),
+    ),
+    "one group's decay in all": Mutation(
+        "core/triptych_core/checkpoint/load.py",
+        "    load_stretches(engine, Payloads(path / name for name in names), dtypes)\n",
+        "    load_stretches(engine, Payloads(path / name for name in names), dtypes)\n"
+        "    groups = engine.optimizer.param_groups\n"
+        "    [g.update(weight_decay=groups[0]['weight_decay']) for g in groups]\n",
+        ("tests/stages/test_muon.py::test_a_resumed_run_repeats_every_bit[1]",),
+    ),
+    "dropout let by": Mutation(
+        "models/triptych_models/read_config.py",
+        "if text.attention_dropout:",
+        "if False:",
+        ("tests/models/test_qwen3.py::test_what_packed_rows_cannot_compute_is_refused",),
+    ),
+    "another default": Mutation(
+        "core/triptych_core/engine/build.py",
+        '"contiguous_gradients": stage < 3,',
+        '"contiguous_gradients": True,',
+        (
+            "tests/core/test_deepspeed_snapshot.py"
+            "::test_defaults_and_names_are_those_of_the_version_we_admitted",
+        ),
     ),
 }
 
