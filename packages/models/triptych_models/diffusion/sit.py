@@ -92,7 +92,8 @@ class PatchEmbedder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         x: Tensor = self.proj(latents.to(self.proj.weight.dtype))
-        return x.flatten(2).transpose(1, 2)
+        # Or all blocks would go on in the convolution's layout, token beside token.
+        return x.flatten(2).transpose(1, 2).contiguous()
 
 
 class TimeEmbedder(nn.Module):
