@@ -2,24 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
+from tests.data.against_stock import packed_as_alone
 from tests.data.model_folders import model_folder
-from tests.data.test_images import photo, save
 from tests.models import tiny
-from tests.models.stock import stock_twin
-from triptych_data.batch import collate
-from triptych_data.media.images import ImageRules, decode_image, tile_grid
-from triptych_data.processor import Processor
-from triptych_data.sample import RawSample
-from triptych_models.config import ModelConfig
-from triptych_models.families import build_model
+from triptych_data.media.images import ImageRules, tile_grid
 
 SIDE, TOKENS = 16, 4
 MEAN, STD = [0.48, 0.45, 0.4], [0.26, 0.27, 0.28]
@@ -72,41 +64,7 @@ def test_shapes_of_tiles_are_stocks_for_any_size() -> None:
             assert tile_grid(width, height, rules) == (rows, cols)
 
 
-SAMPLES = [[], [(16, 16)], [(40, 16), (30, 64)], [(100, 20)]]
-
-
-def sample(sizes: list[tuple[int, int]]) -> RawSample:
-    parts = [{"type": "image", "index": i} for i in range(len(sizes))]
-    content = [*parts, {"type": "text", "text": "What?"}]
-    messages = [
-        {"role": "user", "content": content},
-        {"role": "assistant", "content": "A boat at sea."},
-    ]
-    return RawSample("k", "x", {"messages": messages}, [save(photo(*size)) for size in sizes])
-
-
-def stock_inputs(folder: Path, raw: RawSample) -> Any:
-    stock = AutoProcessor.from_pretrained(folder)
-    text = stock.apply_chat_template(raw.json["messages"], tokenize=False)
-    images = [decode_image(data) for data in raw.media] or None
-    return stock(text=[text], images=images, return_tensors="pt")
-
-
 def test_tokens_and_logits_of_packed_samples_are_stocks_one_by_one(folder: Path) -> None:
-    model: Any = build_model(ModelConfig(path=folder, init="random"), dtype=torch.float32)
-    processor, twin = Processor.from_directory(folder), stock_twin(model)
-    model.check_processor(processor)
-    raws = [sample(sizes) for sizes in SAMPLES]
-    encoded = [processor.encode(raw) for raw in raws]
-    expected = [stock_inputs(folder, raw) for raw in raws]
-    for ours, theirs in zip(encoded, expected, strict=True):
-        assert ours.input_ids.tolist() == theirs["input_ids"][0].tolist()
-    seq_len = sum(len(each.input_ids) for each in encoded) + 9
-    batch = collate(encoded, seq_len, pad_token_id=processor.pad_token_id, position_axes=1)
-    keep = ("shift_labels", "num_targets", "num_tokens", "sample_keys")
-    with torch.no_grad():
-        logits = model.logits(**{k: v for k, v in batch.items() if k not in keep})[0]
-        theirs = torch.cat([twin(**inputs).logits[0] for inputs in expected])
-    torch.testing.assert_close(logits[: len(theirs)], theirs, rtol=1e-4, atol=1e-4)
+    batch = packed_as_alone(folder, [[], [(16, 16)], [(40, 16), (30, 64)], [(100, 20)]])
     # One; three and a whole one, two and a whole one; five and a whole one.
     assert len(batch["image_grid_thw"]) == 1 + (3 + 1) + (2 + 1) + (5 + 1)
