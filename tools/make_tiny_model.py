@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import tiny_vlms
 from assemble_vlm import CHATML
 from make_digits import WORDINGS
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -22,7 +23,13 @@ from tokenizers.trainers import BpeTrainer
 
 CONFIGS = Path(__file__).parent.parent / "stages/configs"
 VOCAB_SIZE = 512  # rows of the embedding; the tokenizer may fill fewer, as Qwen's does
-KINDS = {"vision": "qwen3_vl_tiny", "text": "qwen3_tiny", "llava": "llava_tiny"}
+KINDS = {
+    "vision": "qwen3_vl_tiny",
+    "text": "qwen3_tiny",
+    "llava": "llava_tiny",
+    "qwen2_5_vl": "qwen2_5_vl_tiny",
+    "internvl": "internvl_tiny",
+}
 SIGLIP_SIDE = 32  # pixels: 16 tokens an image
 PATCH_SIZE, MERGE_SIZE, TEMPORAL_PATCH_SIZE = 8, 2, 2
 SPECIAL_TOKENS = [
@@ -72,7 +79,7 @@ CHAT_TEMPLATE = """\
     "--kind",
     default="vision",
     type=click.Choice([*KINDS]),
-    help="A Qwen3-VL, a Qwen3 before any chat, or a LLaVA: SigLIP's tower before that Qwen3.",
+    help="A Qwen3-VL, a Qwen3 before any chat, a LLaVA (SigLIP's tower before that Qwen3), …",
 )
 def main(out_dir: Path | None, kind: str) -> None:
     """Write the model directory, then load it with transformers and run it once."""
@@ -81,13 +88,21 @@ def main(out_dir: Path | None, kind: str) -> None:
     tokenizer = train_tokenizer()
     tokenizer.save(str(out_dir / "tokenizer.json"))
     ids = tokenizer.get_vocab()
-    files = {"vision": vision_files, "text": text_files, "llava": llava_files}[kind]
+    files = {
+        "vision": vision_files,
+        "text": text_files,
+        "llava": llava_files,
+        "qwen2_5_vl": qwen2_5_vl_files,
+        "internvl": internvl_files,
+    }[kind]
     for name, content in files(ids).items():
         (out_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if kind == "text":
         check_text(out_dir)
     else:
-        template = CHATML if kind == "llava" else CHAT_TEMPLATE
+        template = {"llava": CHATML, "internvl": tiny_vlms.INTERNVL_TEMPLATE}.get(
+            kind, CHAT_TEMPLATE
+        )
         (out_dir / "chat_template.jinja").write_text(template, encoding="utf-8")
         check(out_dir)
 
@@ -138,6 +153,26 @@ def llava_files(ids: dict[str, int]) -> dict[str, Any]:
             "image_mean": [0.5, 0.5, 0.5],
             "image_std": [0.5, 0.5, 0.5],
         },
+    }
+
+
+def qwen2_5_vl_files(ids: dict[str, int]) -> dict[str, Any]:
+    """The small files of a Qwen2.5-VL, as the hub has them: none for videos."""
+    return {
+        "config.json": tiny_vlms.qwen2_5_vl_config(ids, VOCAB_SIZE),
+        "generation_config.json": generation_config(ids),
+        "tokenizer_config.json": with_processor(tokenizer_config(), "Qwen2_5_VLProcessor"),
+        "preprocessor_config.json": tiny_vlms.qwen2_5_vl_images(image_config()),
+    }
+
+
+def internvl_files(ids: dict[str, int]) -> dict[str, Any]:
+    """The small files of an InternVL with a Qwen2."""
+    tokenizer = with_processor(tokenizer_config(), "InternVLProcessor")
+    return {
+        **tiny_vlms.internvl_files(ids, VOCAB_SIZE),
+        "generation_config.json": generation_config(ids),
+        "tokenizer_config.json": tokenizer | {"extra_special_tokens": tiny_vlms.internvl_tokens()},
     }
 
 

@@ -28,6 +28,8 @@ from triptych_models.config import ModelConfig
 from triptych_models.export import export, stored_tensors
 from triptych_models.families import build_model, build_shell
 from triptych_models.freeze import count_parameters
+from triptych_models.pack_cost import pack_cost
+from triptych_models.pretend import build_pretend_model, pretend, pretend_batch
 from triptych_models.weights import whole
 
 # Its build takes minutes and gloo does without it.
@@ -242,6 +244,20 @@ def test_folders_go_out_and_come_back(build: Build, tmp_path: Path, family: str)
             assert torch.equal(parameter, other), name
     written = [load_file(tmp_path / n / "model.safetensors").keys() for n in ("ours", "theirs")]
     assert written[0] == written[1]
+
+
+@each_family
+def test_a_plan_can_trace_it_and_weigh_its_packs(tmp_path: Path, family: str) -> None:
+    """A step on tensors without memory; and what a pack costs grows with all that is in it."""
+    model = build_pretend_model(tiny_config(family, tmp_path), dtype=torch.float32)
+    with pretend(model):
+        settings = {"image_share": 0.5, "target_share": 0.5, "image_tokens": 4}
+        batch = pretend_batch(model, 64, document_len=32, **settings)
+        model(**batch).loss_sum.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    sees = "vision" in FAMILIES[family].parts
+    ratios = pack_cost(model.flops, images=sees)
+    assert ratios["linear"] > 0 and ratios["target"] > 0 and (ratios["vision"] > 0) == sees
 
 
 def gather(parameters: list[torch.nn.Parameter]) -> deepspeed.zero.GatheredParameters:

@@ -19,6 +19,8 @@ SHIPPED_TEXT = ROOT / "stages/configs/qwen3_tiny"
         ([], SHIPPED),
         (["--kind=text"], SHIPPED_TEXT),
         (["--kind=llava"], SHIPPED.with_name("llava_tiny")),
+        (["--kind=qwen2_5_vl"], SHIPPED.with_name("qwen2_5_vl_tiny")),
+        (["--kind=internvl"], SHIPPED.with_name("internvl_tiny")),
     ],
 )
 def test_shipped_directory_is_what_the_maker_writes(

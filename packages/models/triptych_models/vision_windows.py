@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
 )
@@ -42,7 +43,8 @@ def window_features(
     (num_frames + 1,) int32 → (M, H), M = P / merge_size². Source: arXiv 2502.13923, section 2.1.1.
     """
     unit, side = visual.spatial_merge_unit, window_side(visual.config)
-    windows = window_layout(grid_thw, visual.spatial_merge_size, side)
+    with unset_fake_temporarily():  # it depends on values, also where a plan runs on fake tensors
+        windows = window_layout(grid_thw, visual.spatial_merge_size, side)
     windows = Windows(*(to_device(x, pixels.device) for x in windows))
     hidden_states = visual.patch_embed(pixels)  # (P, hidden)
     hidden_states = hidden_states.unflatten(0, (-1, unit))[windows.order].flatten(0, 1)

@@ -17,6 +17,7 @@ _MOST_TILES = 256
 # What transformers' Qwen3-VL video processor does where the file does not say.
 _VIDEO_DEFAULTS = {"fps": 2, "min_frames": 4, "max_frames": 768}
 _VIDEO_FRAME_TOKENS = 768
+_VIDEO_TYPE = "Qwen3VLVideoProcessor"
 
 
 def read_image_rules(
@@ -47,6 +48,8 @@ def read_video_rules(directory: Path, config: VideoConfig) -> VideoRules | None:
     if not path.exists():
         return None
     settings = read_json(path)
+    if settings.get("video_processor_type", _VIDEO_TYPE) != _VIDEO_TYPE:
+        return None  # laid out in another way, e.g. Qwen2.5-VL's: refused when a sample has one
     numbers = _geometry(path, settings, {"min_pixels": None, "max_pixels": config.max_pixels})
     sampling = {**_VIDEO_DEFAULTS, **{n: settings[n] for n in _VIDEO_DEFAULTS if n in settings}}
     if config.fps is not None:
