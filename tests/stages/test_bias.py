@@ -35,7 +35,8 @@ def workspace(tmp_path_factory) -> Path:
 
 def words_for(workspace: Path, run_dir: Path, ranks: int, *more: str) -> list[str]:
     moe = [f"model.moe.bias_rate={RATE}", "model.moe.aux_loss=0", "log.every=1"]
-    return [*words_of_moe(workspace, run_dir, ranks, *moe, "checkpoint.keep=9"), *more]
+    moe += ["checkpoint.keep=9", "optim.ema_decay=0.9"]  # the averager must know averages, too
+    return [*words_of_moe(workspace, run_dir, ranks, *moe), *more]
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import deepspeed  # noqa: F401  once, and not on every rank
 import pytest
+import torch
 from transformers import AutoModelForImageTextToText
 
 from tests.ranks import run_ranks
 from tests.stages.test_moe import check_same, copy_until_step_2, run_stage
 from tests.stages.test_pretrain import metrics
 from tests.tiny import make_model_dir, make_shards
+from tests.tools.average_folders import average
 
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
@@ -66,3 +68,12 @@ def test_a_run_with_images_goes_on_with_experts_divided(workspace: Path) -> None
     )
     assert not any(info.values()), info
     assert stock.config.text_config.num_experts == 4
+    # The averager has stacks as transformers 5 does, the export as the hub: stock loads the same.
+    average(two / "average", *(run / "checkpoints/step-000004" for run in (one, two)))
+    again, info = AutoModelForImageTextToText.from_pretrained(
+        two / "average", dtype=stock.dtype, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    other = AutoModelForImageTextToText.from_pretrained(one / "export").state_dict()
+    for name, value in stock.state_dict().items():
+        assert torch.equal(again.state_dict()[name], (value + other[name]) / 2), name

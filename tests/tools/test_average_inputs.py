@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from tests.models import tiny
 from tests.ranks import run_ranks
 from tests.tiny import make_model_dir, make_shards, sft_stage
 from tests.tools.average_folders import (
@@ -23,6 +24,7 @@ from tests.tools.average_folders import (
     assert_same,
     average,
     read,
+    read_weights,
     weights,
     write_folder,
 )
@@ -33,6 +35,10 @@ from triptych_core.checkpoint.folders import make_room, unfinished_folder
 from triptych_core.checkpoint.fragments import _share
 from triptych_core.checkpoint.payload import FROZEN, MASTER, Stretch
 from triptych_core.checkpoint.save import Snapshot, finish, write_share
+from triptych_models.config import ModelConfig
+from triptych_models.expert_weights import router_biases
+from triptych_models.export import export
+from triptych_models.families import build_model
 
 LARGE, SMALL = "model.embed.weight", "model.layers.0.norm.weight"
 
@@ -166,6 +172,21 @@ def test_what_two_ranks_wrote_is_read_once_and_a_gap_is_found(tmp_path):
         else:
             with pytest.raises(ValueError, match=message):
                 open_source(path, like)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "dots1"])
+def test_experts_have_the_names_of_an_export(tmp_path, family):
+    model_folder = getattr(tiny, f"write_{family}_model_dir")(tmp_path / "model")
+    config = ModelConfig(path=model_folder, init="random")
+    hf = build_model(config, dtype=torch.float32).hf
+    export(hf, tmp_path / "export", model_folder, dtype=torch.float32)
+    held = {n: t.detach() for n, t in (*hf.named_parameters(), *router_biases(hf).items())}
+    path = own_checkpoint(tmp_path / "run", 5, held, 3)
+    wanted = read_weights(tmp_path / "export")
+    for like in (model_folder, tmp_path / "export"):
+        assert_same(read(open_source(path, like)), wanted)
+    mixed = average(tmp_path / "out", tmp_path / "export", path, like=tmp_path / "export")
+    assert_same(mixed, wanted)
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):

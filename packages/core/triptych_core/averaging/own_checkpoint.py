@@ -9,16 +9,19 @@ from typing import Any
 
 import yaml
 
-from triptych_core.averaging.experts import expert_by_expert, is_stack, stack_shape
+from triptych_core.averaging.experts import APART, expert_by_expert, in_directory, is_stack
 from triptych_core.averaging.hf_folder import is_hf_folder, open_hf_folder, read_json
 from triptych_core.averaging.safetensors_file import read_header
 from triptych_core.averaging.stored import Place, Source, Stored
 from triptych_core.checkpoint.manifest import FILE, find_damage, find_loss, read_manifest
 from triptych_core.checkpoint.payload import BUFFER, FROZEN, MASTER
+from triptych_core.optim.ema import AVERAGE
 
 # Families of triptych-models hold the transformers model as `hf`; exports are named from inside it.
 _PREFIX = "hf."
-_EXPERTS_APART = ("dots1", "qwen3_moe", "qwen2_moe")  # whose directories have a matrix an expert
+
+
+Pieces = dict[str, list[tuple[Place, Any]]]  # of tensors, by name
 
 
 def is_own_checkpoint(path: Path) -> bool:
@@ -28,6 +31,9 @@ def is_own_checkpoint(path: Path) -> bool:
 
 def open_own_checkpoint(path: Path, like: Path | None = None, check: bool = False) -> Source:
     """Tables of fp32 masters, frozen parameters and buffers, by the names that an export has.
+
+    Of a run that keeps averages of its weights (`optim.ema_decay`), those and not the masters: an
+    export is of them, too.
 
     Args:
         path: of the checkpoint.
@@ -48,10 +54,12 @@ def open_own_checkpoint(path: Path, like: Path | None = None, check: bool = Fals
             "as they are cut; average the exports of such runs"
         )
     shapes = _shapes(state)
-    pieces: dict[str, list[tuple[Place, Any]]] = defaultdict(list)
+    averages: Pieces = defaultdict(list)
+    pieces: Pieces = defaultdict(list)
     for file in sorted(read_manifest(path)):
         if file.startswith("rank-"):
-            _collect(path / file, pieces)
+            _collect(path / file, pieces, averages)
+    pieces |= averages
     prefix = _PREFIX if all(name.startswith(_PREFIX) for name in pieces) else ""
     tensors = {
         name.removeprefix(prefix): _joined(path, name, pieces.get(name, []), shape)
@@ -60,27 +68,29 @@ def open_own_checkpoint(path: Path, like: Path | None = None, check: bool = Fals
     small_files = like or _model_folder(path)
     tensors = _as_exported(tensors, small_files)
     facts = {key: state.get(key) for key in ("zero_stage", "world_size", "precision")}
+    facts["weights"] = "their moving averages" if averages else "of the step"
     return Source(path, "checkpoint of a run", tensors, int(state["step"]), small_files, facts)
 
 
 def _as_exported(tensors: dict[str, Stored], like: Path | None) -> dict[str, Stored]:
-    """With stacked experts as exports of the model have them: for some, expert by expert.
+    """With stacked experts as exports of the model have them: for most, expert by expert.
 
-    Of other families they stay stacked under the names of transformers 5, which it loads as well.
+    Those of Qwen3-VL-MoE stay stacked under the names of transformers 5, which it loads as well,
+    and so do all where `like` has them so.
     """
     if like is None:
         return tensors
     known = open_hf_folder(like).tensors if is_hf_folder(like) else {}
-    is_apart = read_json(like / "config.json").get("model_type") in _EXPERTS_APART
-    return {
-        each: part
-        for name, stored in tensors.items()
-        for each, part in (
-            expert_by_expert(name, stored)
-            if is_stack(name) and (stack_shape(name, known) if known else is_apart)
-            else [(name, stored)]
-        )
-    }
+    names = APART.get(read_json(like / "config.json").get("model_type", ""))
+    if names is None or any(is_stack(name) for name in known):
+        return tensors
+    found: dict[str, Stored] = {}
+    for name, stored in tensors.items():
+        if is_stack(name):
+            found |= expert_by_expert(name, stored, names)
+        else:
+            found[in_directory(name, names)] = stored
+    return found
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -93,13 +103,14 @@ def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _collect(file: Path, pieces: dict[str, list[tuple[Place, Any]]]) -> None:
+def _collect(file: Path, pieces: Pieces, averages: Pieces) -> None:
     for key, stored in read_header(file)[0].items():
         name, kind, begin = key.rsplit("|", 2)
-        if kind in (MASTER, FROZEN, BUFFER):
+        if kind in (MASTER, FROZEN, BUFFER, AVERAGE):
             first = int(begin)
             place = Place(first, first + stored.size, file, stored.places[0].offset)
-            pieces[name].append((place, stored.dtype))
+            found = averages if kind == AVERAGE else pieces
+            found[name].append((place, stored.dtype))
 
 
 def _joined(
