@@ -5,9 +5,11 @@ import sys
 from typing import Annotated
 
 import pytest
+import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from triptych_core.config import StageConfig, dump_config, load_config, parse_args, render_help
+from triptych_core.strict_yaml import load_yaml
 
 
 def load(*overrides: str) -> StageConfig:
@@ -121,3 +123,33 @@ def test_mistakes_exit_with_two_and_print_config_prints(capsys):
 def test_config_does_not_import_torch():
     code = "import sys, triptych_core.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("a: &x {b: 1}\nc: *x\nd: {<<: *x, e: 2}", {"a": {"b": 1}, "c": {"b": 1}}),
+        ("a: 1e-5\nb: 0x1f\nc: on\nd: ~", {"a": "1e-5", "b": 31, "c": True, "d": None}),
+        ("", None),
+    ],
+)
+def test_plain_yaml_is_read_as_ever(text, wanted):
+    found = load_yaml(text)
+    assert found == yaml.safe_load(text)
+    assert wanted is None or wanted.items() <= found.items()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: {c: 1, c: 2}", "the key 'c' twice in line 2, column 11"),
+        ("a: &a [*a]", "a value that holds itself in line 1"),
+        ("a: " + "[" * 60 + "]" * 60, "more than 50 values within each other"),
+        ("a: " + "7" * 41, "a value of more than 40 characters"),
+    ],
+)
+def test_yaml_that_is_not_plain_is_refused_by_its_place(tmp_path, text, message):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"a.yaml: must be YAML, got {message}"):
+        load_config(StageConfig, path)

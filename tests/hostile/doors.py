@@ -125,7 +125,7 @@ def average(path: Path, folder: Path) -> str | None:
 
 def config(path: Path, folder: Path) -> str | None:
     """A stage's --config; what it must have beside is given, so that the file alone is at fault."""
-    settings = [f"model.path={MODEL}", "data.shards=[shards]"]
+    settings = [f"model.path={MODEL}", "data.shards=[shards]", "data.seq_len=128"]
     return _command(lambda: parse_args(sft_stage().SftConfig, ["--config", str(path), *settings]))
 
 

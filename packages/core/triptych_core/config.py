@@ -36,6 +36,7 @@ from triptych_core.sections import (
     ScheduleConfig,
     Section,
 )
+from triptych_core.strict_yaml import load_yaml
 from triptych_core.verify.config import VerifyConfig
 
 
@@ -269,7 +270,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             "configuration"
         )
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: must be YAML, got {_mistake(error)}") from None
     if tree is None:
@@ -300,8 +301,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             )
         node = child
     try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
+        node[last] = load_yaml(text)
+    except (yaml.YAMLError, ValueError, TypeError):
         raise ValueError(
             f"{dotted}: must be a YAML value, got {_shown(dotted, text)}; quote it"
         ) from None

@@ -10,6 +10,7 @@ from triptych_data.config import DataConfig
 if TYPE_CHECKING:
     from triptych_data.processor import Processor  # which imports torch
 
+MOST_YAML = 1 << 18  # bytes: reading a megabyte takes seconds
 SEQ_LEN = 8192
 """Stands in where nothing that is shown depends on it."""
 
@@ -28,9 +29,11 @@ def read_stage(path: Path, **changes: Any) -> StageConfig:
     import yaml
 
     try:
+        if path.stat().st_size > MOST_YAML:
+            raise ValueError(f"more than {MOST_YAML} bytes")
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        message = " ".join(str(error).split())
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        message = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: must be readable YAML, got {message}; check the file") from error
     section = tree.get("data", tree) if isinstance(tree, dict) else None
     if not isinstance(section, dict):

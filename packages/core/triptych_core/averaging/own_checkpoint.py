@@ -7,14 +7,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from triptych_core.averaging.experts import APART, expert_by_expert, in_directory, is_stack
 from triptych_core.averaging.hf_folder import is_hf_folder, open_hf_folder, read_json
 from triptych_core.averaging.safetensors_file import read_header
 from triptych_core.averaging.stored import Place, Source, Stored
 from triptych_core.checkpoint.manifest import FILE, find_damage, find_loss, read_manifest
 from triptych_core.checkpoint.payload import BUFFER, FROZEN, MASTER
+from triptych_core.config import read_tree
 from triptych_core.optim.ema import AVERAGE
 
 # Families of triptych-models hold the transformers model as `hf`; exports are named from inside it.
@@ -138,8 +137,8 @@ def _model_folder(path: Path) -> Path | None:
     if (run_dir / "export/config.json").is_file():
         return run_dir / "export"
     if (run_dir / "config.yaml").is_file():
-        config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-        model = Path(config.get("model", {}).get("path", ""))
-        if (model / "config.json").is_file():
-            return model
+        section = read_tree(run_dir / "config.yaml").get("model")
+        named = section.get("path") if isinstance(section, dict) else None
+        if isinstance(named, str) and (Path(named) / "config.json").is_file():
+            return Path(named)
     return None

@@ -19,9 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-import yaml
-
 from triptych_core.checkpoint.folders import checkpoints
+from triptych_core.config import read_tree
 from triptych_core.faults.codes import DIVERGED, HUNG, PEER_LOST, PREEMPTED, USER_ERROR
 
 WHY = {
@@ -106,8 +105,8 @@ def find_run_dir(command: Sequence[str]) -> Path:
         name, _, value = word.partition("=")
         if name == "--config":
             path = Path(value or command[min(number + 1, len(command) - 1)])
-            tree = yaml.safe_load(path.read_text()) if path.is_file() else {}
-            found = found or ((tree or {}).get("run") or {}).get("dir")
+            section = read_tree(path).get("run") if path.is_file() else None
+            found = found or (section.get("dir") if isinstance(section, dict) else None)
     for word in command:
         if word.startswith("run.dir="):
             found = word.removeprefix("run.dir=")
