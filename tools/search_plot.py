@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from triptych_core.report.chart import Axis, choose_axis, log_axis, short
 
 WIDTH, HEIGHT = 720, 420
 LEFT, RIGHT, TOP, BOTTOM = 70, 540, 40, 360
-COLORS = ("#2a6fdb", "#1a936f", "#c2571a", "#7a3fc4", "#888888", "#b5179e")
+# On a light page, and on a dark one.
+COLORS = ("#2a6fdb", "#1a936f", "#c2571a", "#7a3fc4", "#6f6f6f", "#b5179e")
+DARK_COLORS = ("#7db0ff", "#5fd0a8", "#f0a45c", "#bd97f5", "#a8a8a8", "#f07fd8")
+
+
+def _variables(ink: str, page: str, edge: str, own: str, chosen: str, rows: Sequence[str]) -> str:
+    lines = "".join(f"--c{row}:{color};" for row, color in enumerate(rows))
+    return f"--ink:{ink};--page:{page};--edge:{edge};--own:{own};--chosen:{chosen};{lines}"
+
+
+LIGHT = _variables("#333", "#fff", "#ddd", "#000", "#c00", COLORS)
+DARK = _variables("#c9ced6", "#1b1e24", "#343a44", "#fff", "#ff8078", DARK_COLORS)
 STYLE = (
-    "text{font:13px system-ui,sans-serif;fill:#333}.grid{stroke:#ddd}.small{font-size:11px}"
-    ".bar{stroke-opacity:.35}"
+    f":root{{{LIGHT}}}@media (prefers-color-scheme:dark){{:root{{{DARK}}}}}"
+    "text{font:13px system-ui,sans-serif;fill:var(--ink)}.grid{stroke:var(--edge)}"
+    ".small{font-size:11px}.bar{stroke-opacity:.35}.page{fill:var(--page)}"
 )
 
 
@@ -29,21 +42,23 @@ def draw_search(found: dict[str, Any]) -> str:
     rows = sorted({p.low for p in points if p.name != "own"})
     parts = [_frame(axes)]
     for row, low in enumerate(rows):
-        color = COLORS[row % len(COLORS)]
+        color = f"var(--c{row % len(COLORS)})"
         line = sorted((p for p in points if p.low == low and p.name != "own"), key=lambda p: p.cost)
         path = "".join(f"{'L' if i else 'M'}{axes.spot(p)}" for i, p in enumerate(line))
-        parts.append(f'<path d="{path}" fill="none" stroke="{color}"/>')
+        parts.append(f'<path d="{path}" style="fill:none;stroke:{color}"/>')
         parts += [_mark(axes, spot, color) for spot in line]
         parts.append(_legend(row, color, f"min {short(low)}"))
-    parts += [_mark(axes, own, "#000"), _legend(len(rows), "#000", "the folder's own")]
+    parts += [_mark(axes, own, "var(--own)"), _legend(len(rows), "var(--own)", "the folder's own")]
     chosen = next(spot for spot in points if spot.name == found["chosen"]["point"])
     x, y = axes.x(chosen.cost), axes.y(chosen.share)
-    parts.append(f'<circle cx="{x}" cy="{y}" r="9" fill="none" stroke="#c00" stroke-width="2"/>')
-    parts.append(_legend(len(rows) + 1, "#c00", "chosen on dev"))
+    parts.append(
+        f'<circle cx="{x}" cy="{y}" r="9" style="fill:none;stroke:var(--chosen)" stroke-width="2"/>'
+    )
+    parts.append(_legend(len(rows) + 1, "var(--chosen)", "chosen on dev"))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="Score on dev against FLOPs"><style>{STYLE}</style>'
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>{"".join(parts)}</svg>\n'
+        f'<rect class="page" width="{WIDTH}" height="{HEIGHT}"/>{"".join(parts)}</svg>\n'
     )
 
 
@@ -99,8 +114,8 @@ def _mark(axes: _Axes, spot: _Spot, color: str) -> str:
     low, high = axes.y(spot.share - spot.error), axes.y(spot.share + spot.error)
     title = html.escape(f"{spot.low:,} to {spot.high:,} pixels: {spot.share:.1f} %")
     return (
-        f'<line class="bar" x1="{x}" x2="{x}" y1="{low}" y2="{high}" stroke="{color}"/>'
-        f'<circle cx="{x}" cy="{y}" r="4" fill="{color}"><title>{title}</title></circle>'
+        f'<line class="bar" x1="{x}" x2="{x}" y1="{low}" y2="{high}" style="stroke:{color}"/>'
+        f'<circle cx="{x}" cy="{y}" r="4" style="fill:{color}"><title>{title}</title></circle>'
         f'<text class="small" x="{x + 6}" y="{y - 6}">{short(spot.high)}</text>'
     )
 
@@ -108,6 +123,6 @@ def _mark(axes: _Axes, spot: _Spot, color: str) -> str:
 def _legend(row: int, color: str, text: str) -> str:
     y = TOP + 20 * row + 10
     return (
-        f'<circle cx="{RIGHT + 25}" cy="{y - 4}" r="4" fill="{color}"/>'
+        f'<circle cx="{RIGHT + 25}" cy="{y - 4}" r="4" style="fill:{color}"/>'
         f'<text x="{RIGHT + 36}" y="{y}">{html.escape(text)}</text>'
     )

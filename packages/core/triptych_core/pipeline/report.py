@@ -115,7 +115,7 @@ def _draw_searches(plan: Plan) -> Iterable[str]:
         bounds = f"the folder's own bounds, {bounds}," if chosen["point"] == "own" else bounds
         yield (
             f"<h2>Search of the resolution: {html.escape(step.name)}</h2>"
-            f'<div class="card scroll"><img style="width:100%;max-width:720px;min-width:380px" '
+            f'<div class="card scroll"><img style="width:100%;max-width:720px;min-width:600px" '
             f'alt="score on dev against cost" src="data:image/svg+xml;base64,{image}"></div>'
             f"<p>Chosen on the dev split by {found['chosen_by']}: {bounds} with "
             f"{100 * chosen['score']:.1f} %. On the test split {100 * test['chosen']['score']:.1f} "
