@@ -205,7 +205,8 @@ def changed(mutation: Mutation, text: str) -> str:
 
 
 if __name__ == "__main__":
-    results = {name: turns_red(MUTATIONS[name]) for name in sys.argv[1:] or MUTATIONS}
-    for name, red in results.items():
-        print(f"{'red  ' if red else 'GREEN'} {name}")
-    sys.exit(not all(results.values()))
+    results = []
+    for name in sys.argv[1:] or MUTATIONS:
+        results.append(turns_red(MUTATIONS[name]))
+        print(f"{'red  ' if results[-1] else 'GREEN'} {name}", flush=True)
+    sys.exit(not all(results))

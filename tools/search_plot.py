@@ -10,7 +10,7 @@ from typing import Any
 from triptych_core.report.chart import Axis, choose_axis, log_axis, short
 
 WIDTH, HEIGHT = 720, 420
-LEFT, RIGHT, TOP, BOTTOM = 70, 540, 40, 360
+LEFT, RIGHT, TOP, BOTTOM = 70, 510, 40, 360
 # On a light page, and on a dark one.
 COLORS = ("#2a6fdb", "#1a936f", "#c2571a", "#7a3fc4", "#6f6f6f", "#b5179e")
 DARK_COLORS = ("#7db0ff", "#5fd0a8", "#f0a45c", "#bd97f5", "#a8a8a8", "#f07fd8")
@@ -123,6 +123,6 @@ def _mark(axes: _Axes, spot: _Spot, color: str) -> str:
 def _legend(row: int, color: str, text: str) -> str:
     y = TOP + 20 * row + 10
     return (
-        f'<circle cx="{RIGHT + 25}" cy="{y - 4}" r="4" style="fill:{color}"/>'
-        f'<text x="{RIGHT + 36}" y="{y}">{html.escape(text)}</text>'
+        f'<circle cx="{RIGHT + 60}" cy="{y - 4}" r="4" style="fill:{color}"/>'
+        f'<text x="{RIGHT + 71}" y="{y}">{html.escape(text)}</text>'
     )

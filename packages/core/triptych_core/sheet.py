@@ -49,7 +49,7 @@ _PAGE = Template("""<!doctype html>
        font-size: .9rem; }
   dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; }
   iframe { width: 100%; height: 80vh; border: 1px solid var(--line); border-radius: 8px; }
-  @media (max-width: 30rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; } }
+  @media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; } }
 </style>
 <h1 class="$state">$verdict</h1>
 $body
