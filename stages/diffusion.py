@@ -1,4 +1,4 @@
-"""Training of a diffusion model (SiT) on latents that lie in shards.
+"""Training of a diffusion model (SiT, Wan) on latents that lie in shards.
 
 The autoencoder does not run: `triptych-data latents` keeps what it gave. Noise and time of a sample
 follow from seed, sample and epoch. The loss is the squared error of what the objective says the
@@ -8,7 +8,8 @@ draws the same samples from the same noise, with the averages of the weights.
     triptych-data latents LATENTS.npz shards/train
     deepspeed stages/diffusion.py --config stages/configs/diffusion_sit_xl_2.yaml
 
-run.dir/export/model.pt has the official SiT's names. Measured on: two CPU ranks.
+run.dir/export is of the family's public layout: the official SiT's model.pt, or diffusers' Wan.
+A Wan also needs texts (`data.text_len`) that were encoded before. Measured on: two CPU ranks.
 """
 
 import sys
@@ -108,6 +109,15 @@ class DiffusionConfig(StageConfig):
         return self
 
     @model_validator(mode="after")
+    def _check_sampler(self) -> Self:
+        if self.data.given_frames and self.sampler.method.startswith("sde"):
+            raise ValueError(
+                "sampler.method: must be euler, heun or dopri5 with data.given_frames, got "
+                f"{self.sampler.method}; an SDE would put noise on what is given"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _share_seed(self) -> Self:
         for section in (self.model, self.data):
             if "seed" not in section.model_fields_set:
@@ -141,9 +151,8 @@ def build_job(config: DiffusionConfig, runtime: "Runtime") -> Job:
     from triptych_models.matrices import matrix_shapes
 
     # Data: shards of latents, one order of samples for any number of ranks.
-    num_classes = config.model.sit.num_classes
     ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
-    batches = TensorLoader(config.data, **ranks, num_classes=num_classes)
+    batches = TensorLoader(config.data, **ranks, num_classes=config.model.num_classes)
 
     # Model: born in pieces under ZeRO-3, filled part by part.
     with sharded_init(config.engine, runtime.world_size):
@@ -153,7 +162,7 @@ def build_job(config: DiffusionConfig, runtime: "Runtime") -> Job:
             dtype=compute_dtype(config.engine),
             gather=gather_parameters(config.engine),
         )
-    model.check_latents(batches.batches.shape)
+    model.check_data(batches.batches.wanted.shapes)
     model.set_checkpointing(config.engine.checkpointing)
     groups = parameter_groups(
         model.named_parameters(),
@@ -203,7 +212,7 @@ def _test(
     from triptych_data.tensors.loader import heldout_batches
 
     def heldout() -> Iterator[dict[str, Any]]:
-        shards, classes = config.evaluation.shards, config.model.sit.num_classes
+        shards, classes = config.evaluation.shards, config.model.num_classes
         return heldout_batches(config.data, shards, runtime.rank, runtime.world_size, classes)
 
     asked = heldout if config.evaluation.shards else None
@@ -214,25 +223,31 @@ def _draw(config: DiffusionConfig, job: Job) -> "np.ndarray":
     """The same samples on every rank: under ZeRO-3 a forward is a collective."""
     import torch
 
+    from triptych_data.tensors.loader import heldout_batches
     from triptych_models.diffusion.picture import grid
     from triptych_models.diffusion.sampling import sample
 
-    count, device = config.samples.count, job.engine.device
+    shards, count = config.evaluation.shards or config.data.shards, config.samples.count
+    batch = next(heldout_batches(config.data, shards, 0, 1, config.model.num_classes))
     generator = torch.Generator().manual_seed(config.samples.seed)
-    noise = torch.randn(count, *job.batches.batches.shape, generator=generator).to(device)
-    labels = torch.arange(count, device=device) % config.model.sit.num_classes
-    drawn = sample(job.model, noise, {"labels": labels}, config.sampler, generator)
+    noise = torch.randn(count, *job.batches.batches.shape, generator=generator)
+    frames, given = config.data.given_frames, None
+    if frames:
+        rows = torch.arange(count) % batch["num_tokens"]
+        given = batch["latents"][rows, :, :frames].to(job.engine.device)
+    asked = job.model.drawn_condition(batch, count)
+    condition = {name: value.to(job.engine.device) for name, value in asked.items()}
+    noise = noise.to(job.engine.device)
+    drawn = sample(job.model, noise, condition, config.sampler, generator, given)
     return grid(drawn, config.samples.columns, config.samples.reach)
 
 
 def _export(config: DiffusionConfig, model: "DiffusionModel", *, is_main: bool) -> None:
     """Write run.dir/export; every rank takes part."""
     from triptych_core.engine.build import read_parameters
-    from triptych_models.diffusion.sit_weights import export_sit
 
     gather = read_parameters(config.engine)
-    folder = config.run.dir / "export"
-    export_sit(model.net, folder, config.objective, gather=gather, is_main=is_main)
+    model.export(config.run.dir / "export", gather=gather, is_main=is_main)
 
 
 if __name__ == "__main__":

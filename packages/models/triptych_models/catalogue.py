@@ -138,4 +138,11 @@ DENOISERS: dict[str, Denoiser] = {
         "S, B, L, XL, with patches of 1, 2, 4, 8",
         "tiny on CPUs",
     ),
+    "wan": Denoiser(
+        "triptych_models.diffusion.wan_model:WanModel",
+        ("embedders", "blocks", "head"),
+        ("diffusion",),
+        "2.1 1.3B and 14B (T2V, I2V), 2.2 5B (TI2V)",
+        "tiny on CPUs",
+    ),
 }

@@ -109,7 +109,8 @@ def copy_configs(source_dir: Path, out_dir: Path, dtype: torch.dtype) -> None:
 class ShardWriter:
     """Collects tensors and writes a safetensors file whenever one is full."""
 
-    def __init__(self, directory: Path, max_bytes: int) -> None:
+    def __init__(self, directory: Path, max_bytes: int, name: str = "model") -> None:
+        self.name = name  # of the files, before their numbers
         self.directory = directory
         self.max_bytes = max_bytes
         self.pending: dict[str, Tensor] = {}
@@ -126,17 +127,17 @@ class ShardWriter:
         self._write()
         count = len(self.written)
         if count == 1:
-            self._file(0).rename(self.directory / "model.safetensors")
+            self._file(0).rename(self.directory / f"{self.name}.safetensors")
             return
         weight_map: dict[str, str] = {}
         for number, sizes in enumerate(self.written):
-            name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            name = f"{self.name}-{number + 1:05d}-of-{count:05d}.safetensors"
             self._file(number).rename(self.directory / name)
             weight_map |= dict.fromkeys(sizes, name)
         total = sum(size for sizes in self.written for size in sizes.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2) + "\n"
-        (self.directory / "model.safetensors.index.json").write_text(text)
+        (self.directory / f"{self.name}.safetensors.index.json").write_text(text)
 
     def _write(self) -> None:
         # transformers refuses files without this metadata

@@ -62,11 +62,11 @@ def read_foreign(file: Path) -> dict[str, Any]:
 
 
 def _is_size(name: str, value: Any, most: int) -> bool:
-    """Whether it is a number from 1 on; of a patch also its height and width."""
-    pair = name == "patch_size" and isinstance(value, list) and len(value) == 2
+    """Whether it is a number from 1 on; of a patch also its sides."""
+    sides = name == "patch_size" and isinstance(value, list) and len(value) in (2, 3)
     return all(
         isinstance(number, int) and not isinstance(number, bool) and 0 < number <= most
-        for number in (value if pair else [value])
+        for number in (value if sides else [value])
     )
 
 

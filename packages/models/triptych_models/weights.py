@@ -143,7 +143,7 @@ def weight_files(directory: Path) -> dict[str, Path]:
     """File of each stored tensor; ValueError if the directory has no safetensors."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        return {name: directory / file for name, file in _read_index(index).items()}
+        return {name: directory / file for name, file in read_index(index).items()}
     single = directory / "model.safetensors"
     if not single.is_file():
         raise ValueError(
@@ -164,7 +164,7 @@ def open_weights(file: Path) -> Any:
         ) from error
 
 
-def _read_index(index: Path) -> dict[str, str]:
+def read_index(index: Path) -> dict[str, str]:
     """The file of each tensor. Raises ValueError for names that are none of files beside it."""
     try:
         weight_map: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])

@@ -1,13 +1,14 @@
 """The one call that builds a diffusion model ready to train."""
 
+from importlib import import_module
+
 import torch
 
+from ..catalogue import DENOISERS
 from ..freeze import freeze
 from ..weights import Gather, whole
 from .config import DiffusionModelConfig, ObjectiveConfig
-from .sit import KERNELS, PLAIN
-from .sit_model import SiTModel, initialize_sit
-from .sit_weights import load_sit
+from .model import DiffusionModel
 
 
 def build_diffusion(
@@ -16,7 +17,7 @@ def build_diffusion(
     *,
     dtype: torch.dtype,
     gather: Gather = whole,
-) -> SiTModel:
+) -> DiffusionModel:
     """Build the model, fill its weights and freeze what the config says.
 
     May run inside `deepspeed.zero.Init`; then gather is as in `families.build_model`. Raises
@@ -24,10 +25,10 @@ def build_diffusion(
     """
     model = build_shell(config, objective, dtype=dtype)
     if config.init == "random":
-        initialize_sit(model.net, config.seed, gather)
+        model.initialize(config.seed, gather)
     else:
         assert config.path is not None
-        load_sit(model.net, config.path, gather)
+        model.load(config.path, gather)
     freeze(model, config.freeze)
     if config.compile == "layers":
         model.compile_layers()
@@ -36,12 +37,9 @@ def build_diffusion(
 
 def build_shell(
     config: DiffusionModelConfig, objective: ObjectiveConfig, *, dtype: torch.dtype
-) -> SiTModel:
+) -> DiffusionModel:
     """The model with its parameters not filled in."""
-    ops = PLAIN if config.compile == "layers" else KERNELS
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # of what is born inside zero.Init, too
-    try:
-        return SiTModel(config.sit, objective, ops)
-    finally:
-        torch.set_default_dtype(before)
+    module, _, attribute = DENOISERS[config.family].implementation.partition(":")
+    family = getattr(import_module(module), attribute)
+    model: DiffusionModel = family.from_config(config, objective, dtype=dtype)
+    return model

@@ -9,7 +9,7 @@ from ..catalogue import DENOISERS
 
 Interpolation = Literal["linear", "gvp", "vp"]
 Prediction = Literal["velocity", "noise", "score"]
-Family = Literal["sit"]
+Family = Literal["sit", "wan"]
 
 # (hidden_size, num_layers, num_heads): table 1 of DiT (arXiv 2212.09748), which SiT keeps.
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
@@ -116,6 +116,9 @@ class SamplerConfig(BaseModel):
         default="heun", description="steps of equal length; dopri5 asks the model 6 times a step"
     )
     steps: int = Field(default=50, ge=1, description="from noise to data")
+    shift: float = Field(
+        default=1.0, gt=0, description="of the steps' times, as objective.shift; ODE alone"
+    )
     guidance: float = Field(
         default=1.0, ge=0, description="w: uncond + w (cond - uncond); 1: the condition alone"
     )
@@ -135,7 +138,9 @@ class DiffusionModelConfig(BaseModel):
     family: Family = Field(default="sit", description="architecture: " + ", ".join(DENOISERS))
     sit: SiTConfig = Field(default_factory=SiTConfig, description="of family sit")
     path: Path | None = Field(
-        default=None, description="sit: weights in the official layout, .pt or .safetensors"
+        default=None,
+        description="sit: weights in the official layout, .pt or .safetensors; wan: a folder of "
+        "diffusers' transformer, whose config.json is the model's shape",
     )
     init: Literal["pretrained", "random"] = Field(
         default="random", description="pretrained: weights are read from path; random: from seed"
@@ -159,4 +164,16 @@ class DiffusionModelConfig(BaseModel):
             raise ValueError("model.freeze: must leave a part to train, got all; name fewer")
         if self.init == "pretrained" and self.path is None:
             raise ValueError("model.path: must be given with model.init=pretrained, got nothing")
+        if self.family == "wan" and (
+            self.path is None or not (self.path / "config.json").is_file()
+        ):
+            raise ValueError(
+                f"model.path: must be a folder with the config.json of a Wan transformer, got "
+                f"{self.path}; name the folder `transformer` of a model in diffusers' layout"
+            )
         return self
+
+    @property
+    def num_classes(self) -> int | None:
+        """Of labels; None for a model of texts."""
+        return self.sit.num_classes if self.family == "sit" else None

@@ -1,6 +1,8 @@
 """What every diffusion family is: a network that predicts along a path, with its loss inside."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from ..checkpointing import Checkpointing, run_layer
 from ..offload import InputStore
 from ..output import LossOutput
 from ..packed import compile_forward
+from ..weights import Gather, whole
 from .config import ObjectiveConfig
 from .interpolant import point, to_velocity
 from .objective import draw_times, mix, path_point, squared_error
@@ -27,8 +30,40 @@ class DiffusionModel(nn.Module):
         self.checkpointing: Checkpointing = "none"
         self.input_store = InputStore()
 
-    def predict(self, x: Tensor, times: Tensor, condition: Condition) -> Tensor:
-        """What the objective says the model gives, of x's shape (N, C, ...) at times (N,)."""
+    def predict(
+        self, x: Tensor, times: Tensor, condition: Condition, given_frames: int = 0
+    ) -> Tensor:
+        """What the objective says the model gives, of x's shape (N, C, ...) at times (N,).
+
+        The first given_frames of a video are data, whatever the time.
+        """
+        raise NotImplementedError
+
+    def initialize(self, seed: int, gather: Gather = whole) -> None:
+        """Draw first weights: the same on any device and number of ranks."""
+        raise NotImplementedError
+
+    def load(self, path: Path, gather: Gather = whole) -> None:
+        """Read weights of the family's public layout. Raises ValueError for others."""
+        raise NotImplementedError
+
+    def export(
+        self,
+        out_dir: Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        gather: Gather = whole,
+        is_main: bool = True,
+    ) -> None:
+        """Write weights in the family's public layout; every rank calls it, is_main writes."""
+        raise NotImplementedError
+
+    def check_data(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise ValueError unless tensors of these shapes, by name, are what the net takes."""
+        raise NotImplementedError
+
+    def drawn_condition(self, batch: Mapping[str, Any], count: int) -> Condition:
+        """A condition for count samples that are to be seen, maybe that of a batch's."""
         raise NotImplementedError
 
     def dropped(self, condition: Condition, drop: Tensor) -> Condition:
@@ -60,40 +95,52 @@ class DiffusionModel(nn.Module):
         drops: Tensor,
         weights: Tensor,
         num_targets: int,
+        given_frames: int = 0,
         **condition: Tensor,
     ) -> LossOutput:
         """Summed loss of N samples, fp32.
 
         latents, noise (N, C, ...); times and drops (N,), uniform in [0, 1): when, and whether
         without its condition, a sample is learnt; weights (N,): 0 for a sample that is not there.
-        Nothing is dropped in evaluation. num_targets: elements of the latents that are there.
+        Nothing is dropped in evaluation. num_targets: elements of the latents that are there, less
+        those of the first given_frames of videos (N, C, F, ...), which the model is shown.
         """
         self.input_store = InputStore()
         moments = draw_times(times, self.objective)
         at = path_point(moments, latents, self.objective)
         drop = drops < (self.objective.condition_dropout if self.training else 0.0)
         x = mix(latents, noise, at)
-        out = self.predict(x, moments, self.dropped(condition, drop)).to(latents.dtype)
-        error = squared_error(out, latents, noise, at, self.objective)
+        if given_frames:
+            x = torch.cat([latents[:, :, :given_frames], x[:, :, given_frames:]], dim=2)
+        out = self.predict(x, moments, self.dropped(condition, drop), given_frames)
+        error = squared_error(out.to(latents.dtype), latents, noise, at, self.objective)
+        error = error[:, :, given_frames:] if given_frames else error
         loss_sum = (error.flatten(1).sum(1) * weights).sum()
         return LossOutput(loss_sum, num_targets, {})
 
-    def velocity(self, x: Tensor, time: float, guidance: float, condition: Condition) -> Tensor:
+    def velocity(
+        self, x: Tensor, time: float, guidance: float, condition: Condition, given_frames: int = 0
+    ) -> Tensor:
         """Where x (N, C, ...) moves at a time, guided away from what has no condition."""
         times = torch.full((len(x),), time, dtype=x.dtype, device=x.device)
         if guidance == 1.0:
-            return self._velocity(x, times, condition)
+            return self._velocity(x, times, condition, given_frames)
         everyone = torch.ones(len(x), dtype=torch.bool, device=x.device)
         without = self.dropped(condition, everyone)
-        both = {name: torch.cat([condition[name], without[name]]) for name in condition}
-        found = self._velocity(torch.cat([x, x]), torch.cat([times, times]), both)
+        both = {name: torch.cat([condition[name], without[name]]) for name in without}
+        found = self._velocity(torch.cat([x, x]), torch.cat([times, times]), both, given_frames)
         given, free = found.chunk(2)
         return free + guidance * (given - free)
 
-    def _velocity(self, x: Tensor, times: Tensor, condition: Condition) -> Tensor:
-        out = self.predict(x, times, condition).to(x.dtype)
+    def _velocity(
+        self, x: Tensor, times: Tensor, condition: Condition, given_frames: int
+    ) -> Tensor:
+        out = self.predict(x, times, condition, given_frames).to(x.dtype)
         at = point(self.objective.path, times, x.ndim)
-        return to_velocity(self.objective.prediction, out, x, at)
+        moves = to_velocity(self.objective.prediction, out, x, at)
+        if given_frames:
+            moves = torch.cat([0 * x[:, :, :given_frames], moves[:, :, given_frames:]], dim=2)
+        return moves
 
     def compile_layers(self) -> None:
         """Compile every layer in place."""
@@ -120,6 +167,17 @@ class DiffusionModel(nn.Module):
             for name, modules in self.parts().items()
             if any(p.requires_grad for module in modules for p in module.parameters())
         }
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Parameters are born in dtype, inside zero.Init too."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _parameters(layer: Any) -> list[nn.Parameter]:

@@ -4,14 +4,15 @@ Both run t from 0 to 1 along a model's velocity. The SDE (SiT, section 2.4) adds
 score to the velocity and noise of variance 2 w(t) dt: at every time its samples spread alike.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .config import SamplerConfig
-from .interpolant import Point, data_of, noise_of, point, time_bounds
+from .interpolant import Point, data_of, noise_of, point, shifted, time_bounds
 from .model import Condition, DiffusionModel
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -51,19 +52,27 @@ def sample(
     condition: Condition,
     config: SamplerConfig,
     generator: torch.Generator | None = None,
+    given: Tensor | None = None,
 ) -> Tensor:
     """Data (N, C, ...) from noise of its shape, fp32.
 
-    generator: on the host, for the noise of an SDE.
+    generator: on the host, for the noise of an SDE. given: first frames (N, C, f, ...) of videos,
+    which stay as they are; by the ODE alone.
     """
     path, prediction = model.objective.path, model.objective.prediction
     low, high = time_bounds(path, prediction)
+    frames = 0 if given is None else given.shape[2]
+    if given is not None:
+        noise = torch.cat([given, noise[:, :, frames:]], dim=2)
 
     def velocity(x: Tensor, time: float) -> Tensor:
-        return model.velocity(x, time, config.guidance, condition)
+        return model.velocity(x, time, config.guidance, condition, frames)
 
     if config.method in METHODS:
-        return integrate(velocity, noise, (low, high), config.steps, METHODS[config.method])
+        even = torch.linspace(0, 1, config.steps + 1, dtype=torch.float64)
+        times = (low + (high - low) * shifted(even, config.shift)).tolist()
+        return integrate(velocity, noise, times, METHODS[config.method])
+    assert given is None
     if config.diffusion == "sbdm":
         low = max(low, 1e-3)  # w is infinite where alpha is 0
     end = 1 - config.last_step
@@ -83,14 +92,10 @@ def sample(
     return data_of(velocity(x, end), x, at(end))
 
 
-def integrate(
-    velocity: Velocity, x: Tensor, span: tuple[float, float], steps: int, method: Tableau
-) -> Tensor:
-    """dx = velocity(x, t) dt from one end of the span to the other, in equal steps."""
-    start, end = span
-    dt = (end - start) / steps
-    for step in range(steps):
-        time, slopes = start + step * dt, list[Tensor]()
+def integrate(velocity: Velocity, x: Tensor, times: Sequence[float], method: Tableau) -> Tensor:
+    """dx = velocity(x, t) dt from the first of the times to the last, a step to each."""
+    for time, following in pairwise(times):
+        dt, slopes = following - time, list[Tensor]()
         for after, shares in zip(method.times, method.stages, strict=True):
             slopes.append(velocity(_moved(x, dt, shares, slopes), time + after * dt))
         x = _moved(x, dt, method.result, slopes)

@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..weights import Gather, constant, own_parameters, whole
-from .config import ObjectiveConfig, SiTConfig
-from .model import Condition, DiffusionModel
-from .sit import KERNELS, Ops, SiT, sit_flops
+from .config import DiffusionModelConfig, ObjectiveConfig, SiTConfig
+from .model import Condition, DiffusionModel, default_dtype
+from .sit import KERNELS, PLAIN, Ops, SiT, sit_flops
+from .sit_weights import export_sit, load_sit
 
 
 class SiTModel(DiffusionModel):
@@ -27,15 +29,45 @@ class SiTModel(DiffusionModel):
         config = self.net.config
         return (config.channels, config.image_size, config.image_size)
 
-    def check_latents(self, shape: tuple[int, ...]) -> None:
-        """Raise ValueError unless the data's latents are those the net takes."""
-        if shape != self.latent_shape:
+    @classmethod
+    def from_config(
+        cls, config: DiffusionModelConfig, objective: ObjectiveConfig, *, dtype: torch.dtype
+    ) -> Self:
+        """The model with its parameters not filled in."""
+        ops = PLAIN if config.compile == "layers" else KERNELS
+        with default_dtype(dtype):
+            return cls(config.sit, objective, ops)
+
+    def initialize(self, seed: int, gather: Gather = whole) -> None:
+        initialize_sit(self.net, seed, gather)
+
+    def load(self, path: Path, gather: Gather = whole) -> None:
+        load_sit(self.net, path, gather)
+
+    def export(
+        self,
+        out_dir: Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        gather: Gather = whole,
+        is_main: bool = True,
+    ) -> None:
+        export_sit(self.net, out_dir, self.objective, dtype=dtype, gather=gather, is_main=is_main)
+
+    def check_data(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        if shapes["latents"] != self.latent_shape:
             raise ValueError(
-                f"model.sit: channels and image_size must be those of the latents {shape}, got "
-                f"{self.latent_shape}; change them, or read other shards"
+                "model.sit: channels and image_size must be those of the latents "
+                f"{shapes['latents']}, got {self.latent_shape}; change them, or read other shards"
             )
 
-    def predict(self, x: Tensor, times: Tensor, condition: Condition) -> Tensor:
+    def drawn_condition(self, batch: Mapping[str, Any], count: int) -> Condition:
+        return {"labels": torch.arange(count) % self.net.config.num_classes}
+
+    def predict(
+        self, x: Tensor, times: Tensor, condition: Condition, given_frames: int = 0
+    ) -> Tensor:
+        assert not given_frames, "images have none"
         out: Tensor = self.net(x, times, condition["labels"], self.run_layer)
         return out
 
@@ -84,8 +116,12 @@ def _first_value(
         return constant(0.0, parameter)
     if isinstance(module, nn.Embedding) or "t_embedder" in name:
         return torch.normal(0.0, 0.02, parameter.shape, generator=generator, device="cpu")
+    return xavier(parameter, generator)
+
+
+def xavier(parameter: Tensor, generator: torch.Generator) -> Tensor:
+    """Xavier's uniform distribution of a matrix, or of a convolution seen as one."""
     rows, columns = len(parameter), parameter[0].numel()
-    bound = math.sqrt(6 / (rows + columns))
     # By way of a normal, since zero.Init redirects torch.rand to its own device and dtype.
     normal = torch.normal(0.0, 1.0, parameter.shape, generator=generator, device="cpu")
-    return bound * torch.erf(normal / math.sqrt(2))
+    return math.sqrt(6 / (rows + columns)) * torch.erf(normal / math.sqrt(2))
