@@ -175,3 +175,41 @@ def test_the_shipped_configurations_are_valid(name: str):
     path = ROOT / f"stages/configs/{name}.yaml"
     config = load_config(stage().DiffusionConfig, path)
     assert config.optim.weight_decay == 0.0
+
+
+def test_a_wan_with_a_given_frame_is_the_same_on_two_ranks(workspace: Path):
+    pytest.importorskip("diffusers")
+    from tests.models.test_wan import folder
+    from triptych_data.tensors.write import write_tensor_shards
+
+    generator = torch.Generator().manual_seed(1)
+    samples = [
+        (
+            {},
+            {
+                "latents": torch.randn(4, 3, 4, 4, generator=generator),
+                "text_features": torch.randn(2 + i % 3, 6, generator=generator),
+            },
+        )
+        for i in range(9)
+    ]
+    write_tensor_shards(samples, workspace / "videos")
+    more = [f"model={{family: wan, path: {folder(workspace / 'wan')}}}", "run.steps=2"]
+    more += [f"data.shards=[{workspace / 'videos'}]", "evaluation.shards=[]", "data.batch_size=1"]
+    more += ["data.text_len=5", "data.given_frames=1", "objective.shift=5.0"]
+    more += ["sampler={method: euler, steps: 2, guidance: 2.0, shift: 5.0}", "samples.count=2"]
+    one, two = workspace / "wan-1", workspace / "wan-2"
+    run_ranks(
+        train, 1, words(workspace, one, *more, "engine.gradient_accumulation_steps=2"), timeout=600
+    )
+    run_ranks(train, 2, words(workspace, two, *more, "engine.zero.stage=3"), timeout=600)
+    for ours, theirs in zip(lines(two), lines(one), strict=True):
+        assert ours["num_targets"] == theirs["num_targets"] == 2 * 4 * 2 * 16
+        for name in ("loss", "grad_norm"):
+            assert abs(ours[name] / theirs[name] - 1) < 1e-4, name
+    from safetensors.torch import load_file
+
+    file = "export/diffusion_pytorch_model.safetensors"
+    expected = load_file(one / file)
+    for name, value in load_file(two / file).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4, msg=name)

@@ -113,7 +113,7 @@ class WanModel(DiffusionModel):
             if shapes.get("text_features", (0,))[0] != TEXT_ROWS:
                 raise ValueError(
                     f"data.text_len: must be {TEXT_ROWS} for a Wan of images, got "
-                    f"{shapes.get('text_features')}; its blocks take the last {TEXT_ROWS} rows for text"
+                    f"{shapes.get('text_features')}; its blocks take the last rows for text"
                 )
         for name, width in wanted.items():
             if shapes.get(name, (0,))[-1] != width:
