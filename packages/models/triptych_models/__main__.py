@@ -2,13 +2,14 @@
 
 import sys
 
-from .catalogue import DENOISERS, FAMILIES
+from .catalogue import DENOISERS, FAMILIES, Denoiser, Family
 
 
 def main() -> None:
     """Print a paragraph for each family."""
     out = sys.stdout
-    for name, family in [*FAMILIES.items(), *DENOISERS.items()]:
+    families: dict[str, Family | Denoiser] = {**FAMILIES, **DENOISERS}
+    for name, family in families.items():
         out.write(f"{name}\n")
         for key, value in (
             ("parts", ", ".join(family.parts)),
