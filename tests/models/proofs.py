@@ -5,6 +5,7 @@ a document of text alone; `pack` puts some of them into one row; `logits` are st
 them.
 """
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models import tiny
 from tests.models.stock import stock_logits
@@ -30,6 +32,9 @@ class Proof(NamedTuple):
     """what stock runs or holds behind the features that are used: it does not train"""
     learns: float = 0.1
     """loss a target after 60 updates, from about 6"""
+    wasted: Callable[[Any, list[int]], float] = lambda stock, lengths: 0.0
+    """(stock, lengths of documents) -> FLOPs that stock spends otherwise than we count, beside
+    what attention need not look at"""
 
 
 def texts() -> list[tiny.Document]:
@@ -68,7 +73,23 @@ def wasted_attention(config: Any, lengths: list[int]) -> float:
     text = text_config(config)
     width = text.num_attention_heads * head_dim(text)
     pairs = sum(n * n - n * (n + 1) // 2 for n in lengths)
-    return 3 * 4.0 * text.num_hidden_layers * width * pairs
+    layers = text.num_hidden_layers
+    if "linear_attention" in (types := getattr(text, "layer_types", None) or ()):
+        layers = types.count("full_attention")
+    return 3 * 4.0 * layers * width * pairs
+
+
+def wasted_chunks(stock: Any, lengths: list[int]) -> float:
+    """Of stock's Gated DeltaNet layers: all that are no linears, less three products a token."""
+    layers = [x.linear_attn for x in stock.model.layers if hasattr(x, "linear_attn")]
+    one = copy.deepcopy(layers[0])
+    weights = sum(m.weight.numel() for m in one.modules() if isinstance(m, torch.nn.Linear))
+    state = one.num_v_heads * one.head_k_dim * one.head_v_dim
+    with FlopCounterMode(display=False) as counter:
+        for n in lengths:
+            one(torch.randn(1, n, one.hidden_size, requires_grad=True)).sum().backward()
+    counted = counter.get_total_flops() - 3 * sum(lengths) * (2 * weights + 6 * state)
+    return len(layers) * counted
 
 
 def write_unshuffled(directory: Path, **fields: Any) -> Path:
@@ -111,7 +132,16 @@ PROOFS: dict[str, Proof] = {
     "qwen2_5_vl": Proof(tiny.write_qwen2_5_vl_model_dir, pictures, tiny.pack),
     "qwen2_moe": Proof(tiny.write_qwen2_moe_model_dir, texts, tiny.pack_text),
     "qwen3": Proof(tiny.write_text_model_dir, texts, tiny.pack_text),
+    "qwen3_5_moe_text": Proof(
+        tiny.write_qwen3_5_moe_model_dir, texts, tiny.pack_text, wasted=wasted_chunks
+    ),
+    "qwen3_5_text": Proof(
+        tiny.write_qwen3_5_model_dir, texts, tiny.pack_text, wasted=wasted_chunks
+    ),
     "qwen3_moe": Proof(tiny.write_moe_model_dir, texts, tiny.pack_text),
+    "qwen3_next": Proof(
+        tiny.write_qwen3_next_model_dir, texts, tiny.pack_text, wasted=wasted_chunks
+    ),
     "qwen3_vl": Proof(tiny.write_model_dir, pictures, tiny.pack),
     "qwen3_vl_moe": Proof(tiny.write_vl_moe_model_dir, pictures, tiny.pack),
 }

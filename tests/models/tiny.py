@@ -204,6 +204,76 @@ def write_dots1_model_dir(directory: Path, *, tied: bool = False, **fields: Any)
     return directory
 
 
+_DELTA = {
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 4,
+}
+
+
+def write_qwen3_5_model_dir(directory: Path, *, tied: bool = False, **fields: Any) -> Path:
+    """config.json of a Qwen3.5's language model: three layers of Gated DeltaNet, one of attention.
+
+    A quarter of a head is turned by rotary positions.
+    """
+    write_text_model_dir(directory, tied=tied)
+    config = json.loads((directory / "config.json").read_text())
+    del config["rope_theta"], config["rope_scaling"], config["use_sliding_window"]
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+    config |= {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "model_type": "qwen3_5_text",
+        "rope_parameters": rope | {"mrope_interleaved": True, "mrope_section": [1, 1, 0]},
+        "head_dim": 16,
+        **_DELTA,
+    }
+    (directory / "config.json").write_text(json.dumps(config | fields))
+    return directory
+
+
+def write_gated_delta_net_dir(directory: Path, *, tied: bool = False, **fields: Any) -> Path:
+    """A language model whose every layer is Gated DeltaNet."""
+    fields = {"layer_types": ["linear_attention"] * 4} | fields
+    return write_qwen3_5_model_dir(directory, tied=tied, **fields)
+
+
+def write_qwen3_5_moe_model_dir(directory: Path, *, tied: bool = False, **fields: Any) -> Path:
+    """config.json of a Qwen3.5-MoE's language model, its experts as `write_moe_model_dir`."""
+    write_qwen3_5_model_dir(directory, tied=tied)
+    config = json.loads((directory / "config.json").read_text())
+    del config["intermediate_size"]
+    config |= {
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "model_type": "qwen3_5_moe_text",
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    (directory / "config.json").write_text(json.dumps(config | fields))
+    return directory
+
+
+def write_qwen3_next_model_dir(directory: Path, *, tied: bool = False, **fields: Any) -> Path:
+    """config.json of a Qwen3-Next, as published folders write it; its third layer is dense."""
+    config = json.loads((write_text_model_dir(directory, tied=tied) / "config.json").read_text())
+    config |= {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "partial_rotary_factor": 0.25,
+        "full_attention_interval": 4,
+        "norm_topk_prob": True,
+        "shared_expert_intermediate_size": 24,
+        **_EXPERTS,
+        **_DELTA,
+    }
+    (directory / "config.json").write_text(json.dumps(config | fields))
+    return directory
+
+
 def _without_heads(directory: Path) -> Any:
     """A configuration that leaves head_dim to hidden_size / num_attention_heads."""
     config = json.loads((directory / "config.json").read_text())

@@ -95,12 +95,33 @@ FAMILIES: dict[str, Family] = {
         "0.6B, 1.7B, 4B, 8B, 14B, 32B",
         "0.6B, 1.7B and 4B on one H100; 1.7B on two H200",
     ),
+    "qwen3_5_moe_text": Family(
+        "triptych_models.qwen3_5_moe:Qwen35MoE",
+        _MIXTURE,
+        ("pretrain", "sft", "moe"),
+        "35B-A3B, its language model",
+        "tiny on CPUs",
+    ),
+    "qwen3_5_text": Family(
+        "triptych_models.qwen3_5:Qwen35",
+        _LANGUAGE,
+        ("pretrain", "sft"),
+        "0.8B, 9B, 27B, their language models; any plain Gated DeltaNet",
+        "tiny on CPUs",
+    ),
     "qwen3_moe": Family(
         "triptych_models.qwen3_moe:Qwen3MoE",
         _MIXTURE,
         ("pretrain", "sft", "moe"),
         "30B-A3B, 235B-A22B",
         "6 layers of 30B-A3B on one H100",
+    ),
+    "qwen3_next": Family(
+        "triptych_models.qwen3_next:Qwen3Next",
+        _MIXTURE,
+        ("pretrain", "sft", "moe"),
+        "80B-A3B",
+        "tiny on CPUs",
     ),
     "qwen3_vl": Family(
         "triptych_models.qwen3_vl:Qwen3VL",

@@ -58,7 +58,7 @@ def mixture_flops(
     inputs, tokens = bool(trainable), int(batch["cu_seqlens"][-1])
     shape, hidden_size = mixture_shape(text), text.hidden_size
     each = 2.0 * num_sparse * hidden_size * tokens
-    mlps = each * 3 * (shape.shared_width - text.intermediate_size)
+    mlps = each * 3 * (shape.shared_width - dense_width(text))
     layers = language_layers(text, [int(x) for x in batch["cu_seqlens"]])
     head = 2.0 * hidden_size * text.vocab_size * int(batch["num_targets"])
     gates = shape.num_experts + shape.has_shared_gate
@@ -198,15 +198,49 @@ def language_flops(
 
 
 def language_layers(text: PretrainedConfig, bounds: list[int], *, causal: bool = True) -> Work:
-    """All decoder layers over documents that end at bounds[1:]."""
+    """All decoder layers, with dense MLPs, over documents that end at bounds[1:]."""
+    linear = getattr(text, "layer_types", None) or []
+    num_linear = linear.count("linear_attention")
+    mlps = 3.0 * text.num_hidden_layers * text.hidden_size * dense_width(text)
+    full = attention_layer(text, bounds, is_gated=num_linear > 0, causal=causal)
+    num_full = text.num_hidden_layers - num_linear
+    delta = delta_layer(text, bounds[-1]) if num_linear else Work(0.0, 0.0)
+    return Work(
+        num_full * full.linear + num_linear * delta.linear + 2.0 * mlps * bounds[-1],
+        num_full * full.attention + num_linear * delta.attention,
+    )
+
+
+def dense_width(text: PretrainedConfig) -> int:
+    """Of an MLP that all tokens run through; 0 in a model that has none."""
+    return getattr(text, "intermediate_size", 0)
+
+
+def attention_layer(
+    text: PretrainedConfig, bounds: list[int], *, is_gated: bool, causal: bool
+) -> Work:
+    """One layer's softmax attention and its projections; gated, queries bring a gate each."""
     q_dim, kv_dim = (
         heads * head_dim(text) for heads in (text.num_attention_heads, text.num_key_value_heads)
     )
-    weights = text.hidden_size * (2 * q_dim + 2 * kv_dim + 3 * text.intermediate_size)
+    weights = text.hidden_size * ((3 if is_gated else 2) * q_dim + 2 * kv_dim)
     lengths = [stop - start for start, stop in pairwise(bounds)]
     pairs = sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
-    layers = text.num_hidden_layers
-    return Work(2.0 * layers * weights * bounds[-1], 4.0 * layers * q_dim * pairs)
+    return Work(2.0 * weights * bounds[-1], 4.0 * q_dim * pairs)
+
+
+def delta_layer(text: PretrainedConfig, num_tokens: int) -> Work:
+    """One layer of Gated DeltaNet.
+
+    Of the rule three products of a state (Dk, Dv) a token and value head, as its recurrence has
+    them; chunks, by which kernels compute it, take more. The short convolution is not counted.
+    """
+    heads, keys = text.linear_num_value_heads, text.linear_num_key_heads
+    key_dim, value_dim = keys * text.linear_key_head_dim, heads * text.linear_value_head_dim
+    # q, k; v, the gate and the way out; decay and rate of a head
+    weights = text.hidden_size * (2 * key_dim + 3 * value_dim + 2 * heads)
+    state = text.linear_key_head_dim * text.linear_value_head_dim
+    return Work(2.0 * weights * num_tokens, 6.0 * heads * state * num_tokens)
 
 
 def vision_blocks(vision: PretrainedConfig, grids: list[tuple[int, ...]]) -> Work:

@@ -74,7 +74,7 @@ def mixture_shape(text: Any) -> MixtureShape:
     return MixtureShape(
         text.num_experts,
         text.num_experts_per_tok,
-        getattr(text, "moe_intermediate_size", text.intermediate_size),
+        getattr(text, "moe_intermediate_size", None) or text.intermediate_size,
         getattr(text, "norm_topk_prob", True),
         getattr(text, "shared_expert_intermediate_size", 0),
     )

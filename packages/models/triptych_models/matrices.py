@@ -26,6 +26,12 @@ def matrix_shapes(model: nn.Module) -> dict[str, list[tuple[int, int]]]:
         is_stack = len(shape) == 3 and ".experts." in f".{name}"
         if is_layer or is_stack:
             found[name] = _split(name, shape)
+    for name, module in model.named_modules():
+        if hasattr(module, "in_proj_qkv"):  # of Gated DeltaNet: q and k, and values of their own
+            rows, columns = found[f"{name}.in_proj_qkv.weight"][0]
+            values = module.value_dim
+            keys = (rows - values) // 2
+            found[f"{name}.in_proj_qkv.weight"] = [(n, columns) for n in (keys, keys, values)]
     return found
 
 

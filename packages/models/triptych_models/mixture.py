@@ -203,10 +203,20 @@ def _run_sparse(
     Given back and not kept aside: so they pass checkpointing, ZeRO-3's hooks and the compiler as
     the hidden states do.
     """
-    attended, _ = self.self_attn(
-        hidden_states=self.input_layernorm(hidden_states), sequence=sequence, **kwargs
-    )
+    attended = _mix(self, self.input_layernorm(hidden_states), sequence=sequence, **kwargs)
     hidden_states = hidden_states + attended
     out, figures = self.mlp(self.post_attention_layernorm(hidden_states), segments, sequence)
     hidden_states = hidden_states + out
     return hidden_states if figures is None else (hidden_states, *figures)
+
+
+def _mix(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """What mixes a layer's tokens: attention, or Gated DeltaNet, whose cache has another name."""
+    if hasattr(layer, "linear_attn"):
+        cache = kwargs.pop("past_key_values", None)
+        for name in ("position_embeddings", "position_ids"):
+            kwargs.pop(name, None)
+        mixed: Tensor = layer.linear_attn(hidden_states, cache_params=cache, **kwargs)
+        return mixed
+    attended, _ = layer.self_attn(hidden_states=hidden_states, **kwargs)
+    return attended

@@ -27,7 +27,7 @@ from .sequence import ALONE, SequenceGroup, check_heads
 
 # Of what triptych_kernels.fuse knows: what the language layers have. The loss is LossHead's, and
 # packed attention comes by its own name.
-FUSED_OPS = ("rms_norm", "swiglu")
+FUSED_OPS = ("gated_rms_norm", "rms_norm", "swiglu")
 
 # Of what a compiled layer could keep for its backward, the share that it may with selective
 # checkpointing: what products and attention gave is 0.53 of it in Qwen3-1.7B.

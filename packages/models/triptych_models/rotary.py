@@ -15,9 +15,10 @@ def restore_rotary(model: PreTrainedModel) -> None:
     up to 0.4 %, which is whole turns at long positions.
     """
     text = text_config(model.config)
+    turned = int(head_dim(text) * text.rope_parameters.get("partial_rotary_factor", 1.0))
     assign(
         decoder(model).rotary_emb,
-        inverse_frequencies(head_dim(text), text.rope_parameters["rope_theta"]),
+        inverse_frequencies(turned, text.rope_parameters["rope_theta"]),
     )
     if not hasattr(tower(model), "rotary_pos_emb"):
         return

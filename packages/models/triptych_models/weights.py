@@ -5,6 +5,7 @@ of a `with` block and keeps what rank 0 wrote into them; every rank runs the sam
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -18,6 +19,9 @@ from transformers import PreTrainedModel
 from .expert_weights import draw_experts, router_biases, stored_names, stored_pieces
 from .experts import Experts
 from .layout import stored_name, stored_prefixes, text_config, tower
+
+# Norms that multiply by 1 + weight; they begin with 0.
+ZERO_CENTRED = ("Qwen3NextRMSNorm", "Qwen3_5RMSNorm", "Qwen3_5MoeRMSNorm")
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 
@@ -72,7 +76,12 @@ def initial_value(
     if name.endswith(".bias"):
         return constant(0.0, parameter)
     if "Norm" in type(module).__name__:
+        return constant(float(type(module).__name__ not in ZERO_CENTRED), parameter)
+    if name.endswith(".dt_bias"):
         return constant(1.0, parameter)
+    if name.endswith(".A_log"):  # the logarithm of what is uniform in [0.01, 16)
+        drawn = torch.normal(0.0, 1.0, parameter.shape, generator=generator, device="cpu")
+        return (0.01 + 15.99 * torch.special.ndtr(drawn)).log()
     if isinstance(module, Experts):
         return draw_experts(module, parameter, std, generator)
     # torch.normal, because zero.Init redirects torch.randn, full … to its own device and dtype
@@ -188,11 +197,15 @@ def check_names(
     readers: dict[Path, Any],
     hf: PreTrainedModel,
 ) -> None:
-    """ValueError unless exactly the wanted tensors are stored; a tied head may be stored twice."""
+    """ValueError unless exactly the wanted tensors are stored; a tied head may be stored twice.
+
+    What stock leaves aside (layers that predict several tokens at once) may be stored, too.
+    """
     (pair,) = hf._tied_weights_keys.items()  # lm_head.weight and the embedding's name
     prefixes = stored_prefixes(hf.config, files)
     head, embedding = tied = tuple(stored_name(name, prefixes) for name in pair)
-    stored = set(files)
+    ignored = hf._keys_to_ignore_on_load_unexpected or ()
+    stored = {name for name in files if not any(re.search(each, name) for each in ignored)}
     if hf.config.tie_word_embeddings and {head, embedding} <= stored:
         copies = [readers[files[name]].get_tensor(name) for name in tied]
         if not torch.equal(*copies):
