@@ -1,6 +1,7 @@
 """Published configurations of the families, as far as they say more than their class's defaults.
 
-Each with the number of parameters that the hub counts, and beginnings of the names it stores.
+Each with the number of parameters that the hub counts (those with layers of Gated DeltaNet: that
+stock's default configuration gives, which is the size named), and names it stores.
 """
 
 from typing import Any, NamedTuple
@@ -185,6 +186,32 @@ PUBLISHED: dict[str, Published] = {
             "model.layers.23.mlp.experts.59.up_proj.weight",
             "model.layers.0.mlp.shared_expert_gate.weight",
         ),
+    ),
+    "qwen3_next": Published(
+        "Qwen3-Next-80B-A3B-Instruct",
+        {"rope_parameters": ROPE | {"rope_theta": 10_000_000, "partial_rotary_factor": 0.25}},
+        79_674_391_296,
+        (
+            "model.layers.0.linear_attn.in_proj_qkvz.weight",
+            "model.layers.3.self_attn.q_norm.weight",
+            "model.layers.47.mlp.experts.511.down_proj.weight",
+            "model.layers.0.mlp.shared_expert_gate.weight",
+        ),
+    ),
+    "qwen3_5_text": Published(
+        "Qwen3.5-9B, its language model",
+        {"rope_parameters": ROPE | {"partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10]}},
+        8_953_803_264,
+        (
+            "model.layers.0.linear_attn.in_proj_qkv.weight",
+            "model.layers.31.self_attn.o_proj.weight",
+        ),
+    ),
+    "qwen3_5_moe_text": Published(
+        "Qwen3.5-35B-A3B, its language model",
+        {"rope_parameters": ROPE | {"partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10]}},
+        34_660_610_688,
+        ("model.layers.0.linear_attn.A_log", "model.layers.39.mlp.shared_expert.up_proj.weight"),
     ),
     "mixtral": Published(
         "Mixtral-8x7B-v0.1",

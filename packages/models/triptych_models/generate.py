@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from .layout import text_config
 from .llava import Llava
 from .masked_diffusion.sampler import fill_in
 from .packed import PackedModel
@@ -42,7 +43,7 @@ def generate(
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,
-        use_cache=True,
+        use_cache=has_cache(model),
         max_new_tokens=max_new_tokens if prompts else 1,
         eos_token_id=eos_token_id,
         pad_token_id=pad_token_id,
@@ -53,6 +54,13 @@ def generate(
     stops = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     new_tokens = tokens[: len(prompts), inputs["input_ids"].shape[1] :].tolist()
     return [before_stop(row, stops) for row in new_tokens]
+
+
+def has_cache(model: PackedModel) -> bool:
+    """Whether stock keeps what it computed: not of Gated DeltaNet alone, whose cache has no length
+    to it (transformers 5.22, cache_utils.py), so that every token computes all before it."""
+    types = getattr(text_config(model.hf.config), "layer_types", None)
+    return types is None or "linear_attention" not in types or "full_attention" in types
 
 
 def model_inputs(
