@@ -129,7 +129,8 @@ def ranks(launcher: int, *numbers: int) -> list[int]:
         with suppress(OSError):  # it is gone by now
             words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         local = [word for word in words if word.startswith(b"LOCAL_RANK=")]
-        is_stage = " stages/sft.py " in command_of(pid) and "launcher" not in command_of(pid)
+        command = command_of(pid)
+        is_stage = " stages/sft.py " in command and "deepspeed.launcher" not in command
         if is_stage and local and (not numbers or int(local[0][11:]) in numbers):
             found.append(pid)
     return found
