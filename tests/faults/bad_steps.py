@@ -26,7 +26,8 @@ def bad_steps(folder: Path, short: bool) -> Outcome:
     if codes != [0, 0]:
         return Outcome(broke=(folder / "said.txt").read_text()[-2000:])
     for number, unlike in enumerate(json.loads(found.read_text())):
-        lines = (folder / f"{number}-bad/skipped.jsonl").read_text().splitlines()
+        listed = folder / f"{number}-bad/skipped.jsonl"
+        lines = listed.read_text().splitlines() if listed.exists() else []
         skipped = {line["step"]: line for line in map(json.loads, lines)}
         for step in BAD:
             keys = [
