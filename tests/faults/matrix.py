@@ -116,19 +116,20 @@ def _spikes() -> None:
 
 
 def _one_verdict() -> None:
-    """The first rank takes every update."""
+    """The first rank takes a spike that the others leave out."""
     import torch
     import torch.distributed as dist
 
     from triptych_core.faults.loss_guard import LossGuard
 
-    judge = LossGuard._judge
+    admit = LossGuard._admit
 
-    def alone(self: Any, norm: torch.Tensor) -> torch.Tensor:
-        report = judge(self, norm)
-        return torch.cat([torch.ones(1), report[1:]]) if dist.get_rank() == 0 else report
+    def alone(self: Any, scale: Any) -> Any:
+        admitted = admit(self, scale)
+        takes = dist.get_rank() == 0 and self._report[1:3].isfinite().all()
+        return torch.nan_to_num(admitted, nan=1.0) if takes else admitted
 
-    _put(LossGuard, "_judge", alone)
+    _put(LossGuard, "_admit", alone)
 
 
 def _in_a_row() -> None:
@@ -183,7 +184,7 @@ def _full_disk() -> None:
     def write(path: Any, *words: Any) -> Any:
         try:
             return write_payload(path, *words)
-        except OSError:
+        except ValueError:
             return {"bytes": path.stat().st_size, "sha256": ""}
 
     _put(save, "write_payload", write)
