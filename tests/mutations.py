@@ -76,8 +76,8 @@ MUTATIONS = {
     ),
     "no document mask": Mutation(
         "models/triptych_models/attention.py",
-        "attention(q, k, v, cu_seqlens, max_seqlen, causal=True, scale=scaling)",
-        "attention(q, k, v, cu_seqlens[[0, -1]], len(q), causal=True, scale=scaling)",
+        "attention(q, k, v, cu_seqlens, max_seqlen, causal=causal, scale=scaling)",
+        "attention(q, k, v, cu_seqlens[[0, -1]], len(q), causal=causal, scale=scaling)",
         (LEAKS, "-k", "qwen3"),
     ),
     "positions lost": Mutation(
