@@ -99,7 +99,8 @@ def _policy(
 
 
 def _reads(matrix: Tensor, weight: Tensor | None) -> bool:
-    # Asked anew each time, since ZeRO-3 gives a weight other storage whenever it is gathered.
-    if weight is None:
+    # Asked anew each time, since ZeRO-3 gives a weight other storage whenever it is gathered. The
+    # place in it, too: the engine has many weights in one.
+    if weight is None or matrix.storage_offset() != weight.storage_offset():
         return False
     return bool(matrix.untyped_storage()._cdata == weight.untyped_storage()._cdata)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from triptych_core.checkpoint.payload import BUFFER, FROZEN, MASTER, Payloads, Scalars, Stretch
+from triptych_core.engine.light import LightEngine
 from triptych_core.engine.masters import changed_masters, flats_of
 from triptych_core.optim.shards import Flat, Piece
 from triptych_core.parallel.expert import first_element, replicas_of
@@ -159,9 +160,11 @@ def _make_states(engine: Any, flat: Flat, payloads: Payloads, dtypes: StateDtype
 
 def _untrained(engine: Any) -> tuple[list[Stretch], list[Stretch]]:
     """Frozen parameters that are cut over ranks; parameters and buffers every rank holds whole."""
-    cut, whole = [], []
+    flats = list(engine.frozen()) if isinstance(engine, LightEngine) else []
+    cut, whole = list(_frozen_parts(engine, flats)), []
+    ours = {run.parameter for flat in flats for run in flat.runs}
     for parameter, name in _names_and_parameters(engine):
-        if parameter.requires_grad:
+        if parameter.requires_grad or parameter in ours:
             continue
         if hasattr(parameter, "ds_tensor"):
             part = parameter.ds_tensor.numel()
@@ -176,6 +179,16 @@ def _untrained(engine: Any) -> tuple[list[Stretch], list[Stretch]]:
         Stretch(name, BUFFER, 0, buffer.view(-1)) for name, buffer in kept_buffers(engine.module)
     ]
     return cut, whole
+
+
+def _frozen_parts(engine: Any, flats: Iterable[Flat]) -> Iterator[Stretch]:
+    """What this rank holds of frozen parameters that our ZeRO-3 has cut."""
+    names = _names(engine)
+    for flat in flats:
+        for parameter, piece in flat.pieces():
+            part = flat.master[piece.offset : piece.offset + piece.end - piece.begin]
+            begin = first_element(parameter) + piece.begin
+            yield Stretch(names[id(parameter)], FROZEN, begin, part)
 
 
 def _names_and_parameters(engine: Any) -> Iterator[tuple[Any, str]]:

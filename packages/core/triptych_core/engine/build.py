@@ -13,6 +13,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
 from triptych_core.config import EngineConfig, OptimConfig
+from triptych_core.engine.cut_weights import edited_weights, whole_weights
 from triptych_core.engine.lean_step import take_lean_steps
 from triptych_core.engine.light import LightEngine
 from triptych_core.optim.adamw import AdamW
@@ -61,10 +62,26 @@ def deepspeed_config(
     return result
 
 
-def sharded_init(config: EngineConfig, world_size: int) -> AbstractContextManager[Any]:
-    """A context in which modules are born partitioned over ranks (ZeRO-3), or as they are."""
-    if config.stage != 3:
+def is_ours(config: EngineConfig, tensor_size: int = 1) -> bool:
+    """Whether the engine is our own: of what is neither offloaded nor cut by tensor parallelism."""
+    return not config.zero.offloads and tensor_size == 1
+
+
+def sharded_init(
+    config: EngineConfig, world_size: int, *, tensor_size: int = 1
+) -> AbstractContextManager[Any]:
+    """A context in which modules are born partitioned over ranks for DeepSpeed's ZeRO-3.
+
+    Or as they are: on the host, where memory that nothing was written to takes none. Our ZeRO-3
+    cuts parameters once `gather_parameters` has had them filled.
+    """
+    if config.stage != 3 or is_ours(config, tensor_size):
         return nullcontext()
+    return deepspeed_init(config, world_size)
+
+
+def deepspeed_init(config: EngineConfig, world_size: int) -> AbstractContextManager[Any]:
+    """A context in which modules are born partitioned over ranks, for `deepspeed_engine`."""
     # No `dtype=`: on a device without fp16 DeepSpeed 0.19.8 ignores it and takes bf16 (an operator
     # precedence slip in zero.Init._set_dtype); the config's precision it does follow.
     return deepspeed.zero.Init(
@@ -79,7 +96,13 @@ def gather_parameters(config: EngineConfig) -> Gather:
     """How to make parameters whole for a moment: rank 0's edits are what all ranks keep."""
     if config.stage != 3:
         return lambda parameters: nullcontext()
-    return lambda parameters: deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+    def gather(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        if not is_ours(config) or _are_deepspeeds(parameters):
+            return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+        return edited_weights(parameters, _device())
+
+    return gather
 
 
 def read_parameters(config: EngineConfig) -> Gather:
@@ -89,7 +112,13 @@ def read_parameters(config: EngineConfig) -> Gather:
     """
     if config.stage != 3:
         return read_cut(lambda parameters: nullcontext())
-    return read_cut(lambda parameters: deepspeed.zero.GatheredParameters(parameters))
+
+    def gather(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        if not is_ours(config) or _are_deepspeeds(parameters):
+            return deepspeed.zero.GatheredParameters(parameters)
+        return whole_weights(parameters)
+
+    return read_cut(gather)
 
 
 def build_engine(
@@ -101,14 +130,13 @@ def build_engine(
     layers: Sequence[nn.Module] = (),
     tensor: TensorCuts = WHOLE,
 ) -> Any:
-    """Hand model and optimizer to the light engine at stages 0 to 2, to DeepSpeed at stage 3.
+    """Hand model and optimizer to our engine, or to DeepSpeed.
 
-    What is offloaded, or cut by tensor parallelism, is DeepSpeed's at every stage. The rest is
-    `deepspeed_engine`'s: see there.
+    What is offloaded, or cut by tensor parallelism, is DeepSpeed's. Under ZeRO-3 each of `layers`
+    is gathered as a whole, one ahead.
     """
-    if config.stage < 3 and not config.zero.offloads and tensor.size == 1:
-        device = torch.device(get_accelerator().current_device_name())
-        return LightEngine(model, optimizer, config, optim.max_grad_norm, device)
+    if is_ours(config, tensor.size):
+        return LightEngine(model, optimizer, config, optim.max_grad_norm, _device(), layers)
     return deepspeed_engine(model, optimizer, config, optim, world_size, layers, tensor)
 
 
@@ -146,6 +174,15 @@ def deepspeed_engine(
     for name, buffer in engine.module.named_buffers(remove_duplicate=False):
         assert buffer.dtype == buffers[name], f"{name}: became {buffer.dtype}, was {buffers[name]}"
     return engine
+
+
+def _device() -> torch.device:
+    return torch.device(get_accelerator().current_device_name())
+
+
+def _are_deepspeeds(parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether they were born partitioned, as for tensor parallelism or a benchmark."""
+    return any(hasattr(parameter, "ds_id") for parameter in parameters)
 
 
 def _drop_bad_gradients(zero: Any) -> None:

@@ -1,13 +1,15 @@
-"""What a rank of ZeRO-1 or 2 holds: all weights, and its part of masters, states and gradients.
+"""What a rank of ZeRO-1, 2 or 3 holds: its part of masters, states, gradients, and of weights or all.
 
 Rajbhandari et al., ZeRO, arXiv 1910.02054. Weights lie end to end in buckets, which the ranks cut
 evenly between them. A bucket's gradients are summed over ranks into the part of each while the
-backward pass still runs; after the update its weights are gathered from all parts.
+backward pass still runs. Its weights are gathered from all parts after the update; under ZeRO-3
+whenever a layer needs them (see gathering).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,41 +17,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from triptych_core.engine.buckets import BUCKET, IN_FLIGHT, lay_out
-from triptych_core.engine.gradient_sums import split_parameters
+from triptych_core.engine.buckets import BUCKET, IN_FLIGHT
+from triptych_core.engine.cut_weights import (
+    CutWeights,
+    lay_end_to_end,
+    layer_numbers,
+    share_out,
+    split_by_layer,
+)
+from triptych_core.engine.gathering import Gathering
 from triptych_core.optim.adamw import AdamW
 from triptych_core.optim.clipping import total_norm
 from triptych_core.optim.shards import Flat, even_flat
-from triptych_core.parallel.expert import replicas_of
 from triptych_core.sections import EngineConfig
 
 
 @dataclass(eq=False)
 class _Bucket:
-    """Parameters of one optimizer group that the same ranks hold, end to end in `weights`."""
+    """Parameters of one optimizer group that the same ranks hold, end to end."""
 
-    begins: dict[nn.Parameter, int]
-    weights: Tensor  # (size,), what the parameters are views of
-    own: slice  # this rank's part of it
-    master: Tensor  # fp32, of that part
-    group: Any  # the ranks that cut it
+    weights: CutWeights
+    master: Tensor  # fp32, of this rank's part
     sums: Tensor | None = None  # (size,) this rank's gradients, while they come
     filled: set[nn.Parameter] = field(default_factory=set)  # those in sums
     missing: set[nn.Parameter] = field(default_factory=set)  # in this micro-step
     gradient: Tensor | None = None  # of the own part, over all ranks
 
     def empty_sums(self, dtype: torch.dtype) -> Tensor:
-        """A tensor like `weights`: zeros between parameters, nothing yet in their places."""
-        sums = torch.empty_like(self.weights, dtype=dtype)
-        ends = [begin + parameter.numel() for parameter, begin in self.begins.items()]
-        for end, begin in zip(ends, [*self.begins.values(), self.weights.numel()][1:], strict=True):
+        """A tensor like the weights: zeros between parameters, nothing yet in their places."""
+        begins, whole = self.weights.begins, self.weights.whole
+        sums = torch.empty_like(whole, dtype=dtype)
+        ends = [begin + parameter.numel() for parameter, begin in begins.items()]
+        for end, begin in zip(ends, [*begins.values(), whole.numel()][1:], strict=True):
             if begin > end:
                 sums[end:begin].zero_()
         return sums
-
-    def view(self, flat: Tensor, parameter: nn.Parameter) -> Tensor:
-        """A parameter's place in a tensor like `weights`."""
-        return flat.narrow(0, self.begins[parameter], parameter.numel()).view(parameter.shape)
 
 
 @dataclass(eq=False)
@@ -65,36 +67,64 @@ class _Flight:
 class Division:
     """A master for this rank's part of each bucket: in fp32, or the weights' own part where fp32.
 
-    Gradients are summed over ranks once a window under ZeRO-1, every micro-step under ZeRO-2, which
-    then keeps only its part of them; over micro-steps always in fp32.
+    Gradients are summed over ranks once a window under ZeRO-1, every micro-step under ZeRO-2 and 3,
+    which then keep only their part of them; over micro-steps always in fp32.
 
     Args:
-        model: on its device, alike on every rank; its parameters become views of the buckets.
+        model: alike on every rank, on its device but under ZeRO-3; its parameters become views of
+            the buckets.
         optimizer: over the model's parameters; its groups get the masters in their place.
         config: stage, precision, accumulation and `reduce_dtype`.
+        layers: of the model, in the order in which they run, each a bucket under ZeRO-3.
+        device: of this rank.
     """
 
-    def __init__(self, model: nn.Module, optimizer: AdamW, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: AdamW,
+        config: EngineConfig,
+        layers: Sequence[nn.Module],
+        device: torch.device,
+    ) -> None:
         # Gradients come about in the reverse of the order in which weights were made.
         order = {p: i for i, p in enumerate(reversed(list(model.parameters())))}
-        size = min(BUCKET, config.zero.bucket_size)
+        frees = config.stage == 3
+        numbers = layer_numbers(layers, config.zero.persistence_threshold) if frees else {}
+        by_layer: dict[int | None, list[CutWeights]] = {}
+
+        def lay(parameters: Iterable[nn.Parameter]) -> Iterator[CutWeights]:
+            some = sorted(parameters, key=order.__getitem__)
+            size = min(BUCKET, config.zero.bucket_size)
+            for number, together in split_by_layer(some, numbers, size):
+                weights = lay_end_to_end(together, device)
+                if frees:
+                    share_out(weights)
+                by_layer.setdefault(number, []).append(weights)
+                yield weights
+
         buckets = []
         for group in optimizer.param_groups:
-            parameters = sorted(group["params"], key=order.__getitem__)
-            mine = [_make(some) for some in split_parameters(parameters, size)]
+            # The part itself where it is fp32 already.
+            mine = [_Bucket(w, w.part.to(torch.float32)) for w in lay(group["params"])]
             group["params"] = [bucket.master for bucket in mine]
             buckets += mine
-        self._buckets = sorted(buckets, key=lambda b: max(order[p] for p in b.begins))
+        self._buckets = sorted(buckets, key=lambda b: max(order[p] for p in b.weights.begins))
+        self._frozen: list[CutWeights] = []
+        self._gathering: Gathering | None = None
+        if frees:
+            self._frozen += lay(p for p in order if not p.requires_grad)
+            self._gathering = Gathering(model, layers, by_layer)
         # A bucket is sent once its last gradient is there and the bucket before it is sent: in the
         # same order on every rank. From the second backward on it is that of the first.
         self._order = self._buckets
         self._backwards = 0
         self._whole: list[_Bucket] = []  # in the first backward, as they became so
-        self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.begins}
+        self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.weights.begins}
         optimizer.attach(
-            {b.master: b.weights[b.own] for b in buckets if b.weights.dtype != torch.float32}
+            {b.master: b.weights.part for b in buckets if b.weights.part is not b.master}
         )
-        low = any(b.weights.dtype != torch.float32 for b in buckets)
+        low = any(b.weights.part is not b.master for b in buckets)
         several = config.gradient_accumulation_steps > 1
         self._reduce_dtype = (
             torch.bfloat16 if low and config.reduce_dtype == "bf16" else torch.float32
@@ -110,10 +140,24 @@ class Division:
     def flats(self) -> Iterable[Flat]:
         """The masters and the parameters in them."""
         for bucket in self._buckets:
-            yield even_flat(bucket.master, bucket.begins, bucket.group)
+            yield even_flat(bucket.master, bucket.weights.begins, bucket.weights.group)
 
-    def expect(self, *, is_first: bool, is_last: bool) -> None:
-        """Say, before each backward, where in the window it stands."""
+    def frozen(self) -> Iterable[Flat]:
+        """This rank's parts of weights that do not train, where they are cut, and those in them."""
+        for weights in self._frozen:
+            yield even_flat(weights.part, weights.begins, weights.group)
+
+    @contextmanager
+    def backward(self, *, is_first: bool, is_last: bool) -> Iterator[None]:
+        """While a backward runs, of which is said where in the window it stands."""
+        self._expect(is_first=is_first, is_last=is_last)
+        if self._gathering is None:
+            yield
+            return
+        with self._gathering.backward(is_last=is_last):
+            yield
+
+    def _expect(self, *, is_first: bool, is_last: bool) -> None:
         if is_first:
             for bucket in self._buckets:
                 bucket.gradient = None
@@ -124,7 +168,7 @@ class Division:
             self._learn_order()
         self._next, self._is_last = 0, is_last
         for bucket in self._buckets:
-            bucket.missing = set(bucket.begins)
+            bucket.missing = set(bucket.weights.begins)
 
     def gradients(self) -> Mapping[Tensor, Tensor]:
         """By master, after the window's last backward; zeros where none came."""
@@ -141,28 +185,31 @@ class Division:
         """Give every rank the weights that the others have updated, and forget the gradients."""
         for bucket in self._buckets:
             bucket.gradient = None
-        self._gather_weights()
+        self._renew_weights()
 
     def refresh(self) -> None:
         """Make the weights those of the masters, after these were changed from outside."""
         for bucket in self._buckets:
-            bucket.weights[bucket.own].copy_(bucket.master)
-        self._gather_weights()
+            if bucket.weights.part is not bucket.master:
+                bucket.weights.part.copy_(bucket.master)
+        self._renew_weights()
 
     def whole(self, by_master: Mapping[Tensor, Tensor]) -> dict[nn.Parameter, Tensor]:
         """Tensors like some of the masters, put together by parameter; every rank takes part."""
         found: dict[nn.Parameter, Tensor] = {}
         for bucket in (each for each in self._buckets if each.master in by_master):
             part = by_master[bucket.master].contiguous()
-            flat = torch.empty(bucket.weights.numel(), dtype=part.dtype, device=part.device)
-            dist.all_gather_into_tensor(flat, part, group=bucket.group)
-            found |= {p: bucket.view(flat, p) for p in bucket.begins}
+            flat = torch.empty(bucket.weights.whole.numel(), dtype=part.dtype, device=part.device)
+            dist.all_gather_into_tensor(flat, part, group=bucket.weights.group)
+            found |= {p: bucket.weights.view(flat, p) for p in bucket.weights.begins}
         return found
 
     def remove(self) -> None:
         """Let go of the hooks in the model."""
         for hook in self._hooks:
             hook.remove()
+        if self._gathering is not None:
+            self._gathering.remove()
 
     @torch.no_grad()
     def _take(self, parameter: Tensor) -> None:
@@ -170,7 +217,7 @@ class Division:
         bucket = self._bucket_of[parameter]
         if bucket.sums is None:
             bucket.sums = bucket.empty_sums(self._sums_dtype)
-        place = bucket.view(bucket.sums, parameter)
+        place = bucket.weights.view(bucket.sums, parameter)
         if parameter in bucket.filled:
             place.add_(parameter.grad)
         else:
@@ -196,7 +243,7 @@ class Division:
         """Take the main rank's: where a gradient comes late, all buckets would wait for its own."""
         place = {bucket: index for index, bucket in enumerate(self._whole)}
         mine = [place.get(bucket, len(place)) for bucket in self._buckets]
-        places = torch.tensor(mine, device=self._buckets[0].weights.device)
+        places = torch.tensor(mine, device=self._buckets[0].master.device)
         dist.broadcast(places, src=0)
         pairs = zip(places.tolist(), self._buckets, strict=True)
         self._order = [bucket for _, bucket in sorted(pairs, key=lambda pair: pair[0])]
@@ -206,14 +253,16 @@ class Division:
         self._next += 1
         if bucket.sums is None:
             bucket.sums = bucket.empty_sums(self._sums_dtype)
-        for parameter in bucket.begins.keys() - bucket.filled:
-            bucket.view(bucket.sums, parameter).zero_()
+        for parameter in bucket.weights.begins.keys() - bucket.filled:
+            bucket.weights.view(bucket.sums, parameter).zero_()
         sent = bucket.sums.to(self._reduce_dtype)
         bucket.sums, bucket.filled = None, set()
         part, work = sent, None
         if part.numel() > bucket.master.numel():
             part = torch.empty_like(bucket.master, dtype=sent.dtype)
-            work = dist.reduce_scatter_tensor(part, sent, group=bucket.group, async_op=True)
+            work = dist.reduce_scatter_tensor(
+                part, sent, group=bucket.weights.group, async_op=True
+            )
         self._in_flight.append(_Flight(bucket, sent, part, work))
         if len(self._in_flight) > IN_FLIGHT:
             self._land()
@@ -227,31 +276,17 @@ class Division:
         else:
             flight.bucket.gradient.add_(flight.part)
 
-    def _gather_weights(self) -> None:
+    def _renew_weights(self) -> None:
+        """Have what every rank holds be what the parts are now."""
+        if self._gathering is not None:
+            self._gathering.free()
+            return
         # In the order of the forward pass.
+        held = [bucket.weights for bucket in reversed(self._order)]
         works: list[Any] = [
-            dist.all_gather_into_tensor(
-                bucket.weights, bucket.weights[bucket.own], group=bucket.group, async_op=True
-            )
-            for bucket in reversed(self._order)
-            if bucket.weights.numel() > bucket.master.numel()
+            dist.all_gather_into_tensor(each.whole, each.part, group=each.group, async_op=True)
+            for each in held
+            if each.is_divided
         ]
         for work in works:
             work.wait()
-
-
-def _make(parameters: Sequence[nn.Parameter]) -> _Bucket:
-    """Move parameters, end to end, into one tensor that the ranks which hold them cut evenly."""
-    group = replicas_of(parameters[0]) or dist.group.WORLD
-    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
-    places, size = lay_out([p.numel() for p in parameters], num_ranks)
-    begins = dict(zip(parameters, places, strict=True))
-    weights = torch.zeros(size, dtype=parameters[0].dtype, device=parameters[0].device)
-    part = size // num_ranks
-    own = slice(rank * part, (rank + 1) * part)
-    for parameter, begin in begins.items():
-        place = weights.narrow(0, begin, parameter.numel()).view(parameter.shape)
-        place.copy_(parameter.data)
-        parameter.data = place
-    # The part itself where it is fp32 already.
-    return _Bucket(begins, weights, own, weights[own].to(torch.float32), group)

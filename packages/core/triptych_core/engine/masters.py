@@ -23,7 +23,7 @@ def changed_masters(engine: Any) -> Iterator[None]:
 
     They are set as the stage's own step does it. Every rank takes part.
     """
-    if engine.zero_optimization_stage() == 3:
+    if engine.zero_optimization_stage() == 3 and not isinstance(engine, LightEngine):
         # Parameters that ZeRO-3 keeps whole would hide what is read into their parts.
         engine.optimizer.checkpoint_event_prologue()
     yield

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -48,10 +49,16 @@ class Replica:
         """The masters and the parameters in them."""
         return whole_masters(self._masters)
 
-    def expect(self, *, is_first: bool, is_last: bool) -> None:
-        """Say, before each backward, where in the window it stands."""
+    def frozen(self) -> Iterable[Flat]:
+        """Of weights that do not train nothing is cut."""
+        return ()
+
+    @contextmanager
+    def backward(self, *, is_first: bool, is_last: bool) -> Iterator[None]:
+        """While a backward runs, of which is said where in the window it stands."""
         if self._sums is not None:
             self._sums.expect(is_first=is_first, is_last=is_last)
+        yield
 
     def gradients(self) -> Mapping[Tensor, Tensor]:
         """By master, after the window's last backward; zeros where none came."""
