@@ -158,7 +158,8 @@ def plan(config: PackedConfig) -> "Plan":
     model.set_mlp_chunks(config.engine.mlp_chunks)
     part_of, matrices = parameter_parts(model).__getitem__, matrix_shapes(model)
     groups = parameter_groups(model.named_parameters(), config.optim, part_of, matrices)
-    weights = weights_of(model, groups, config.engine.zero.persistence_threshold, config.optim)
+    threshold = config.engine.zero.persistence_threshold
+    weights = weights_of(model, groups, threshold, config.optim, model.layers())
     make_batch = partial(
         pretend_batch,
         model,
@@ -265,7 +266,7 @@ def build_job(config: PackedConfig, runtime: "Runtime") -> Job:
     # Model: born in pieces under ZeRO-3, filled part by part.
     dtype = compute_dtype(config.engine)
     experts = ExpertGroup(place.group, place.size, place.rank, place.mark)
-    with sharded_init(config.engine, runtime.world_size):
+    with sharded_init(config.engine, runtime.world_size, tensor_size=mesh.tp_size):
         gather = gather_parameters(config.engine)
         model = build_model(
             config.model, dtype=dtype, gather=gather, sequence=sequence, experts=experts

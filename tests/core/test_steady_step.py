@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tests.ranks import run_ranks
-from tests.tiny import ROOT
 
 STEPS, EVERY = 12, 4
 READS = {
@@ -116,14 +115,10 @@ def test_we_read_once_an_interval(reads, stage, optimizer):
     # On every rank, of what has already arrived in the host's memory: whether the step before was
     # taken, and whether a rank was asked to stop.
     heard = {("oversight", "hear"): STEPS, ("oversight", "settle"): 1}  # after the last step
-    if stage in (1, 2):
+    if stage > 0:
         heard["division", "_learn_order"] = 1  # after the first backward
     # Losses and counts: two tensors of a copy; of the first step, and of the intervals that one
     # more step has followed.
     written = {("readout", "_finish"): 2 * (1 + STEPS // EVERY - 1)}
-    if stage == 3:  # DeepSpeed reads while ranks agree on the order of modules; its step does not
-        ours = {path.stem for path in (ROOT / "packages/core/triptych_core").rglob("*.py")}
-        assert not [who for who in main if who[1] in ("is_invalid_grad_norm", "has_overflow")]
-        main, other = ({w: n for w, n in some.items() if w[0] in ours} for some in (main, other))
     assert main == heard | written
     assert other == heard

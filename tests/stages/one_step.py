@@ -114,7 +114,7 @@ def steps(folder: Path, runtime: Any, run_dir: Path, run: list[str] | Run) -> li
     group = SequenceGroup(mesh.sp_group, mesh.sp_size, mesh.sp_rank)
     if runtime.is_main:
         run_dir.mkdir(parents=True)
-    with sharded_init(config.engine, runtime.world_size):
+    with sharded_init(config.engine, runtime.world_size, tensor_size=mesh.tp_size):
         model = build_model(
             config.model,
             dtype=compute_dtype(config.engine),

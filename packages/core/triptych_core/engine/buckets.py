@@ -41,5 +41,21 @@ def lay_out(sizes: Sequence[int], num_ranks: int) -> tuple[list[int], int]:
     return begins, _round_up(end, ALIGN * num_ranks)
 
 
+def first_kept(outside: int, layers: Sequence[int], max_live: int) -> int:
+    """The first of the last layers that ZeRO-3 keeps whole between forward and backward.
+
+    They are as many as may be with what is outside of layers, and at least one: the last layer's
+    backward comes next. All in elements.
+
+    >>> first_kept(100, [50, 50, 50], 200)
+    1
+    """
+    first, live = len(layers), outside
+    while first > 0 and (first == len(layers) or live + layers[first - 1] <= max_live):
+        first -= 1
+        live += layers[first]
+    return first
+
+
 def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple

@@ -1,4 +1,4 @@
-"""What a rank of ZeRO-1, 2 or 3 holds: its part of masters, states, gradients, and of weights or all.
+"""What a rank of ZeRO-1, 2 or 3 holds: parts of masters, states and gradients, weights or theirs.
 
 Rajbhandari et al., ZeRO, arXiv 1910.02054. Weights lie end to end in buckets, which the ranks cut
 evenly between them. A bucket's gradients are summed over ranks into the part of each while the
@@ -114,7 +114,7 @@ class Division:
         self._gathering: Gathering | None = None
         if frees:
             self._frozen += lay(p for p in order if not p.requires_grad)
-            self._gathering = Gathering(model, layers, by_layer)
+            self._gathering = Gathering(model, layers, by_layer, config.zero.max_live)
         # A bucket is sent once its last gradient is there and the bucket before it is sent: in the
         # same order on every rank. From the second backward on it is that of the first.
         self._order = self._buckets
@@ -260,9 +260,7 @@ class Division:
         part, work = sent, None
         if part.numel() > bucket.master.numel():
             part = torch.empty_like(bucket.master, dtype=sent.dtype)
-            work = dist.reduce_scatter_tensor(
-                part, sent, group=bucket.weights.group, async_op=True
-            )
+            work = dist.reduce_scatter_tensor(part, sent, group=bucket.weights.group, async_op=True)
         self._in_flight.append(_Flight(bucket, sent, part, work))
         if len(self._in_flight) > IN_FLIGHT:
             self._land()

@@ -1,8 +1,9 @@
 """When the cut weights of ZeRO-3 are whole: layer by layer, the next on its way meanwhile.
 
-A layer's weights are gathered before its forward and before its backward, and freed after. What is
-in no layer (embeddings, the head, small weights) is gathered once, by the first module that needs
-it, and freed after the window's last backward. On CUDA a gather that was begun runs in NCCL's
+A layer's weights are gathered before its forward and before its backward, and freed after; those of
+the last layers, as far as `max_live` goes, stay between the two. What is in no layer (embeddings,
+the head, small weights) is gathered once, by the first module that needs it, and freed after the
+window's last backward. On CUDA a gather that was begun runs in NCCL's
 stream beside the layer before.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from triptych_core.engine.buckets import first_kept
 from triptych_core.engine.cut_weights import CutWeights
 
 
@@ -27,6 +29,7 @@ class Gathering:
         model: its forward begins a pass; any part of it may be called without.
         layers: in the order in which they run.
         weights: of each layer by its number, and of what is in none, by None.
+        max_live: elements that may be whole at the same time, if no more are needed.
     """
 
     def __init__(
@@ -34,9 +37,11 @@ class Gathering:
         model: nn.Module,
         layers: Sequence[nn.Module],
         weights: Mapping[int | None, Sequence[CutWeights]],
+        max_live: int,
     ) -> None:
         self._layers = [weights.get(number, ()) for number in range(len(layers))]
         self._outside = weights.get(None, ())
+        self._kept = first_kept(_numel(self._outside), list(map(_numel, self._layers)), max_live)
         self._is_backward = False
         self._last: int | None = None  # of those that ran, whose backward is to come
         self._before: dict[int, int | None] = {}  # a layer that ran -> the one that ran before it
@@ -92,21 +97,22 @@ class Gathering:
     def _after_layer(self, number: int, _: Any, args: Any, output: Any) -> None:
         if self._is_backward:
             return  # computed again: its backward comes now
-        found = output if isinstance(output, tuple) else (output,)
-        found = [each for each in found if isinstance(each, Tensor) and each.requires_grad]
+        given = output if isinstance(output, tuple) else (output,)
+        found = [each for each in given if isinstance(each, Tensor) and each.requires_grad]
         for each in found:
             each.register_hook(partial(self._before_backward, number))
         if found:
             self._before[number], self._last = self._last, number
-        if not found or number + 1 < len(self._layers):  # the last layer's backward comes first
+        if not found or number < self._kept:
             self._free(number)
 
     def _before_backward(self, number: int, _: Tensor) -> None:
-        """Of the layers that ran after this one nothing is left to do."""
+        """Of the layer that ran after this one nothing is left to do."""
         if self._current == number:
             return
+        if self._current is not None:
+            self._free(self._current)
         self._current, before = number, self._before.get(number)
-        self._free_layers(but=number)
         self._gather_outside()
         self._gather(number)
         if before is not None:
@@ -124,10 +130,14 @@ class Gathering:
         for weights in self._layers[number]:
             weights.free()
 
-    def _free_layers(self, but: int | None = None) -> None:
+    def _free_layers(self) -> None:
         for number in range(len(self._layers)):
-            if number != but:
-                self._free(number)
+            self._free(number)
+
+
+def _numel(weights: Sequence[CutWeights]) -> int:
+    """Elements that gathering makes whole."""
+    return sum(each.whole.numel() for each in weights if each.is_divided)
 
 
 def _owners(

@@ -1,9 +1,11 @@
-"""Bytes that our ZeRO-1 and 2 need: what engine/division.py does, walked through on sizes alone.
+"""Bytes that our ZeRO-1, 2 and 3 need: what engine/division.py does, walked through on sizes alone.
 
 With n ranks, weights of w bytes, and P elements in buckets once each weight is padded to 128 and
 each bucket to 128 n of them:
 
-    weights    w (P + frozen)
+    weights    w (P + frozen); under ZeRO-3, whose frozen weights are in buckets, too, an n-th of it
+    gathered   w a bucket of a layer, of two layers at a time or the last ones that max_live allows,
+                                      and of what is in no layer; under ZeRO-3 alone
     masters    4 P / n, none of their own where weights are fp32: they are then the weights' parts
     states     their bytes an element, P / n
     gradients  own parts  k P / n     kept until the update; k = 4, or those of `reduce_dtype` where
@@ -18,12 +20,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from triptych_core.config import EngineConfig
-from triptych_core.engine.buckets import BUCKET, IN_FLIGHT, lay_out, split_sizes
+from triptych_core.engine.buckets import BUCKET, IN_FLIGHT, first_kept, lay_out, split_sizes
 
 Sizes = Mapping[int, int]  # elements of a group's parameters, by when their gradients come
 Cut = tuple[Sizes, int]  # and how many ranks cut them
+Layers = Mapping[int, int]  # of what ZeRO-3 gathers with a layer, by when its gradient comes
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +37,7 @@ class Bucket:
     members: tuple[int, ...]
     numel: int
     ranks: int  # that cut it
+    layer: int | None = None  # with which ZeRO-3 gathers it
 
     @property
     def part(self) -> int:
@@ -49,15 +54,39 @@ class Widths:
     kept: int
 
 
-def buckets_of(groups: Sequence[Cut], bucket_size: int) -> list[Bucket]:
-    """The buckets of optimizer groups, in the order in which they are sent."""
+def buckets_of(
+    groups: Sequence[Cut], bucket_size: int, layers: Layers | None = None
+) -> list[Bucket]:
+    """The buckets of groups, in the order in which they are sent; of `layers` undivided."""
     found = []
     for sizes, ranks in groups:
-        places = sorted(sizes)
-        numels = [sizes[place] for place in places]
-        for some in split_sizes(numels, min(BUCKET, bucket_size)):
-            found.append(Bucket(tuple(places[some]), lay_out(numels[some], ranks)[1], ranks))
+        for layer, places in _by_layer(sizes, layers or {}).items():
+            numels = [sizes[place] for place in places]
+            most = min(BUCKET, bucket_size) if layer is None else sum(numels)
+            for some in split_sizes(numels, most):
+                members, numel = tuple(places[some]), lay_out(numels[some], ranks)[1]
+                found.append(Bucket(members, numel, ranks, layer))
     return sorted(found, key=lambda bucket: bucket.members[-1])
+
+
+def gathered_elements(buckets: Sequence[Bucket], max_live: int) -> int:
+    """The most that are whole at a time under ZeRO-3: what engine/gathering.py does."""
+    whole: dict[int | None, int] = {}
+    for bucket in buckets:
+        if bucket.ranks > 1:
+            whole[bucket.layer] = whole.get(bucket.layer, 0) + bucket.numel
+    outside = whole.pop(None, 0)
+    last = max((number for number in whole if number is not None), default=-1)
+    layers = [whole.get(number, 0) for number in range(last + 1)]
+    kept = sum(layers[first_kept(outside, layers, max_live) :])
+    return outside + max([kept, *map(sum, pairwise(layers))])
+
+
+def _by_layer(sizes: Sizes, layers: Layers) -> dict[int | None, list[int]]:
+    found: dict[int | None, list[int]] = {}
+    for place in sorted(sizes):
+        found.setdefault(layers.get(place), []).append(place)
+    return found
 
 
 def widths(engine: EngineConfig, stage: int) -> Widths:
@@ -68,17 +97,17 @@ def widths(engine: EngineConfig, stage: int) -> Widths:
 
 
 def gradient_bytes(
-    groups: Sequence[Cut], engine: EngineConfig, *, stage: int
+    groups: Sequence[Cut], engine: EngineConfig, *, stage: int, layers: Layers | None = None
 ) -> list[tuple[int, int]]:
     """(gradient elements that have come, most bytes of gradients up to then), of the last backward.
 
     Of a window of several micro-steps, what earlier ones have left is there from the start.
     """
-    buckets = buckets_of(groups, engine.zero.bucket_size)
+    buckets = buckets_of(groups, engine.zero.bucket_size, layers)
     numels = {place: numel for sizes, _ in groups for place, numel in sizes.items()}
     total = sum(bucket.numel for bucket in buckets)
     wide, several = widths(engine, stage), engine.gradient_accumulation_steps > 1
-    has_sums, has_own = several and stage == 1, several and stage == 2
+    has_sums, has_own = several and stage == 1, several and stage > 1
     own = sum(bucket.part for bucket in buckets)
     held = (wide.sums * total if has_sums else 0) + (wide.kept * own if has_own else 0)
     found, arrived, most = [(0, held)], 0, held

@@ -1,7 +1,7 @@
 """Bytes a rank needs under each ZeRO stage, from the engines' own allocations.
 
-Ours at stages 0 to 2 (`divided` has the formula of 1 and 2), DeepSpeed 0.19.8's at stage 3 and
-where something is offloaded (runtime/zero/stage3.py, stage_1_and_2.py): what is allocated when, in
+Ours (`divided` has the formula of stages 1 to 3), DeepSpeed 0.19.8's where something is offloaded
+(runtime/zero/stage3.py, stage_1_and_2.py): what is allocated when, in
 which dtype, and what is copied on the way. A step passes through phases; its peak is the largest.
 """
 
@@ -12,7 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from triptych_core.config import EngineConfig
-from triptych_core.plan.divided import Sizes, buckets_of, gradient_bytes, widths
+from triptych_core.plan.divided import (
+    Bucket,
+    Layers,
+    Sizes,
+    buckets_of,
+    gathered_elements,
+    gradient_bytes,
+    widths,
+)
 from triptych_core.plan.trace import MicroStep
 
 SUB_GROUP = 10**9  # elements ZeRO-3 updates at once: its default sub_group_size
@@ -42,7 +50,9 @@ class Weights:
 
     numel: int
     groups: Sequence[Group]
-    persistent: int = 0  # in parameters that ZeRO-3 leaves whole
+    persistent: int = 0  # in parameters that DeepSpeed's ZeRO-3 leaves whole
+    layers: Layers = field(default_factory=dict)  # of what our ZeRO-3 gathers with a layer
+    frozen: Sequence[Group] = ()  # what does not train, by how many hold parts of it
 
     @property
     def trained(self) -> int:
@@ -83,10 +93,16 @@ def plan_memory(
         backward = sums | {"activations": _most(step)} if sums else _own(step, width, gas, trained)
         phases["backward"] = always | backward
         phases["step"] = always | (sums or {"gradients": width * trained})
-    elif stage < 3 and not engine.zero.offloads:
-        phases["backward"] = always | _divided(weights, engine, step, stage=stage, ranks=ranks)
-        kept = widths(engine, stage).kept
-        phases["step"] = always | {"gradients": kept * own_part(weights, engine, ranks)}
+    elif not engine.zero.offloads:
+        layers = weights.layers if stage == 3 else {}
+        whole = _gathered(weights, engine, ranks) if stage == 3 else 0
+        phases["backward"] = (
+            always
+            | {"gathered layers": width * whole}
+            | _divided(weights, engine, step, layers, stage=stage, ranks=ranks)
+        )
+        kept = widths(engine, stage).kept * _parts(weights.groups, engine, ranks, layers)
+        phases["step"] = always | {"gradients": kept}
     elif stage < 3:
         buckets = {"buckets": 2 * width * bucket, "wide copy": _WIDE * min(bucket, trained)}
         own = {"gradients": _WIDE * -(-trained // ranks)}
@@ -98,9 +114,8 @@ def plan_memory(
         phases["backward"] = (
             always | own | {"gathered layers": width * live, "activations": _most(step)}
         )
-        # Our step reads gradients where they lie (lean_step); DeepSpeed's, which offloading needs,
-        # flattens those of a sub-group again.
-        flat = _WIDE * min(SUB_GROUP, -(-biggest // ranks)) if engine.zero.offloads else 0
+        # DeepSpeed's step flattens the gradients of a sub-group again.
+        flat = _WIDE * min(SUB_GROUP, -(-biggest // ranks))
         phases["step"] = always | own | {"flat gradients": flat}
     return MemoryPlan(stage, phases)
 
@@ -108,8 +123,8 @@ def plan_memory(
 def resident(weights: Weights, engine: EngineConfig, *, stage: int, ranks: int) -> dict[str, int]:
     """Bytes that are there all the time: weights, fp32 masters, optimizer states."""
     width = 2 if engine.precision == "bf16" else 4
-    if stage in (1, 2) and not engine.zero.offloads:
-        return _resident_divided(weights, engine, width, ranks)
+    if stage > 0 and not engine.zero.offloads:
+        return _resident_divided(weights, engine, width, stage=stage, ranks=ranks)
     whole = weights.persistent if stage == 3 else weights.numel
     rest = _rest(weights, ranks) if stage == 3 else 0
     held = {"weights": width * (whole + rest)}
@@ -124,30 +139,41 @@ def resident(weights: Weights, engine: EngineConfig, *, stage: int, ranks: int) 
     return held
 
 
-def own_part(weights: Weights, engine: EngineConfig, ranks: int) -> int:
-    """Elements that train in a rank's parts of the buckets of ZeRO-1 and 2."""
-    return sum(_own_part(group, engine, ranks) for group in weights.groups)
-
-
 def _resident_divided(
-    weights: Weights, engine: EngineConfig, width: int, ranks: int
+    weights: Weights, engine: EngineConfig, width: int, *, stage: int, ranks: int
 ) -> dict[str, int]:
-    total = sum(_padded(group, engine, ranks) for group in weights.groups)
-    states = (_own_part(group, engine, ranks) * group.state_bytes for group in weights.groups)
+    layers = weights.layers if stage == 3 else {}
+    states = (
+        _parts([group], engine, ranks, layers) * group.state_bytes for group in weights.groups
+    )
+    own = _parts(weights.groups, engine, ranks, layers)
+    if stage == 3:
+        held = own + _parts(weights.frozen, engine, ranks, layers)
+    else:
+        buckets = _buckets(weights.groups, engine, ranks, layers)
+        held = weights.numel - weights.trained + sum(bucket.numel for bucket in buckets)
     return {
-        "weights": width * (weights.numel - weights.trained + total),
-        "masters": _WIDE * own_part(weights, engine, ranks) if width == 2 else 0,
+        "weights": width * held,
+        "masters": _WIDE * own if width == 2 else 0,
         "optimizer states": sum(states),
     }
 
 
-def _padded(group: Group, engine: EngineConfig, ranks: int) -> int:
-    buckets = buckets_of([(group.sizes, ranks // group.holders)], engine.zero.bucket_size)
-    return sum(bucket.numel for bucket in buckets)
+def _gathered(weights: Weights, engine: EngineConfig, ranks: int) -> int:
+    groups = [*weights.groups, *weights.frozen]
+    return gathered_elements(_buckets(groups, engine, ranks, weights.layers), engine.zero.max_live)
 
 
-def _own_part(group: Group, engine: EngineConfig, ranks: int) -> int:
-    return _padded(group, engine, ranks) // (ranks // group.holders)
+def _buckets(
+    groups: Sequence[Group], engine: EngineConfig, ranks: int, layers: Layers
+) -> list[Bucket]:
+    cuts = [(group.sizes, ranks // group.holders) for group in groups]
+    return buckets_of(cuts, engine.zero.bucket_size, layers)
+
+
+def _parts(groups: Sequence[Group], engine: EngineConfig, ranks: int, layers: Layers) -> int:
+    """Elements in a rank's parts of the groups' buckets."""
+    return sum(bucket.part for bucket in _buckets(groups, engine, ranks, layers))
 
 
 def _share(group: Group, ranks: int) -> int:
@@ -163,14 +189,20 @@ def _rest(weights: Weights, ranks: int) -> int:
 
 
 def _divided(
-    weights: Weights, engine: EngineConfig, step: MicroStep, *, stage: int, ranks: int
+    weights: Weights,
+    engine: EngineConfig,
+    step: MicroStep,
+    layers: Layers,
+    *,
+    stage: int,
+    ranks: int,
 ) -> dict[str, int]:
-    """ZeRO-1 and 2: activations and gradients at the moment when both together are most.
+    """ZeRO-1 to 3: activations and gradients at the moment when both together are most.
 
     A gradient is in its bucket before autograd lets go of it.
     """
     groups = [(group.sizes, ranks // group.holders) for group in weights.groups]
-    found = gradient_bytes(groups, engine, stage=stage)
+    found = gradient_bytes(groups, engine, stage=stage, layers=layers)
     arrived = [elements for elements, _ in found]
 
     def gradients(moment: tuple[int, int]) -> int:

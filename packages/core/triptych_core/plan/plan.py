@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from triptych_core.config import OptimConfig, StageConfig
+from triptych_core.engine.cut_weights import layer_numbers
 from triptych_core.parallel.expert import expert_part
 from triptych_core.plan.config import PlanConfig
 from triptych_core.plan.memory import Group, MemoryPlan, Weights, plan_memory
@@ -96,12 +97,17 @@ class Plan:
 
 
 def weights_of(
-    model: nn.Module, groups: Iterable[Mapping[str, Any]], threshold: int, config: OptimConfig
+    model: nn.Module,
+    groups: Iterable[Mapping[str, Any]],
+    threshold: int,
+    config: OptimConfig,
+    layers: Iterable[nn.Module] = (),
 ) -> Weights:
     """Elements of a model and of its optimizer's groups, and bytes of their states.
 
     AdamW has two of `state_dtype`; a group with a "rule", Muon's, has one of fp32; the average
-    of `ema_decay` is another of fp32.
+    of `ema_decay` is another of fp32. `layers` of the model, in the order in which they run, are
+    what ZeRO-3 gathers; parameters of up to `threshold` elements it gathers at once.
     """
     adamw = {"fp32": 8, "bf16": 4}[config.state_dtype]
     average = 0 if config.ema_decay is None else 4
@@ -119,7 +125,19 @@ def weights_of(
             for group in groups
         ],
         persistent=small,
+        layers={arrival[p]: n for p, n in layer_numbers(layers, threshold).items()},
+        frozen=[
+            Group({arrival[p]: p.numel() for p in some}, state_bytes=0, holders=holders)
+            for holders, some in _by_holders(p for p in parameters if not p.requires_grad).items()
+        ],
     )
+
+
+def _by_holders(parameters: Iterable[nn.Parameter]) -> dict[int, list[nn.Parameter]]:
+    found: dict[int, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        found.setdefault(expert_part(parameter)[1], []).append(parameter)
+    return found
 
 
 def tracer(
