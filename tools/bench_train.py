@@ -68,6 +68,7 @@ VARIANTS = {
     "zero2": [*COMPILED, "engine.zero.stage=2"],
     "zero2_deepspeed": [*COMPILED, "engine.zero.stage=2", "loop=deepspeed"],
     "zero3": [*COMPILED, "engine.zero.stage=3"],
+    "zero3_deepspeed": [*COMPILED, "engine.zero.stage=3", "loop=deepspeed"],
     "zero3_eager": ["engine.zero.stage=3"],
     "zero3_bf16_reduce": [*COMPILED, "engine.zero.stage=3", "engine.reduce_dtype=bf16"],
     "zero3_selective": [*COMPILED, "engine.zero.stage=3", "engine.checkpointing=selective"],
@@ -209,6 +210,7 @@ def run_variant(
 ) -> None:
     """Take the steps in this process."""
     from triptych_core.config import StageConfig, load_config
+    from triptych_core.engine.build import deepspeed_init
     from triptych_core.launch import launch, shutdown
     from triptych_core.parallel.expert import make_expert_place
     from triptych_core.parallel.mesh import make_mesh
@@ -245,7 +247,10 @@ def run_variant(
     if "model=stock" in words:
         model = build_stock(settings)
     else:
-        model = build(settings, config.engine, runtime.world_size, sequence, experts)
+        born = on_device
+        if loop == "deepspeed" and config.engine.stage == 3:
+            born = partial(deepspeed_init, config.engine, runtime.world_size)
+        model = build(settings, config.engine, born, sequence, experts)
     batches = make_batches(model, seq_len, seed=mesh.dp_rank, **batch)
     if distinct_rows:
         batches = itertools.cycle(list(itertools.islice(batches, distinct_rows)))
@@ -260,12 +265,12 @@ def run_variant(
     shutdown()
 
 
-def build(settings: Any, engine: Any, world_size: int, sequence: Any, experts: Any) -> Any:
+def build(settings: Any, engine: Any, born: Any, sequence: Any, experts: Any) -> Any:
     """The model, filled where it is: the stages draw on the host, the same on any device."""
-    from triptych_core.engine.build import compute_dtype, gather_parameters, sharded_init
+    from triptych_core.engine.build import compute_dtype, gather_parameters
     from triptych_models.families import build_shell
 
-    with sharded_init(engine, world_size) if engine.stage == 3 else on_device():
+    with born():
         model = build_shell(settings, dtype=compute_dtype(engine), experts=experts)
     fill(model.hf, gather_parameters(engine))
     model.set_sequence(sequence)

@@ -98,13 +98,12 @@ def build(config: Any, seed: int) -> Any:
 
     world_size = dist.get_world_size()
     with sharded_init(config.engine, world_size):
-        model = Partly()
+        model = Partly().to(compute_dtype(config.engine))
     model.fill(gather_parameters(config.engine))
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         with gather_parameters(config.engine)([parameter]):
             parameter.data.add_(torch.randn(parameter.shape, generator=generator) * seed)
-    model.to(compute_dtype(config.engine))
     groups = parameter_groups(model.named_parameters(), config.optim, part, matrix_shapes(model))
     optimizer = build_optimizer(groups, config.optim)
     engine = build_engine(model, optimizer, config.engine, config.optim, world_size)

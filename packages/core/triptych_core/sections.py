@@ -118,14 +118,20 @@ class ZeroConfig(Section):
     bucket_size: int = Field(
         500_000_000,
         ge=1,
-        description="elements per reduce and all-gather bucket; our own ZeRO-1 and 2 take at most "
-        "25 million",
+        description="elements per reduce and all-gather bucket; our own engine takes at most 25 "
+        "million, under stage 3 a layer",
     )
     persistence_threshold: int = Field(
-        100_000, ge=0, description="stage 3: parameters below this many elements stay whole"
+        100_000,
+        ge=0,
+        description="stage 3: parameters below this many elements are gathered "
+        "once a step, not with their layer; what is offloaded has them whole",
     )
     max_live: int = Field(
-        1_000_000_000, ge=1, description="stage 3: elements that may be whole at the same time"
+        1_000_000_000,
+        ge=1,
+        description="stage 3: elements that may be whole at the same time; the last layers stay so "
+        "between forward and backward as far as it goes",
     )
 
     @property

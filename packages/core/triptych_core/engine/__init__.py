@@ -1,1 +1,1 @@
-"""The engines: DeepSpeed's, derived from our configuration, and our own for ZeRO-0."""
+"""The engines: our own, and DeepSpeed's for what is offloaded or cut by tensor parallelism."""
