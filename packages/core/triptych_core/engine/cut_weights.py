@@ -109,17 +109,30 @@ def layer_numbers(layers: Iterable[nn.Module], threshold: int) -> dict[nn.Parame
     }
 
 
-def split_by_layer(
-    parameters: Iterable[nn.Parameter], numbers: Mapping[nn.Parameter, int], size: int
-) -> Iterator[tuple[int | None, list[nn.Parameter]]]:
-    """What is gathered with a layer, and its number, undivided; the rest by `size`, with None."""
+def lay_by_layer(
+    parameters: Iterable[nn.Parameter],
+    numbers: Mapping[nn.Parameter, int],
+    size: int,
+    device: torch.device,
+    *,
+    cuts: bool,
+) -> list[tuple[int | None, CutWeights]]:
+    """What is gathered with a layer, with its number and undivided; the rest by `size`, with None.
+
+    With `cuts` what the first rank has is cut over all.
+    """
     by_layer: dict[int | None, list[nn.Parameter]] = {}
     for parameter in parameters:
         by_layer.setdefault(numbers.get(parameter), []).append(parameter)
+    found = []
     for number, some in by_layer.items():
         most = size if number is None else sum(p.numel() for p in some)
         for together in split_parameters(some, most):
-            yield number, together
+            weights = lay_end_to_end(together, device)
+            if cuts:
+                share_out(weights)
+            found.append((number, weights))
+    return found
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +21,8 @@ from torch import Tensor, nn
 from triptych_core.engine.buckets import BUCKET, IN_FLIGHT
 from triptych_core.engine.cut_weights import (
     CutWeights,
-    lay_end_to_end,
+    lay_by_layer,
     layer_numbers,
-    share_out,
-    split_by_layer,
 )
 from triptych_core.engine.gathering import Gathering
 from triptych_core.optim.adamw import AdamW
@@ -89,32 +88,28 @@ class Division:
     ) -> None:
         # Gradients come about in the reverse of the order in which weights were made.
         order = {p: i for i, p in enumerate(reversed(list(model.parameters())))}
-        frees = config.stage == 3
-        numbers = layer_numbers(layers, config.zero.persistence_threshold) if frees else {}
-        by_layer: dict[int | None, list[CutWeights]] = {}
-
-        def lay(parameters: Iterable[nn.Parameter]) -> Iterator[CutWeights]:
-            some = sorted(parameters, key=order.__getitem__)
-            size = min(BUCKET, config.zero.bucket_size)
-            for number, together in split_by_layer(some, numbers, size):
-                weights = lay_end_to_end(together, device)
-                if frees:
-                    share_out(weights)
-                by_layer.setdefault(number, []).append(weights)
-                yield weights
-
-        buckets = []
+        cuts = config.stage == 3
+        lay = partial(
+            lay_by_layer,
+            numbers=layer_numbers(layers, config.zero.persistence_threshold) if cuts else {},
+            size=min(BUCKET, config.zero.bucket_size),
+            device=device,
+            cuts=cuts,
+        )
+        buckets, laid = [], []
         for group in optimizer.param_groups:
+            found = lay(sorted(group["params"], key=order.__getitem__))
             # The part itself where it is fp32 already.
-            mine = [_Bucket(w, w.part.to(torch.float32)) for w in lay(group["params"])]
+            mine = [_Bucket(weights, weights.part.to(torch.float32)) for _, weights in found]
             group["params"] = [bucket.master for bucket in mine]
             buckets += mine
+            laid += found
         self._buckets = sorted(buckets, key=lambda b: max(order[p] for p in b.weights.begins))
-        self._frozen: list[CutWeights] = []
-        self._gathering: Gathering | None = None
-        if frees:
-            self._frozen += lay(p for p in order if not p.requires_grad)
-            self._gathering = Gathering(model, layers, by_layer, config.zero.max_live)
+        frozen = lay([p for p in order if not p.requires_grad]) if cuts else []
+        self._frozen = [weights for _, weights in frozen]
+        self._gathering = (
+            Gathering(model, layers, [*laid, *frozen], config.zero.max_live) if cuts else None
+        )
         # A bucket is sent once its last gradient is there and the bucket before it is sent: in the
         # same order on every rank. From the second backward on it is that of the first.
         self._order = self._buckets

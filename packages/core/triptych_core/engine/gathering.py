@@ -9,9 +9,10 @@ stream beside the layer before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class Gathering:
     Args:
         model: its forward begins a pass; any part of it may be called without.
         layers: in the order in which they run.
-        weights: of each layer by its number, and of what is in none, by None.
+        weights: all that is cut, with the number of its layer, or None.
         max_live: elements that may be whole at the same time, if no more are needed.
     """
 
@@ -36,11 +37,13 @@ class Gathering:
         self,
         model: nn.Module,
         layers: Sequence[nn.Module],
-        weights: Mapping[int | None, Sequence[CutWeights]],
+        weights: Iterable[tuple[int | None, CutWeights]],
         max_live: int,
     ) -> None:
-        self._layers = [weights.get(number, ()) for number in range(len(layers))]
-        self._outside = weights.get(None, ())
+        self._layers: list[list[CutWeights]] = [[] for _ in layers]
+        self._outside: list[CutWeights] = []
+        for number, each in weights:
+            (self._outside if number is None else self._layers[number]).append(each)
         self._kept = first_kept(_numel(self._outside), list(map(_numel, self._layers)), max_live)
         self._is_backward = False
         self._last: int | None = None  # of those that ran, whose backward is to come
@@ -81,7 +84,7 @@ class Gathering:
 
     def _begin(self, *_: Any) -> None:
         self._before, self._last = {}, None
-        for weights in [*self._outside, *(self._layers[0] if self._layers else ())]:
+        for weights in [*self._outside, *chain(*self._layers[:1])]:
             weights.start()
 
     def _gather_outside(self, *_: Any) -> None:
