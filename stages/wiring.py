@@ -229,6 +229,7 @@ def build_job(config: PackedConfig, runtime: "Runtime") -> Job:
         build_engine,
         compute_dtype,
         gather_parameters,
+        read_parameters,
         sharded_init,
     )
     from triptych_core.optim.groups import build_optimizer, parameter_groups
@@ -272,7 +273,8 @@ def build_job(config: PackedConfig, runtime: "Runtime") -> Job:
             config.model, dtype=dtype, gather=gather, sequence=sequence, experts=experts
         )
     if config.model.lora is not None:
-        add_adapters(model, config.model.lora, config.model.seed, gather)
+        read = read_parameters(config.engine)
+        add_adapters(model, config.model.lora, config.model.seed, read)
     model.check_processor(processor)
     model.set_checkpointing(config.engine.checkpointing)
     model.set_mlp_chunks(config.engine.mlp_chunks)

@@ -84,6 +84,7 @@ def steps(folder: Path, runtime: Any, run_dir: Path, run: list[str] | Run) -> li
         build_engine,
         compute_dtype,
         gather_parameters,
+        read_parameters,
         sharded_init,
     )
     from triptych_core.loop import train
@@ -123,8 +124,7 @@ def steps(folder: Path, runtime: Any, run_dir: Path, run: list[str] | Run) -> li
             experts=ExpertGroup(place.group, place.size, place.rank, place.mark),
         )
     if config.model.lora is not None:
-        gather = gather_parameters(config.engine)
-        add_adapters(model, config.model.lora, config.model.seed, gather)
+        add_adapters(model, config.model.lora, config.model.seed, read_parameters(config.engine))
     change(tilt(model))
     model.set_checkpointing(config.engine.checkpointing)
     model.set_mlp_chunks(config.engine.mlp_chunks)
