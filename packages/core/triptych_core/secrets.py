@@ -42,7 +42,8 @@ def masked(text: str) -> str:
 
 def masked_tree(tree: Tree) -> Tree:
     """A tree of settings with *** for every secret, also in its keys."""
-    return _masked_value(tree)  # type: ignore[no-any-return]
+    masked: Tree = _masked_value(tree)
+    return masked
 
 
 def masked_words(words: Sequence[str]) -> list[str]:

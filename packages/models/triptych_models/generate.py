@@ -35,8 +35,13 @@ def generate(
     if not prompts and not synced:
         return []
     if model.diffusion is not None:
-        lengths = {"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id}
-        return fill_in(model, prompts, **lengths, synced=synced)
+        return fill_in(
+            model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=eos_token_id,
+            synced=synced,
+        )
     inputs = model_inputs(model, prompts, pad_token_id, force_image=synced)
     was_training = model.training
     model.eval()

@@ -111,7 +111,7 @@ class TimeEmbedder(nn.Module):
         steps = torch.arange(half, device=times.device, dtype=times.dtype)
         angles = times[:, None] * torch.exp(-math.log(10000.0) / half * steps)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        embedded: Tensor = self.mlp(waves.to(self.mlp[0].weight.dtype))
+        embedded: Tensor = self.mlp(waves.to(self.mlp[0].get_parameter("weight").dtype))
         return embedded
 
 
