@@ -178,16 +178,18 @@ def _shard_sums() -> None:
 
 def _full_disk() -> None:
     """A file that could not be written is said to be."""
-    from triptych_core.checkpoint import save
-    from triptych_core.checkpoint.payload import write_payload
+    from contextlib import contextmanager, suppress
 
-    def write(path: Any, *words: Any) -> Any:
-        try:
-            return write_payload(path, *words)
-        except ValueError:
-            return {"bytes": path.stat().st_size, "sha256": ""}
+    from triptych_core.checkpoint import manifest, payload
+    from triptych_core.checkpoint.manifest import synced_file
 
-    _put(save, "write_payload", write)
+    @contextmanager
+    def hidden(path: Any) -> Any:
+        with suppress(ValueError), synced_file(path) as file:
+            yield file
+
+    _put(manifest, "synced_file", hidden)
+    _put(payload, "synced_file", hidden)
 
 
 def _put(where: Any, name: str, value: Any) -> None:
