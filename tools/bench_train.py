@@ -247,7 +247,7 @@ def run_variant(
     if "model=stock" in words:
         model = build_stock(settings)
     else:
-        born = on_device
+        born: Any = on_device
         if loop == "deepspeed" and config.engine.stage == 3:
             born = partial(deepspeed_init, config.engine, runtime.world_size)
         model = build(settings, config.engine, born, sequence, experts)
