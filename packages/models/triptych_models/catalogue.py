@@ -72,7 +72,7 @@ FAMILIES: dict[str, Family] = {
         _LANGUAGE,
         ("pretrain", "sft"),
         "0.5B, 1.5B, 3B, 7B, 14B, 32B, 72B (2 and 2.5)",
-        "tiny on CPUs",
+        "2.5-1.5B on one H200",
     ),
     "qwen2_5_vl": Family(
         "triptych_models.qwen2_5_vl:Qwen2_5VL",
@@ -157,7 +157,7 @@ DENOISERS: dict[str, Denoiser] = {
         ("embedders", "blocks", "head"),
         ("diffusion",),
         "S, B, L, XL, with patches of 1, 2, 4, 8",
-        "tiny on CPUs",
+        "XL/2 at 256² on one H200",
     ),
     "wan": Denoiser(
         "triptych_models.diffusion.wan_model:WanModel",
