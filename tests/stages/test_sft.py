@@ -238,7 +238,11 @@ def test_every_misspelt_key_is_refused_with_the_nearest_one_before_torch(path, t
         cases.append((dotted, ".".join([*parents, misspelt(key)]), key, wrong))
     assert len(cases) >= 20
     script = tmp_path / "check.py"
-    script.write_text(CHECK.format(stages=str(ROOT / "stages"), cases=repr(cases)))
+    stage, config = ("sft", "SftConfig")  # whose keys are those of all stages of packed rows
+    if path.stem.startswith("diffusion_"):
+        stage, config = ("diffusion", "DiffusionConfig")
+    names = {"stages": str(ROOT / "stages"), "stage": stage, "config": config}
+    script.write_text(CHECK.format(cases=repr(cases), **names))
     result = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, check=False
     )
@@ -248,13 +252,13 @@ def test_every_misspelt_key_is_refused_with_the_nearest_one_before_torch(path, t
 CHECK = """
 import sys, tempfile, pathlib, yaml
 sys.path.insert(0, {stages!r})
-import sft
+from {stage} import {config} as Config
 from triptych_core.config import load_config
 path = pathlib.Path(tempfile.mkdtemp()) / "config.yaml"
 for dotted, wrong_dotted, key, tree in {cases}:
     path.write_text(yaml.safe_dump(tree))
     try:
-        load_config(sft.SftConfig, path)
+        load_config(Config, path)
     except ValueError as error:
         text = str(error)
         assert wrong_dotted + ":" in text, (dotted, text)

@@ -220,7 +220,10 @@ def render_help(cls: type[BaseModel], description: str = "") -> str:
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """`; did you mean 'lr'?` for the nearest known word, or which words there are."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    # Letters that changed places come before others: difflib finds samplre no nearer to sampler
+    # than to samples.
+    near.sort(key=lambda candidate: sorted(candidate) != sorted(word))
     if near:
         return f"; did you mean '{near[0]}'?"
     return f"; known: {', '.join(sorted(known))}"
