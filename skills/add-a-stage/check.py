@@ -41,7 +41,8 @@ def faults(path: Path) -> list[str]:
         missing.append(f"has no stages/configs/{path.stem}_*tiny.yaml")
     for config in configs:
         printed = call(path, "--config", str(config), "--print-config")
-        if printed.returncode:
+        # A real size names a folder that need not be here.
+        if printed.returncode and "error: model.path:" not in printed.stderr:
             missing.append(f"refuses {config.name}: {printed.stderr.strip()}")
     refused = call(path, "optim.lrr=1")
     if refused.returncode != 2 or "optim.lr" not in refused.stderr:
@@ -57,7 +58,7 @@ def imported(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
-    tops = {name.partition(".")[0] for name in names} - {"torch", "pydantic"}
+    tops = {name.partition(".")[0] for name in names} - {"torch", "numpy", "pydantic"}
     return tops - sys.stdlib_module_names
 
 
