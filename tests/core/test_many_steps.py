@@ -9,7 +9,6 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
-import deepspeed
 import pytest
 import torch
 from torch import Tensor, nn
@@ -66,13 +65,14 @@ def walk(stage: int, states: str) -> dict[str, Tensor]:
     import torch.distributed as dist
 
     from tests.tiny import whole_masters
+    from triptych_core.engine.cut_weights import whole_weights
 
     words = [f"engine.zero.stage={stage}", f"optim.lr={LR}", f"optim.state_dtype={states}"]
     engine = build(Line(), *words, "optim.weight_decay=0", "engine.precision=bf16")
     for step in range(STEPS[stage]):
         engine.backward(engine(slope=slope(dist.get_rank(), step).bfloat16()))
         engine.step()
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
+    with whole_weights(engine.module.parameters()):
         weight = engine.module.weight.detach().clone()
     master = whole_masters(engine)["weight"]
     engine.destroy()
