@@ -5,6 +5,14 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from triptych_data.media.config import JpegConfig, VideoConfig
+from triptych_data.reading_config import (
+    BadRate,
+    NumWorkers,
+    Remote,
+    ResumeAnyway,
+    Seed,
+    Timeout,
+)
 from triptych_data.storage.remote_config import RemoteConfig
 from triptych_data.text.chat_config import ChatConfig
 
@@ -130,11 +138,8 @@ class DataConfig(BaseModel):
         default_factory=ChatConfig,
         description="Which turns are trained, and what the chat template is told.",
     )
-    num_workers: int = Field(
-        default=2,
-        ge=0,
-        le=256,
-        description="Processes per rank that decode and pack; 0 works inline.",
+    num_workers: NumWorkers = Field(
+        default=2, description="Processes per rank that decode and pack; 0 works inline."
     )
     prefetch: int = Field(
         default=2,
@@ -142,9 +147,7 @@ class DataConfig(BaseModel):
         le=64,
         description="Batches each worker prepares ahead of the training loop.",
     )
-    seed: int = Field(
-        default=0, ge=0, lt=2**63, description="Seed of every epoch's order of samples."
-    )
+    seed: Seed = Field(default=0, description="Seed of every epoch's order of samples.")
     window: int | None = Field(
         default=None,
         ge=64,
@@ -180,30 +183,14 @@ class DataConfig(BaseModel):
         "documents are cut instead.",
     )
 
-    remote: RemoteConfig = Field(
-        default_factory=RemoteConfig,
-        description="How shards named by URL are read: {cache_dir, cache_bytes, block_bytes, "
-        "timeout_s, attempts}.",
-    )
-    max_bad_rate: float = Field(
-        default=0.01,
-        ge=0.0,
-        le=1.0,
-        description="Largest share of samples that may fail before the run stops; 0: none.",
-    )
-    timeout_s: float = Field(
-        default=600.0,
-        gt=0.0,
-        description="Seconds within which a worker must give a batch, or it counts as hung.",
-    )
+    remote: Remote = Field(default_factory=RemoteConfig)
+    max_bad_rate: BadRate = 0.01
+    timeout_s: Timeout = 600.0
     ledger: bool = Field(
         default=False,
         description="Write which samples each rank consumed at every step: run.dir/ledger.",
     )
-    resume_anyway: bool = Field(
-        default=False,
-        description="Go on from a checkpoint of other data or settings, and record the difference.",
-    )
+    resume_anyway: ResumeAnyway = False
 
     @property
     def named_sources(self) -> dict[str, SourceConfig]:

@@ -5,6 +5,14 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from triptych_data.reading_config import (
+    BadRate,
+    NumWorkers,
+    Remote,
+    ResumeAnyway,
+    Seed,
+    Timeout,
+)
 from triptych_data.storage.remote_config import RemoteConfig
 
 
@@ -48,41 +56,20 @@ class TensorDataConfig(BaseModel):
         ge=0,
         description="First frames of the latents that the model is given, and does not learn.",
     )
-    num_workers: int = Field(
-        default=2,
-        ge=0,
-        le=256,
-        description="Processes per rank that read and draw; 0 works inline.",
+    num_workers: NumWorkers = Field(
+        default=2, description="Processes per rank that read and draw; 0 works inline."
     )
     prefetch: int = Field(
         default=2, ge=1, le=64, description="Batches each worker prepares ahead of the training."
     )
-    seed: int = Field(
+    seed: Seed = Field(
         default=0,
-        ge=0,
-        lt=2**63,
         description="Of every epoch's order; with sample and epoch, of a sample's noise and time.",
     )
-    remote: RemoteConfig = Field(
-        default_factory=RemoteConfig,
-        description="How shards named by URL are read: {cache_dir, cache_bytes, block_bytes, "
-        "timeout_s, attempts}.",
-    )
-    max_bad_rate: float = Field(
-        default=0.01,
-        ge=0.0,
-        le=1.0,
-        description="Largest share of samples that may fail before the run stops; 0: none.",
-    )
-    timeout_s: float = Field(
-        default=600.0,
-        gt=0.0,
-        description="Seconds within which a worker must give a batch, or it counts as hung.",
-    )
-    resume_anyway: bool = Field(
-        default=False,
-        description="Go on from a checkpoint of other data or settings, and record the difference.",
-    )
+    remote: Remote = Field(default_factory=RemoteConfig)
+    max_bad_rate: BadRate = 0.01
+    timeout_s: Timeout = 600.0
+    resume_anyway: ResumeAnyway = False
 
     @model_validator(mode="after")
     def _check_std(self) -> Self:

@@ -1,16 +1,13 @@
 """Endless batches of latents for one rank, prepared by workers, resumable at any position."""
 
-import logging
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from triptych_data.batch import Batch
-from triptych_data.faults import Faults
-from triptych_data.resume import differences, in_words
+from triptych_data.rank_loader import RankLoader
 from triptych_data.shards.reader import Shards
 from triptych_data.tensors.config import TensorDataConfig
 from triptych_data.tensors.record import (
@@ -24,12 +21,10 @@ from triptych_data.tensors.record import (
     load_tensors,
 )
 from triptych_data.tensors.stream import HELDOUT, TensorBatches, TensorStream
-from triptych_data.workers.pool import Job, run_workers, start_server
-
-_log = logging.getLogger(__name__)
+from triptych_data.workers.pool import start_server
 
 
-class TensorLoader:
+class TensorLoader(RankLoader):
     """The batches of one rank out of the order of samples that all ranks share.
 
     `position` counts the samples that all ranks have consumed; it may be set, also while
@@ -45,99 +40,25 @@ class TensorLoader:
         assert 0 <= rank < world_size
         if config.num_workers:
             start_server()
-        self.position = 0
         self.batches = open_batches(config, config.shards, num_classes)
-        self.faults = Faults(config.max_bad_rate)
-        self._config = config
-        self._overridden: list[dict[str, Any]] = []
-        self._stream = TensorStream(self.batches, rank, world_size)
-        self._job = Job(self._stream) if config.num_workers else None
-        self._says: Callable[[], str] | None = None
-        self._sample = -1
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Yield this rank's batches from `position` on, without end.
-
-        Raises ValueError when too many samples fail or a worker hangs; RuntimeError when one dies.
-        """
-        while True:
-            expected = self.position
-            with closing(self._batches_from(expected)) as batches:
-                for batch in batches:
-                    if self.position != expected:
-                        break  # the position was set: start anew from there
-                    holes = batch["holes"]
-                    self.faults.add(len(batch["sample_keys"]) + len(holes), holes)
-                    self.position = expected = batch["place"].next_position
-                    yield batch
-
-    def doing(self) -> str:
-        """What is being read now, for people; may be asked from another thread."""
-        if self._says is not None:
-            return self._says()
-        shards = self.batches.shards
-        return f"reading {shards.where(self._sample)}" if self._sample >= 0 else ""
-
-    def describe(self) -> dict[str, int]:
-        """Counts for people: samples of an epoch."""
-        return {"samples": self.batches.shards.num_samples}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resume needs: the position, and what gives it its meaning."""
-        state = {"position": self.position, "plan": self._fingerprint()}
-        return state | ({"resumed_anyway": self._overridden} if self._overridden else {})
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position; the number of ranks, workers and samples a batch may be another.
-
-        Raises ValueError, unless `data.resume_anyway`, if shards or what is drawn would be others.
-        """
-        changed = differences(state.get("plan", {}), self._fingerprint())
-        if changed and not self._config.resume_anyway:
-            raise ValueError(
-                f"checkpoint data state: {in_words(changed)}; restore what has changed, start the "
-                "data anew in another run.dir, or go on with data.resume_anyway=true"
-            )
-        self._overridden = list(state.get("resumed_anyway", []))
-        if changed:
-            _log.warning("data.resume_anyway: goes on although %s", in_words(changed))
-            self._overridden.append({"position": state["position"], "changed": changed})
-        self.position = state["position"]
-
-    def _fingerprint(self) -> dict[str, Any]:
-        config = self._config
-        return {
+        self._depends = {
             "shards": self.batches.shards.fingerprint,
             "seed": config.seed,
             "mean": config.mean,
             "std": config.std,
-            "num_classes": self.batches.wanted.num_classes,
+            "num_classes": num_classes,
             "given_frames": config.given_frames,
         }
+        stream = TensorStream(self.batches, rank, world_size)
+        super().__init__(config, self.batches.shards, stream)
 
-    def _batches_from(self, position: int) -> Generator[Batch]:
-        config = self._config
-        inline = self._stream(self._take_note, 0, 1, position)
-        if self._job is None:
-            yield from inline
-        else:
-            first = next(inline)  # or it would wait for a server that still imports
-            yield first
-            yield from run_workers(
-                self._job,
-                config.num_workers,
-                (first["place"].next_position,),
-                prefetch=config.prefetch,
-                timeout=config.timeout_s,
-                where=self.batches.shards.where,
-                waits=self._wait_for,
-            )
+    def describe(self) -> dict[str, int]:
+        """Counts for people: samples of an epoch."""
+        return {"samples": self.shards.num_samples}
 
-    def _take_note(self, sample: int) -> None:
-        self._sample = sample
-
-    def _wait_for(self, says: Callable[[], str]) -> None:
-        self._says = says
+    def identity(self) -> dict[str, Any]:
+        """Shards, and what is drawn; the number of samples a batch may be another."""
+        return {"plan": self._depends}
 
 
 def heldout_batches(
