@@ -1,6 +1,6 @@
 """What a layer keeps for its backward, and what it computes again there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
 
@@ -45,11 +45,12 @@ def run_layer(
     dear is kept). An attention kernel that is no op of torch's dispatcher (flash-attn 4 outside
     torch.compile) is computed again too.
     """
-    if (
-        checkpointing == "none"
-        or not torch.is_grad_enabled()
-        or _has_no_graph(layer, hidden_states)
-    ):
+    if not hidden_states.requires_grad and any(p.requires_grad for p in _parameters(layer)):
+        # The first thing that trains. DeepSpeed 0.19.8's ZeRO-3 reduces a leaf's gradients in a
+        # full backward hook (stage3.py), which comes before them if no input needs one.
+        hidden_states = hidden_states.detach().requires_grad_(torch.is_grad_enabled())
+    has_graph = torch.is_grad_enabled() and hidden_states.requires_grad
+    if checkpointing == "none" or not has_graph:
         return layer(hidden_states, **kwargs)
     settings: dict[str, Any] = {}
     if checkpointing == "selective":
@@ -63,9 +64,9 @@ def run_layer(
     return checkpoint(layer, hidden_states, **settings, **kwargs)
 
 
-def _has_no_graph(layer: Any, hidden_states: Tensor) -> bool:
-    """Whether nothing is kept anyway: of a frozen layer with nothing that trains before it."""
-    return not hidden_states.requires_grad and not any(p.requires_grad for p in layer.parameters())
+def _parameters(layer: Any) -> Iterable[nn.Parameter]:
+    found: Iterable[nn.Parameter] = layer.parameters()
+    return found
 
 
 def _run_kept(layer: Callable[..., Tensor], kept: KeptInput, **kwargs: Any) -> Tensor:

@@ -13,6 +13,7 @@ from transformers import InternVLForConditionalGeneration, PretrainedConfig
 from .flops import Layer
 from .layout import text_config, tower
 from .llava import TEXT_TYPES, Llava
+from .read_config import check_values
 from .vision import normalize_pixels
 
 
@@ -64,7 +65,7 @@ class InternVL(Llava):
     def check_config(config: Any) -> None:
         """Raise ValueError for an InternVL of other parts than are computed here."""
         vision = config.vision_config
-        for name, given, wanted in (
+        values = (
             ("vision_config.model_type", vision.model_type, ("internvl_vision",)),
             ("vision_config.hidden_dropout_prob", vision.hidden_dropout_prob, (0,)),
             ("vision_config.attention_dropout", vision.attention_dropout, (0,)),
@@ -72,13 +73,8 @@ class InternVL(Llava):
             ("text_config.model_type", config.text_config.model_type, TEXT_TYPES),
             ("vision_feature_layer", config.vision_feature_layer, (-1,)),
             ("vision_feature_select_strategy", config.vision_feature_select_strategy, ("default",)),
-        ):
-            if given not in wanted:
-                words = " or ".join(map(str, wanted))
-                raise ValueError(
-                    f"model.path: config.json's {name} must be {words} for an internvl, got "
-                    f"{given}; take another model"
-                )
+        )
+        check_values("an internvl", values, "take another model")
 
     def run_decoder(
         self,

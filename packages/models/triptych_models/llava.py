@@ -17,6 +17,7 @@ from .flops import Layer, llava_flops
 from .image_model import ImageModel
 from .layout import tower
 from .lora import adapter_flops
+from .read_config import check_values
 from .sequence import exchange_features
 from .vision import normalize_pixels
 
@@ -217,19 +218,15 @@ def check_tower(config: Any) -> None:
     one of those that are computed here."""
     layer, vision = config.vision_feature_layer, config.vision_config
     blocks = vision.num_hidden_layers
-    for name, given, wanted in (
+    values = (
         ("vision_config.model_type", vision.model_type, ("siglip_vision_model",)),
         ("vision_config.vision_use_head", getattr(vision, "vision_use_head", True), (False,)),
         ("vision_config.attention_dropout", vision.attention_dropout, (0.0,)),
         ("text_config.model_type", config.text_config.model_type, TEXT_TYPES),
         ("vision_feature_select_strategy", config.vision_feature_select_strategy, ("full",)),
-    ):
-        if given not in wanted:
-            words = " or ".join(map(str, wanted))
-            raise ValueError(
-                f"model.path: config.json's {name} must be {words} for a {config.model_type}, got "
-                f"{given}; put one together of such parts with tools/assemble_vlm.py"
-            )
+    )
+    remedy = "put one together of such parts with tools/assemble_vlm.py"
+    check_values(f"a {config.model_type}", values, remedy)
     if not isinstance(layer, int) or not -blocks <= layer <= blocks or layer == 0:
         raise ValueError(
             "model.path: config.json's vision_feature_layer must be the number of a block "

@@ -227,10 +227,6 @@ class PackedModel(nn.Module):
         return language.norm(hidden_states)
 
     def _run_layer(self, layer: nn.Module, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        if not hidden_states.requires_grad and any(p.requires_grad for p in layer.parameters()):
-            # The first thing that trains. DeepSpeed 0.19.8's ZeRO-3 reduces a leaf's gradients in a
-            # full backward hook (stage3.py), which comes before them if no input needs one.
-            hidden_states = hidden_states.detach().requires_grad_(torch.is_grad_enabled())
         checkpointing = self.checkpointing if self.training else "none"
         if checkpointing == "selective" and self.is_compiled:
             checkpointing = "none"  # the compiler does it, within its budget

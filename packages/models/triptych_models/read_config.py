@@ -1,6 +1,8 @@
 """config.json of a model directory, refused where we would not compute what it says."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 from transformers.activations import ACT2FN
@@ -61,3 +63,17 @@ def read_config(
             "packed attention looks at whole documents"
         )
     return config
+
+
+def check_values(
+    kind: str, values: Iterable[tuple[str, Any, tuple[Any, ...]]], remedy: str
+) -> None:
+    """Raise ValueError unless each value of config.json (name, given, wanted) is one of those that
+    a model of this kind is computed with."""
+    for name, given, wanted in values:
+        if given not in wanted:
+            words = " or ".join(map(str, wanted))
+            raise ValueError(
+                f"model.path: config.json's {name} must be {words} for {kind}, got {given}; "
+                f"{remedy}"
+            )

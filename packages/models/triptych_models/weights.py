@@ -6,7 +6,7 @@ of a `with` block and keeps what rank 0 wrote into them; every rank runs the sam
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,32 @@ def own_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, nn.P
         seen.update(id(parameter) for parameter in own.values())
         if own:
             yield module, own
+
+
+@torch.no_grad()
+def fill_modules(
+    modules: Iterable[tuple[nn.Module, dict[str, nn.Parameter]]],
+    read: Callable[[str], Tensor],
+    gather: Gather,
+    *,
+    where: Path,
+    remedy: str,
+) -> None:
+    """Copy `read(name)` into each parameter of `own_parameters`, a module at a time.
+
+    Raises ValueError, with `where` and `remedy`, for a tensor of another shape.
+    """
+    for _, own in modules:
+        with gather(list(own.values())):
+            for name, parameter in own.items():
+                key = name.removeprefix(".")
+                value = read(key)
+                if value.shape != parameter.shape:
+                    raise ValueError(
+                        f"{where}: {key} must be {list(parameter.shape)}, got "
+                        f"{list(value.shape)}; {remedy}"
+                    )
+                parameter.copy_(value)
 
 
 @torch.no_grad()

@@ -153,20 +153,8 @@ class DiffusionModel(nn.Module):
 
     def run_layer(self, layer: Callable[..., Tensor], x: Tensor, **kwargs: Any) -> Tensor:
         """A layer, so that it keeps what was said."""
-        if not x.requires_grad and any(p.requires_grad for p in _parameters(layer)):
-            # ZeRO-3 reduces a leaf's gradients in a hook that comes too early if no input needs one
-            # (PackedModel._run_layer).
-            x = x.detach().requires_grad_(torch.is_grad_enabled())
         way = self.checkpointing if self.training else "none"
         return run_layer(way, self.input_store, layer, x, **kwargs)
-
-    def trainable_parts(self) -> set[str]:
-        """Names of the parts that have a parameter which trains."""
-        return {
-            name
-            for name, modules in self.parts().items()
-            if any(p.requires_grad for module in modules for p in module.parameters())
-        }
 
 
 @contextmanager
@@ -178,7 +166,3 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _parameters(layer: Any) -> list[nn.Parameter]:
-    return list(layer.parameters())

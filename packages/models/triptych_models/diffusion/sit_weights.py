@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..weights import Gather, own_parameters, whole
+from ..weights import Gather, fill_modules, own_parameters, whole
 from .config import ObjectiveConfig
 from .sit import SiT
 
@@ -39,16 +39,7 @@ def load_sit(net: SiT, path: Path, gather: Gather = whole) -> None:
             f"{path}: {TABLE} must be of model.sit.image_size and patch_size, got "
             f"{list(table.shape)}, not {list(net.pos_embed.shape)} of our values; change them"
         )
-    for _, own in modules:
-        with gather(list(own.values())):
-            for name, parameter in own.items():
-                value = stored[name.removeprefix(".")]
-                if value.shape != parameter.shape:
-                    raise ValueError(
-                        f"{path}: {name.removeprefix('.')} must be {list(parameter.shape)}, got "
-                        f"{list(value.shape)}; check model.sit"
-                    )
-                parameter.copy_(value)
+    fill_modules(modules, stored.__getitem__, gather, where=path, remedy="check model.sit")
 
 
 def export_sit(

@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..export import ShardWriter
-from ..weights import Gather, open_weights, own_parameters, read_index, whole
+from ..weights import (
+    Gather,
+    fill_modules,
+    open_weights,
+    own_parameters,
+    read_index,
+    whole,
+)
 
 NAME = "diffusion_pytorch_model"
 
@@ -36,17 +43,12 @@ def load_wan(net: nn.Module, folder: Path, gather: Gather = whole) -> None:
                 f"{sorted(wanted - found.keys())[:8]} and unexpected "
                 f"{sorted(found.keys() - wanted)[:8]}; download all of its files again"
             )
-        for _, own in modules:
-            with gather(list(own.values())):
-                for name, parameter in own.items():
-                    key = name.removeprefix(".")
-                    value = found[key].get_tensor(key)
-                    if value.shape != parameter.shape:
-                        raise ValueError(
-                            f"{folder}: {key} must be {list(parameter.shape)}, got "
-                            f"{list(value.shape)}; check its config.json"
-                        )
-                    parameter.copy_(value)
+
+        def read(name: str) -> Tensor:
+            tensor: Tensor = found[name].get_tensor(name)
+            return tensor
+
+        fill_modules(modules, read, gather, where=folder, remedy="check its config.json")
 
 
 def export_wan(
