@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from running import carry_out
+from running import carry_out, share_seed
 
 from triptych_core.config import StageConfig, parse_args, run_main
 from triptych_core.sections import EngineConfig, OptimConfig, ScheduleConfig, ZeroConfig
@@ -119,9 +119,7 @@ class DiffusionConfig(StageConfig):
 
     @model_validator(mode="after")
     def _share_seed(self) -> Self:
-        for section in (self.model, self.data):
-            if "seed" not in section.model_fields_set:
-                section.seed = self.run.seed
+        share_seed(self)
         return self
 
 

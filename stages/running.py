@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from triptych_data.plan.ledger import Ledger
 
 
+def share_seed(config: Any) -> None:
+    """Let `model` and `data` draw from `run.seed` where they name no seed of their own."""
+    for section in (config.model, config.data):
+        if "seed" not in section.model_fields_set:
+            section.seed = config.run.seed
+
+
 class Trainee(Protocol):
     """A rank's share of a run, ready to train."""
 

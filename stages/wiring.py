@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
-from running import carry_out
+from running import carry_out, share_seed
 
 from triptych_core.config import StageConfig, did_you_mean
 from triptych_data.config import CostConfig, DataConfig
@@ -88,9 +88,7 @@ class PackedConfig(StageConfig):
 
     @model_validator(mode="after")
     def _share_seed(self) -> Self:
-        for section in (self.model, self.data):
-            if "seed" not in section.model_fields_set:
-                section.seed = self.run.seed
+        share_seed(self)
         return self
 
 

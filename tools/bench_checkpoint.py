@@ -124,9 +124,10 @@ def reserve(engine: Any, host_copy: Any, x: Tensor) -> list[float]:
     """Seconds of the steps taken while room is pinned."""
     from triptych_core.checkpoint.fragments import stretches_to_save
 
-    host_copy.reserve(sum(stretch.num_bytes for stretch in stretches_to_save(engine)[0]))
+    size = sum(stretch.num_bytes for stretch in stretches_to_save(engine)[0])
+    thread = host_copy.reserve(size)
     steps = []
-    while not agree(not host_copy._reserving.is_alive()):
+    while not agree(not thread.is_alive()):
         steps.append(timed(engine, lambda: step(engine, x)))
     return steps
 
