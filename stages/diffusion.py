@@ -178,6 +178,7 @@ def build_job(config: DiffusionConfig, runtime: "Runtime") -> Job:
 
 def main(config: DiffusionConfig) -> None:
     """Train, draw, export."""
+    config.model.check_path()
     from triptych_core.launch import launch
 
     runtime = launch(config.run)

@@ -3,8 +3,8 @@
 A layer's weights are gathered before its forward and before its backward, and freed after; those of
 the last layers, as far as `max_live` goes, stay between the two. What is in no layer (embeddings,
 the head, small weights) is gathered once, by the first module that needs it, and freed after the
-window's last backward. On CUDA a gather that was begun runs in NCCL's
-stream beside the layer before.
+window's last backward. On CUDA a gather that was begun runs in NCCL's stream beside the layer
+before.
 """
 
 from __future__ import annotations

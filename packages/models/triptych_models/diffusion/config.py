@@ -164,6 +164,11 @@ class DiffusionModelConfig(BaseModel):
             raise ValueError("model.freeze: must leave a part to train, got all; name fewer")
         if self.init == "pretrained" and self.path is None:
             raise ValueError("model.path: must be given with model.init=pretrained, got nothing")
+        return self
+
+    def check_path(self) -> None:
+        """Raise ValueError unless `path` has what says a Wan's shape; called before anything heavy
+        is imported."""
         if self.family == "wan" and (
             self.path is None or not (self.path / "config.json").is_file()
         ):
@@ -171,7 +176,6 @@ class DiffusionModelConfig(BaseModel):
                 f"model.path: must be a folder with the config.json of a Wan transformer, got "
                 f"{self.path}; name the folder `transformer` of a model in diffusers' layout"
             )
-        return self
 
     @property
     def num_classes(self) -> int | None:
