@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ from click.testing import CliRunner
 from tests.data.webserver import serving
 from tests.ranks import run_ranks
 from tests.tiny import ROOT, make_model_dir, make_shards, sft_stage
-from triptych_core.config import StageConfig, dump_config, load_config
+from triptych_core.config import StageConfig, dump_config, load_config, render_help
 from triptych_core.secrets import is_secret_name, masked, masked_tree, masked_words
 from triptych_data.cli.main import main as triptych_data
 
@@ -55,9 +57,20 @@ def test_names_of_secrets(name):
     assert is_secret_name(name)
 
 
-@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "max_new_tokens", "sample_keys", "lr"])
+@pytest.mark.parametrize(
+    "name", ["TOKENIZERS_PARALLELISM", "max_new_tokens", "sample_keys", "tiktoken", "monkey"]
+)
 def test_names_of_no_secrets(name):
     assert not is_secret_name(name)
+
+
+@pytest.mark.parametrize("stage", ["align", "pretrain", "sft", "diffusion"])
+def test_no_setting_of_a_stage_is_taken_for_one(stage):
+    """Else a run's own config.yaml would not be read again."""
+    sft_stage()
+    kind = getattr(importlib.import_module(stage), f"{stage.capitalize()}Config")
+    names = re.findall(r"^ *([\w.]+): (?!int)", render_help(kind), flags=re.MULTILINE)
+    assert len(names) > 50 and not [name for name in names if is_secret_name(name)]
 
 
 def test_text(monkeypatch):

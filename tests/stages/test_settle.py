@@ -17,6 +17,10 @@ from tests.tiny import make_model_dir, make_shards, sft_stage
 def workspace(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("settle")
     make_model_dir(path / "model")
+    # Deep enough that the two layers ZeRO-3 gathers at a time are little of the model.
+    config = json.loads((path / "model/config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 12
+    (path / "model/config.json").write_text(json.dumps(config))
     make_shards(path / "train", 20, seed=1)
     return path
 

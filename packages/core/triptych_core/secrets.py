@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 MASK = "***"
 SHORTEST = 8  # of the environment: `1` or `true` would be masked everywhere
 
-_ENDINGS = ("token", "key", "secret", "password", "passwd", "passphrase", "credential")
-_CREDENTIALS = ("credentials", "connection", "auth", "authorization", "sas")
+_ENDINGS = ("secret", "password", "passwd", "passphrase", "credential", "apikey", "authtoken")
+_WORDS = ("token", "key", "credentials", "connection", "auth", "authorization", "sas")
 _USER = re.compile(r"(://)[^/\s'\"<>]*@")
 _QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?'\"<>]+\?)[^\s'\"<>]+")
 
@@ -28,36 +28,25 @@ Tree = TypeVar("Tree")
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether what has this name is secret: `api_key`, `HF_TOKEN`, `--password`; not `num_keys`."""
+    """Whether what has this name is secret: `api_key`, `HF_TOKEN`, `--password`; not `tiktoken`."""
     words = re.findall(r"[a-z0-9]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower())
-    return any(word.endswith(_ENDINGS) or word in _CREDENTIALS for word in words)
+    return any(word.endswith(_ENDINGS) or word in _WORDS for word in words)
 
 
 def masked(text: str) -> str:
     """Text with *** for what is secret in it."""
-    for value in sorted(_of_environment(), key=len, reverse=True):
-        text = text.replace(value, MASK)
-    return _QUERY.sub(rf"\1{MASK}", _USER.sub(rf"\1{MASK}@", text))
+    return _masked_text(text, _of_environment())
 
 
 def masked_tree(tree: Tree) -> Tree:
     """A tree of settings with *** for every secret, also in its keys."""
-    masked: Tree = _masked_value(tree)
+    masked: Tree = _masked_value(tree, _of_environment())
     return masked
 
 
 def masked_words(words: Sequence[str]) -> list[str]:
     """A command line: also what follows `--token`, and the right side of `api_key=`."""
-    found = []
-    for before, word in zip(["", *words], words, strict=False):
-        name, equals, _ = word.partition("=")
-        if before.startswith("-") and "=" not in before and is_secret_name(before):
-            found.append(MASK)
-        elif equals and is_secret_name(name):
-            found.append(f"{name}={MASK}")
-        else:
-            found.append(masked(word))
-    return found
+    return _masked_words(words, _of_environment())
 
 
 def mask_tracebacks() -> None:
@@ -72,23 +61,45 @@ def _tell(kind: Any, error: Any, trace: Any) -> None:
 
 
 def _of_environment() -> list[str]:
+    """Secrets of the environment, longest first; looked for once a tree: paths are asked for."""
     named = [value for name, value in os.environ.items() if is_secret_name(name)]
     # Not Path.exists, which raises where a text is too long to be a name.
-    return [v for v in named if len(v) >= SHORTEST and not os.path.exists(v)]  # noqa: PTH110
+    found = [v for v in named if len(v) >= SHORTEST and not os.path.exists(v)]  # noqa: PTH110
+    return sorted(found, key=len, reverse=True)
 
 
-def _masked_value(value: Any) -> Any:
+def _masked_text(text: str, secrets: Sequence[str]) -> str:
+    for secret in secrets:
+        text = text.replace(secret, MASK)
+    return _QUERY.sub(rf"\1{MASK}", _USER.sub(rf"\1{MASK}@", text))
+
+
+def _masked_words(words: Sequence[str], secrets: Sequence[str]) -> list[str]:
+    found = []
+    for before, word in zip(["", *words], words, strict=False):
+        name, equals, _ = word.partition("=")
+        if before.startswith("-") and "=" not in before and is_secret_name(before):
+            found.append(MASK)
+        elif equals and is_secret_name(name):
+            found.append(f"{name}={MASK}")
+        else:
+            found.append(_masked_text(word, secrets))
+    return found
+
+
+def _masked_value(value: Any, secrets: Sequence[str]) -> Any:
     if isinstance(value, Mapping):
         return {
-            masked(key) if isinstance(key, str) else key: MASK
+            _masked_text(key, secrets) if isinstance(key, str) else key: MASK
             if _is_secret(key, inner)
-            else _masked_value(inner)
+            else _masked_value(inner, secrets)
             for key, inner in value.items()
         }
     if isinstance(value, list | tuple):
-        words = all(isinstance(each, str) for each in value)
-        return masked_words(value) if words else [_masked_value(each) for each in value]
-    return masked(value) if isinstance(value, str) else value
+        if all(isinstance(each, str) for each in value):
+            return _masked_words(value, secrets)
+        return [_masked_value(each, secrets) for each in value]
+    return _masked_text(value, secrets) if isinstance(value, str) else value
 
 
 def _is_secret(key: Any, value: Any) -> bool:
