@@ -294,11 +294,13 @@ def states(job: Job, batch: dict[str, Any]) -> Tensor:
 
 
 def _stock_states(job: Job, stock: Any, alone: dict[str, Any]) -> Tensor:
-    """(L, H) of a document, by stock transformers from ids and pixels alone."""
+    """(L, H) of a document, by stock transformers from ids and pixels; of videos in one grid, from
+    our positions, too."""
     document = _Document(
         alone["input_ids"][0, : alone["num_tokens"]],
         alone.get("pixel_values"),
         alone.get("image_grid_thw"),
+        alone["position_ids"].flatten(0, -2)[:, : alone["num_tokens"]],
     )
     given: list[Tensor] = []
     hook = stock.lm_head.register_forward_pre_hook(lambda _, args: given.append(args[0]))
@@ -317,6 +319,7 @@ class _Document(NamedTuple):
     input_ids: Tensor
     pixel_values: Tensor | None
     image_grid_thw: Tensor | None
+    position_ids: Tensor
 
 
 def _other_tokens(job: Job, batch: dict[str, Any], first: int, last: int) -> dict[str, Any]:

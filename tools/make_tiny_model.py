@@ -157,12 +157,13 @@ def llava_files(ids: dict[str, int]) -> dict[str, Any]:
 
 
 def qwen2_5_vl_files(ids: dict[str, int]) -> dict[str, Any]:
-    """The small files of a Qwen2.5-VL, as the hub has them: none for videos."""
+    """The small files of a Qwen2.5-VL; for videos too, where the hub's leave it to the defaults."""
     return {
         "config.json": tiny_vlms.qwen2_5_vl_config(ids, VOCAB_SIZE),
         "generation_config.json": generation_config(ids),
         "tokenizer_config.json": with_processor(tokenizer_config(), "Qwen2_5_VLProcessor"),
         "preprocessor_config.json": tiny_vlms.qwen2_5_vl_images(image_config()),
+        "video_preprocessor_config.json": tiny_vlms.qwen2_5_vl_videos(video_config()),
     }
 
 

@@ -72,6 +72,17 @@ def qwen2_5_vl_images(images: dict[str, Any]) -> dict[str, Any]:
     return images | {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
 
 
+def qwen2_5_vl_videos(images: dict[str, Any]) -> dict[str, Any]:
+    """video_preprocessor_config.json as transformers writes it, with small bounds on a frame."""
+    return images | {
+        "video_processor_type": "Qwen2VLVideoProcessor",
+        "processor_class": "Qwen2_5_VLProcessor",
+        "size": {"shortest_edge": 1024, "longest_edge": 4096},
+        "do_sample_frames": True,
+        "fps": 2,
+    }
+
+
 def internvl_files(ids: dict[str, int], vocab_size: int) -> dict[str, Any]:
     """config.json and what its processor reads; the tokenizer names the borders of an image."""
     text = {

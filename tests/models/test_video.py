@@ -1,20 +1,24 @@
-"""Videos reach Qwen3-VL as images in its batch; stock takes `pixel_values_videos` instead."""
+"""Videos reach the Qwen-VLs as images in their batch; stock takes `pixel_values_videos` instead."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoProcessor
 
 from tests.data.chats import encoded_image
 from tests.data.media import clip, decoded
-from tests.data.packs import MODEL, tiny_processor
+from tests.data.packs import MODEL
 from tests.models.stock import stock_twin
+from tests.models.test_text import shake
 from triptych_data.batch import collate
 from triptych_data.media.images import decode_image
+from triptych_data.processor import Processor
 from triptych_data.sample import RawSample, media_parts
 from triptych_models.config import ModelConfig
 from triptych_models.families import build_model
 from triptych_models.generate import generate
 
+FOLDERS = [MODEL, MODEL.with_name("qwen2_5_vl_tiny")]
 SAMPLES = {
     "video": (["video"], [clip(40)]),
     "image and two videos": (
@@ -55,20 +59,22 @@ def stock_inputs(stock, raw, add_generation_prompt=False):
     )
 
 
-@pytest.fixture(scope="module")
-def models():
-    model = build_model(ModelConfig(path=str(MODEL), init="random"), dtype=torch.float32)
-    return model, stock_twin(model)
+@pytest.fixture(scope="module", params=FOLDERS, ids=lambda folder: folder.name)
+def models(request):
+    model = build_model(ModelConfig(path=request.param, init="random"), dtype=torch.float32)
+    shake(model)
+    processor = Processor.from_directory(request.param)
+    model.check_processor(processor)
+    return model, stock_twin(model), processor, AutoProcessor.from_pretrained(request.param)
 
 
 @pytest.mark.parametrize("names", [[name] for name in SAMPLES] + [list(SAMPLES)])
 def test_logits_of_packed_videos_equal_stocks_one_by_one(models, names):
-    model, twin = models
-    stock = AutoProcessor.from_pretrained(MODEL)
+    model, twin, processor, stock = models
     raws = [sample(*SAMPLES[name]) for name in names]
-    encoded = [tiny_processor().encode(raw) for raw in raws]
+    encoded = [processor.encode(raw) for raw in raws]
     seq_len = sum(len(sample.input_ids) for sample in encoded) + 9
-    batch = collate(encoded, seq_len, pad_token_id=tiny_processor().pad_token_id)
+    batch = collate(encoded, seq_len, pad_token_id=processor.pad_token_id)
     keep = ("shift_labels", "num_targets", "num_tokens", "sample_keys")
     with torch.no_grad():
         logits = model.logits(**{k: v for k, v in batch.items() if k not in keep})[0]
@@ -77,13 +83,36 @@ def test_logits_of_packed_videos_equal_stocks_one_by_one(models, names):
     assert len(expected) == seq_len - 9
 
 
-def test_answers_to_videos_are_stocks(models):
-    model, twin = models
-    stock = AutoProcessor.from_pretrained(MODEL)
+def test_loss_and_gradients_of_packed_videos_are_stocks(models):
+    model, twin, processor, stock = models
     raws = [sample(*SAMPLES[name]) for name in SAMPLES]
-    prompts = [tiny_processor().encode_prompt(raw)[0] for raw in raws]
-    settings = {"max_new_tokens": 8, "pad_token_id": tiny_processor().pad_token_id}
-    stop = tiny_processor().eos_token_id
+    encoded = [processor.encode(raw) for raw in raws]
+    seq_len = sum(len(each.input_ids) for each in encoded) + 9
+    batch = collate(encoded, seq_len, pad_token_id=processor.pad_token_id)
+    ours = model(**{k: v for k, v in batch.items() if k not in ("num_tokens", "sample_keys")})
+    ours.loss_sum.backward()
+    losses = [
+        F.cross_entropy(
+            twin(**stock_inputs(stock, raw)).logits[0], each.shift_labels, reduction="sum"
+        )
+        for raw, each in zip(raws, encoded, strict=True)
+    ]
+    torch.stack(losses).sum().backward()
+    torch.testing.assert_close(ours.loss_sum, torch.stack(losses).sum(), rtol=1e-6, atol=0)
+    wanted, found = dict(twin.named_parameters()), dict(model.hf.named_parameters())
+    whole = torch.stack([p.grad.norm() for p in wanted.values()]).norm()
+    for name, parameter in wanted.items():
+        difference = (found[name].grad - parameter.grad).norm()
+        assert difference <= 1e-5 * parameter.grad.norm() + 1e-7 * whole, name
+        found[name].grad = parameter.grad = None
+
+
+def test_answers_to_videos_are_stocks(models):
+    model, twin, processor, stock = models
+    raws = [sample(*SAMPLES[name]) for name in SAMPLES]
+    prompts = [processor.encode_prompt(raw)[0] for raw in raws]
+    settings = {"max_new_tokens": 8, "pad_token_id": processor.pad_token_id}
+    stop = processor.eos_token_id
     answers = generate(model, prompts, eos_token_id=stop, **settings)
     for raw, prompt, answer in zip(raws, prompts, answers, strict=True):
         inputs = stock_inputs(stock, raw, add_generation_prompt=True)

@@ -29,8 +29,8 @@ def collate(
     - `num_targets`: labels that are not -100; `num_tokens`: without padding; `sample_keys`
     - with images: `pixel_values (num_patches, patch_dim)` uint8, `image_grid_thw (num_images, 3)`
       int64, `image_positions (num_image_tokens,)` int64 into T, `vision_cu_seqlens
-      (num_frames + 1,)` int32, and `vision_max_seqlen` that bounds a frame's patches; each temporal
-      patch of a video is an image
+      (num_frames + 1,)` int32, and `vision_max_seqlen` that bounds a frame's patches; a video
+      is an image of as many frames as temporal patches, or each of those is an image
     """
     lengths = [len(sample.input_ids) for sample in samples]
     padding = seq_len - sum(lengths)

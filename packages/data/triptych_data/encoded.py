@@ -15,7 +15,8 @@ class EncodedSample:
     `input_ids (L,)`, `shift_labels (L,)`, `position_ids (3, L)`, of a processor without images
     (1, L), `image_grid_thw (num_images, 3)`, `image_positions (num_image_tokens,)` into L: int64;
     `pixel_values (num_patches, patch_dim)` uint8, None without images; `num_targets` counts the
-    labels that are not -100. Each temporal patch of a video counts as an image here.
+    labels that are not -100. A video counts as an image here, of one frame a temporal patch; in
+    Qwen3-VL's layout each temporal patch counts as one.
     """
 
     key: str

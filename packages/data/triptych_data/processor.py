@@ -58,6 +58,8 @@ class _Medium(NamedTuple):
 
     tokens: MediaTokens
     grids: list[Grid]
+    intervals: list[float | None]
+    """of each grid: M-RoPE positions from a frame of a video to the next"""
 
 
 class Processor:
@@ -115,7 +117,7 @@ class Processor:
             "version": ENCODING_VERSION,
             "chat": (self._chat or self._text).fingerprint,
             "image": _given(rules) if rules else None,
-            "video": video_rules._asdict() if video_rules else None,
+            "video": _stated(video_rules) if video_rules else None,
             "jpeg": self._jpeg.model_dump() if self._jpeg else None,
         }
         self.fingerprint = _fingerprint(facts)
@@ -265,7 +267,8 @@ class Processor:
         is_image = np.isin(tokens.input_ids, pads)
         positions = np.arange(len(is_image))[None]
         if self.position_axes == 3:
-            positions = mrope_positions(is_image, grids, self.merge_size)
+            intervals = [interval for medium in media for interval in medium.intervals]
+            positions = mrope_positions(is_image, grids, self.merge_size, intervals)
         return EncodedSample(
             key=raw.key,
             input_ids=torch.from_numpy(tokens.input_ids),
@@ -315,13 +318,15 @@ class Processor:
         tokens = self._image_rules().tokens or height * width // self.merge_size**2
         before, after = self._text.image_borders
         pieces = tuple(piece for piece in (before, tiles * tokens, after) if piece)
-        return _Medium(MediaTokens("image", pieces), [(1, height, width)] * tiles)
+        return _Medium(MediaTokens("image", pieces), [(1, height, width)] * tiles, [None] * tiles)
 
     def _video(self, layout: VideoLayout) -> _Medium:
-        """A video as one image per temporal patch: so its vision tower and M-RoPE see it."""
+        """A video as M-RoPE sees it: one grid, or an image per temporal patch."""
         frames, height, width = layout.grid
         tokens = MediaTokens("video", video_pieces(layout, self.merge_size))
-        return _Medium(tokens, [(1, height, width)] * frames)
+        if layout.interval is not None:
+            return _Medium(tokens, [layout.grid], [layout.interval])
+        return _Medium(tokens, [(1, height, width)] * frames, [None] * frames)
 
     def _image_rules(self) -> ImageRules:
         if self._rules is None:
@@ -388,6 +393,13 @@ def _check_alike(directory: Path, image: ImageRules, video: VideoRules | None) -
 def _given(rules: ImageRules) -> dict[str, int]:
     """Rules without those that a folder does not have."""
     return {name: value for name, value in rules._asdict().items() if value is not None}
+
+
+def _stated(rules: VideoRules) -> dict[str, Any]:
+    """Rules without those of Qwen2.5-VL where there are none, as fingerprints were made before."""
+    own = ("tokens_per_second", "total_pixels")
+    given = rules._asdict()
+    return {n: v for n, v in given.items() if n not in own or rules.tokens_per_second is not None}
 
 
 def _statistics(directory: Path, settings: dict[str, Any], name: str) -> tuple[float, ...]:

@@ -78,7 +78,7 @@ FAMILIES: dict[str, Family] = {
         "triptych_models.qwen2_5_vl:Qwen2_5VL",
         _SEEING,
         ("align", "pretrain", "sft"),
-        "3B, 7B, 32B, 72B (images)",
+        "3B, 7B, 32B, 72B",
         "tiny on CPUs",
     ),
     "qwen2_moe": Family(

@@ -101,7 +101,10 @@ def left_padded(rows: list[Tensor], pad_token_id: int, *, room: int) -> dict[str
 def image_inputs(
     model: Qwen3VL, prompts: Sequence[Prompt], input_ids: Tensor, *, force: bool
 ) -> dict[str, Tensor]:
-    """What stands for images: their tokens in input_ids (B, L), and their pixels."""
+    """What stands for images: their tokens in input_ids (B, L), and their pixels.
+
+    Stock makes positions from grids, but not of a video that comes as an image: then ours go in.
+    """
     config = model.hf.config
     # A video comes as images, and stock looks for their token; what it embeds is replaced anyway.
     input_ids = input_ids.masked_fill(input_ids == config.video_token_id, config.image_token_id)
@@ -121,7 +124,19 @@ def image_inputs(
         patches = torch.cat(pixels).to(device)
         inputs["image_grid_thw"] = torch.cat(grids)
         inputs["pixel_values"] = normalize_pixels(patches, model.image_mean, model.image_std)
+    if any(bool((grid[:, 0] > 1).any()) for grid in grids):
+        inputs["position_ids"] = padded_positions(prompts, input_ids.shape[1])
     return inputs
+
+
+def padded_positions(prompts: Sequence[Prompt], length: int) -> Tensor:
+    """(4, B, length): places in the text, then M-RoPE's, as stock's decoder takes them."""
+    positions = torch.zeros(4, len(prompts), length, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        start = length - len(prompt.input_ids)
+        positions[0, row, start:] = torch.arange(length - start)
+        positions[1:, row, start:] = prompt.position_ids
+    return positions
 
 
 def whole_image_inputs(

@@ -14,6 +14,8 @@ class Prompt(Protocol):
     """(patches, patch_dim) uint8."""
     image_grid_thw: Tensor | None
     """(num_images, 3) int64."""
+    position_ids: Tensor
+    """(3, n) of M-RoPE, else (1, n) int64."""
 
 
 def before_stop(tokens: list[int], stops: set[int]) -> list[int]:

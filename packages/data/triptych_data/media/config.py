@@ -17,7 +17,8 @@ class VideoConfig(BaseModel):
     max_pixels: int | None = Field(
         default=None,
         ge=16,
-        description="Most pixels of all frames of a video together; more are shrunk.",
+        description="Most pixels of all frames of a video together; more are shrunk (of a "
+        "Qwen2.5-VL no frame below the model's least).",
     )
 
 

@@ -1,14 +1,22 @@
 """M-RoPE positions of one document: text counts on, an image spans its grid."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
-def mrope_positions(is_image: np.ndarray, grids: np.ndarray, merge_size: int) -> np.ndarray:
-    """Return (3, L) int64 positions (t, h, w) as transformers' Qwen3-VL `get_rope_index` does.
+def mrope_positions(
+    is_image: np.ndarray,
+    grids: np.ndarray,
+    merge_size: int,
+    intervals: Sequence[float | None] | None = None,
+) -> np.ndarray:
+    """Return (3, L) int64 positions (t, h, w) as transformers' `get_rope_index` does.
 
     `is_image (L,) bool` marks image tokens; `grids (num_images, 3)` are the patch grids of the
-    images in order. Text tokens have three equal positions; an image's begin at the next position
-    on every axis, and text goes on after the image's longer side.
+    images in order, `intervals` what lies on axis t between their frames, 1 where it is None. Text
+    tokens have three equal positions; an image's begin at the next position on every axis, and text
+    goes on after the image's longer side, whatever t has reached: Qwen3-VL's and Qwen2.5-VL's.
     """
     steps = np.ones(len(is_image), dtype=np.int64)  # how far each token moves the next one
     steps[is_image] = 0
@@ -18,9 +26,11 @@ def mrope_positions(is_image: np.ndarray, grids: np.ndarray, merge_size: int) ->
     assert len(image_tokens) == (ends[-1] if len(ends) else 0), "one token per merged patch"
     steps[image_tokens[ends - 1]] = sizes[:, 1:].max(axis=1) if len(grids) else 0
     positions = np.tile(np.cumsum(steps) - steps, (3, 1))
-    for (frames, height, width), end in zip(sizes, ends, strict=True):
+    steps_of_t = intervals or [None] * len(grids)
+    for (frames, height, width), end, interval in zip(sizes, ends, steps_of_t, strict=True):
         tokens = image_tokens[end - frames * height * width : end]
-        positions[:, tokens] = positions[0, tokens[0]] + np.indices(
-            (frames, height, width)
-        ).reshape(3, -1)
+        within = np.indices((frames, height, width)).reshape(3, -1)
+        if interval is not None:
+            within[0] = within[0].astype(np.float32) * np.float32(interval)
+        positions[:, tokens] = positions[0, tokens[0]] + within
     return positions

@@ -1,6 +1,7 @@
 """How a model folder wants images and videos: preprocessor files to `ImageRules`, `VideoRules`."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,12 @@ _MOST_TILES = 256
 _VIDEO_DEFAULTS = {"fps": 2, "min_frames": 4, "max_frames": 768}
 _VIDEO_FRAME_TOKENS = 768
 _VIDEO_TYPE = "Qwen3VLVideoProcessor"
+# What Qwen2.5-VL's authors do (qwen-vl-utils), whose folders have no file for videos; as the
+# defaults of transformers' Qwen2VLVideoProcessor, whose budget is 0.9 of so many tokens.
+_GRID_PROCESSOR = "Qwen2_5_VLProcessor"
+_GRID_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
+_GRID_TOKENS = 128_000
+_TOKENS_PER_SECOND = 4  # of transformers' Qwen2.5-VL, where config.json does not say
 
 
 def read_image_rules(
@@ -41,16 +48,65 @@ def read_image_rules(
 def read_video_rules(directory: Path, config: VideoConfig) -> VideoRules | None:
     """The rules for videos by video_preprocessor_config.json; None if the folder has none.
 
-    What `config` holds replaces the file's. Raises ValueError if the file asks for what we do not
-    do.
+    A Qwen2.5-VL's needs no such file. What `config` holds replaces the file's. Raises ValueError if
+    the file asks for what we do not do.
     """
     path = directory / VIDEO_FILE
-    if not path.exists():
-        return None
-    settings = read_json(path)
-    if settings.get("video_processor_type", _VIDEO_TYPE) != _VIDEO_TYPE:
-        return None  # laid out in another way, e.g. Qwen2.5-VL's: refused when a sample has one
+    images = read_json(directory / IMAGE_FILE)
+    settings = read_json(path) if path.exists() else {}
+    if _GRID_PROCESSOR in (settings.get("processor_class"), images.get("processor_class")):
+        return _grid_rules(path, settings or _without_file(images), config)
+    if not settings or settings.get("video_processor_type", _VIDEO_TYPE) != _VIDEO_TYPE:
+        return None  # laid out in another way: refused when a sample has one
     numbers = _geometry(path, settings, {"min_pixels": None, "max_pixels": config.max_pixels})
+    capped = settings.get("cap_pixels_per_frame")
+    tokens = settings.get("max_video_tokens", _VIDEO_FRAME_TOKENS) if capped else None
+    rules = VideoRules(**numbers, **_sampling(path, settings, config), max_frame_tokens=tokens)
+    _check_bounds(path, rules, "size.shortest_edge", "data.video.max_pixels")
+    return rules
+
+
+def _without_file(images: Mapping[str, Any]) -> dict[str, Any]:
+    """Qwen2.5-VL's settings for videos where a folder has those for images alone."""
+    shared = ("patch_size", "merge_size", "temporal_patch_size", "resample")
+    kept = {name: images[name] for name in shared if name in images}
+    return kept | {"size": _GRID_SIZE, "cap_pixels_per_frame": True}
+
+
+def _grid_rules(path: Path, settings: Mapping[str, Any], config: VideoConfig) -> VideoRules:
+    """Qwen2.5-VL's rules: bounds on each frame, and seconds in the positions."""
+    settings = {"size": _GRID_SIZE} | settings
+    numbers = _geometry(path, settings, {"min_pixels": None, "max_pixels": None})
+    total = config.max_pixels
+    if total is None and settings.get("cap_pixels_per_frame"):
+        area = (numbers["patch_size"] * numbers["merge_size"]) ** 2
+        total = int(settings.get("max_video_tokens", _GRID_TOKENS) * area * 0.9)
+        total *= numbers["temporal_patch_size"]
+    rules = VideoRules(
+        **numbers,
+        **_sampling(path, settings, config),
+        tokens_per_second=_tokens_per_second(path.with_name(CONFIG_FILE)),
+        total_pixels=total,
+    )
+    _check_bounds(path, rules, "size.shortest_edge", "size.longest_edge")
+    return rules
+
+
+def _tokens_per_second(path: Path) -> float:
+    """Positions of Qwen2.5-VL's M-RoPE in a second of video, by config.json."""
+    vision = read_json(path).get("vision_config") if path.exists() else None
+    given = vision if isinstance(vision, dict) else {}
+    value: Any = given.get("tokens_per_second", _TOKENS_PER_SECOND)
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(
+            f"{path}: vision_config.tokens_per_second must be positive, got {value!r}; "
+            "fetch the file again"
+        )
+    return value
+
+
+def _sampling(path: Path, settings: Mapping[str, Any], config: VideoConfig) -> dict[str, Any]:
+    """How often frames are taken, and how many, checked."""
     sampling = {**_VIDEO_DEFAULTS, **{n: settings[n] for n in _VIDEO_DEFAULTS if n in settings}}
     if config.fps is not None:
         sampling["fps"] = config.fps
@@ -60,11 +116,7 @@ def read_video_rules(directory: Path, config: VideoConfig) -> VideoRules | None:
     for name, value in sampling.items():
         if not isinstance(value, int | float) or value <= 0:
             raise ValueError(f"{path}: {name} must be positive, got {value!r}; fix it")
-    capped = settings.get("cap_pixels_per_frame")
-    tokens = settings.get("max_video_tokens", _VIDEO_FRAME_TOKENS) if capped else None
-    rules = VideoRules(**numbers, **sampling, max_frame_tokens=tokens)
-    _check_bounds(path, rules, "size.shortest_edge", "data.video.max_pixels")
-    return rules
+    return sampling
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Video files to uint8 patches with the times they are seen at: Qwen3-VL's frame budget and layout.
+"""Video files to uint8 patches with the times they are seen at: frame budgets and layouts.
 
-A video is laid out as one image per temporal patch, each after its time in text: in a batch its
-patches, grids and positions go where those of images go.
+In a batch a video's patches, grids and positions go where those of images go. Qwen3-VL's is laid
+out as one image per temporal patch, each after its time in text; Qwen2.5-VL's as one grid, whose
+time is in its M-RoPE positions.
 """
 
 import math
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from triptych_data.media import clips
-from triptych_data.media.images import check_ratio, patchify, resize
+from triptych_data.media.images import ImageRules, check_ratio, image_grid, patchify, resize
 
 _RATE_DENOMINATOR = 1001  # of NTSC's rates, such as 30000/1001
 
@@ -24,6 +25,9 @@ class VideoRules(NamedTuple):
     Pixels per patch side, patches per token side, frames per patch; bounds on the pixels of all
     frames together after resizing; frames wanted per second and bounds on how many; tokens that
     one frame may take at most, None for as many as `max_pixels` allow.
+
+    With `tokens_per_second` a video is one grid, and so many positions are a second of it (Qwen2.5-
+    VL); then `min_pixels` and `max_pixels` bound each frame, `total_pixels` all of them.
     """
 
     patch_size: int
@@ -35,15 +39,19 @@ class VideoRules(NamedTuple):
     min_frames: int
     max_frames: int
     max_frame_tokens: int | None = None
+    tokens_per_second: float | None = None
+    total_pixels: int | None = None
 
 
 class VideoLayout(NamedTuple):
     """What a video becomes: the numbers of its frames, as many as fill whole patches, the patch
-    grid (t, h, w), and for each of t when it is seen, in seconds."""
+    grid (t, h, w), for each of t when it is seen, in seconds, and M-RoPE positions from one of t to
+    the next, None where each is an image of its own."""
 
     frames: np.ndarray
     grid: tuple[int, int, int]
     seconds: tuple[float, ...]
+    interval: float | None = None
 
 
 def encode_video(data: bytes, rules: VideoRules) -> tuple[Tensor, VideoLayout]:
@@ -67,19 +75,26 @@ def video_layout(
 ) -> VideoLayout:
     """The layout of a video of `num_frames` frames of `width` x `height` pixels and of `seconds`.
 
-    Frames, size and times are those of transformers' Qwen3-VL, for the numbers an index holds.
-    Raises ValueError if one side is over 200 times the other.
+    Frames, size and times are those of transformers' Qwen3-VL, or Qwen2.5-VL, for the numbers an
+    index holds. Raises ValueError if one side is over 200 times the other.
     """
-    rate = frame_rate(num_frames, seconds)
-    wanted = int(num_frames / rate * rules.fps)
-    wanted = min(max(wanted, rules.min_frames), rules.max_frames, num_frames)
-    frames = np.linspace(0, num_frames - 1, wanted).round().astype(np.int64)
-    depth = rules.temporal_patch_size
-    rows, cols = _frame_grid(width, height, max(wanted, depth), rules)
+    rate, depth = frame_rate(num_frames, seconds), rules.temporal_patch_size
+    interval = None
+    if rules.tokens_per_second is None:
+        wanted = int(num_frames / rate * rules.fps)
+        wanted = min(max(wanted, rules.min_frames), rules.max_frames, num_frames)
+        frames = np.linspace(0, num_frames - 1, wanted).round().astype(np.int64)
+        rows, cols = _frame_grid(width, height, max(wanted, depth), rules)
+    else:
+        frames = _even_frames(num_frames, rate, rules)
+        rows, cols = _bounded_frame_grid(width, height, len(frames), rules)
+        # In single precision, as stock's tensors: positions are cut to whole ones.
+        seconds_per_patch = np.float32(depth / (len(frames) / num_frames * rate))
+        interval = float(np.float32(rules.tokens_per_second) * seconds_per_patch)
     frames = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % depth)])
     times = (frames / rate).reshape(-1, depth)
     shown = ((times[:, 0] + times[:, -1]) / 2).tolist()
-    return VideoLayout(frames, (len(shown), rows, cols), tuple(shown))
+    return VideoLayout(frames, (len(shown), rows, cols), tuple(shown), interval)
 
 
 def frame_rate(num_frames: int, seconds: float) -> float:
@@ -90,14 +105,43 @@ def frame_rate(num_frames: int, seconds: float) -> float:
 def video_pieces(layout: VideoLayout, merge_size: int) -> tuple[str | int, ...]:
     """What takes the place of a video's placeholder: times as text, and counts of tokens.
 
-    As transformers' Qwen3-VL writes it: `<0.3 seconds><|vision_start|>` tokens `<|vision_end|>`.
+    As transformers' Qwen3-VL writes it: `<0.3 seconds><|vision_start|>` tokens `<|vision_end|>`;
+    a video of one grid is tokens alone.
     """
-    _, height, width = layout.grid
+    depth, height, width = layout.grid
     tokens = height * width // merge_size**2
+    if layout.interval is not None:
+        return (depth * tokens,)
     pieces: list[str | int] = []
     for time in layout.seconds:
         pieces += [f"<{time:.1f} seconds><|vision_start|>", tokens, "<|vision_end|>"]
     return tuple(pieces)
+
+
+def _even_frames(num_frames: int, rate: float, rules: VideoRules) -> np.ndarray:
+    """Numbers of the frames: whole patches of them, as transformers' Qwen2-VL samples them.
+
+    A video of fewer frames than a patch has is taken whole.
+    """
+    depth = rules.temporal_patch_size
+    if num_frames < depth:
+        return np.arange(num_frames)
+    most = min(rules.max_frames, num_frames) // depth * depth
+    wanted = min(max(num_frames / rate * rules.fps, rules.min_frames), most)
+    count = max(int(wanted // depth), 1) * depth
+    return torch.arange(0, num_frames, num_frames / count).int().numpy().astype(np.int64)
+
+
+def _bounded_frame_grid(
+    width: int, height: int, num_frames: int, rules: VideoRules
+) -> tuple[int, int]:
+    """Rows and columns of patches in a frame: as an image's, within bounds of its own."""
+    most = rules.max_pixels
+    if rules.total_pixels is not None:  # a share of it, but never below the least
+        share = rules.total_pixels // num_frames
+        most = max(min(most, share), int(rules.min_pixels * 1.05))
+    _, rows, cols = image_grid(width, height, ImageRules(*rules[:3], rules.min_pixels, most))
+    return rows, cols
 
 
 def _frame_grid(width: int, height: int, num_frames: int, rules: VideoRules) -> tuple[int, int]:
