@@ -75,7 +75,7 @@ def _without_file(images: Mapping[str, Any]) -> dict[str, Any]:
 
 def _grid_rules(path: Path, settings: Mapping[str, Any], config: VideoConfig) -> VideoRules:
     """Qwen2.5-VL's rules: bounds on each frame, and seconds in the positions."""
-    settings = {"size": _GRID_SIZE} | settings
+    settings = {"size": _GRID_SIZE, **settings}
     numbers = _geometry(path, settings, {"min_pixels": None, "max_pixels": None})
     total = config.max_pixels
     if total is None and settings.get("cap_pixels_per_frame"):
