@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.models import tiny
+from tests.models import tiny, tiny_audio
 from tests.models.stock import stock_logits
 from triptych_models.layout import head_dim, text_config
 
@@ -129,6 +129,13 @@ PROOFS: dict[str, Proof] = {
     ),
     "mixtral": Proof(tiny.write_mixtral_model_dir, texts, tiny.pack_text),
     "qwen2": Proof(tiny.write_qwen2_model_dir, texts, tiny.pack_text),
+    "qwen2_5_omni_thinker": Proof(
+        tiny_audio.write_qwen2_5_omni_model_dir,
+        tiny_audio.heard_and_seen,
+        tiny_audio.pack,
+        logits=tiny_audio.omni_logits,
+        idle=("audio_bos_eos_token.",),
+    ),
     "qwen2_5_vl": Proof(tiny.write_qwen2_5_vl_model_dir, pictures, tiny.pack),
     "qwen2_moe": Proof(tiny.write_qwen2_moe_model_dir, texts, tiny.pack_text),
     "qwen3": Proof(tiny.write_text_model_dir, texts, tiny.pack_text),

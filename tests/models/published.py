@@ -1,7 +1,7 @@
 """Published configurations of the families, as far as they say more than their class's defaults.
 
-Each with the number of parameters that the hub counts (those with layers of Gated DeltaNet: that
-stock's default configuration gives, which is the size named), and names it stores.
+Each with the number of parameters that the hub counts (those with layers of Gated DeltaNet, and
+parts of what the hub counts whole: that stock's configuration gives), and names it stores.
 """
 
 from typing import Any, NamedTuple
@@ -116,6 +116,53 @@ PUBLISHED: dict[str, Published] = {
             "visual.blocks.31.attn.qkv.bias",
             "visual.merger.mlp.2.weight",
             "model.embed_tokens.weight",
+            "model.layers.27.self_attn.q_proj.bias",
+            "lm_head.weight",
+        ),
+    ),
+    "qwen2_5_omni_thinker": Published(
+        "Qwen2.5-Omni-7B, its thinker",
+        {
+            "text_config": {
+                "model_type": "qwen2_5_omni_text",
+                "vocab_size": 152064,
+                "hidden_size": 3584,
+                "intermediate_size": 18944,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 28,
+                "num_key_value_heads": 4,
+                "rope_theta": 1_000_000.0,
+                "rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]},
+            },
+            "vision_config": {
+                "model_type": "qwen2_5_omni_vision_encoder",
+                "depth": 32,
+                "hidden_size": 1280,
+                "intermediate_size": 3420,
+                "num_heads": 16,
+                "in_channels": 3,
+                "out_hidden_size": 3584,
+                "patch_size": 14,
+                "window_size": 112,
+                "fullatt_block_indexes": [7, 15, 23, 31],
+            },
+            "audio_config": {
+                "model_type": "qwen2_5_omni_audio_encoder",
+                "d_model": 1280,
+                "encoder_layers": 32,
+                "encoder_attention_heads": 20,
+                "encoder_ffn_dim": 5120,
+                "num_mel_bins": 128,
+                "n_window": 100,
+                "output_dim": 3584,
+            },
+        },
+        8_931_813_888,
+        (
+            "visual.blocks.31.attn.q.bias",
+            "audio_tower.audio_bos_eos_token.weight",
+            "audio_tower.layers.31.self_attn.k_proj.weight",
+            "audio_tower.proj.weight",
             "model.layers.27.self_attn.q_proj.bias",
             "lm_head.weight",
         ),

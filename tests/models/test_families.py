@@ -114,8 +114,9 @@ def test_a_row_is_its_documents_alone(build: Build, family: str) -> None:
         torch.testing.assert_close(packed, torch.stack(alone).sum(), rtol=1e-6, atol=0)
         before = row_logits(model, proof, documents)
         documents[1].input_ids[0] += 1
-        if len(documents[1].pixel_values):
-            documents[1].pixel_values[0] += 1
+        for media in ("pixel_values", "audio_features"):
+            if len(getattr(documents[1], media, ())):
+                getattr(documents[1], media)[0] += 1
         after = row_logits(model, proof, documents)
     start, end = (
         len(documents[0].input_ids),
@@ -176,19 +177,22 @@ def test_parts_freeze(build: Build, family: str) -> None:
 def test_flops_are_those_that_torch_counts(build: Build, family: str) -> None:
     """Of stock's eager forward and backward, less what causal attention need not look at."""
     proof, parts = PROOFS[family], FAMILIES[family].parts
-    documents = [doc for doc in proof.documents() if "vision" not in parts or has_media(doc)]
+    documents = [doc for doc in proof.documents() if has_media(doc, parts)]
     # Of one token torch counts a convolution's backward otherwise in a model than by itself.
     documents = [doc for doc in documents if len(doc.input_ids) > 1]
     batch = proof.pack(documents, sum(len(doc.input_ids) for doc in documents))
     batch["num_targets"] = batch["input_ids"].shape[1]  # stock computes every row's logits
-    cases = [[], ["vision"], ["projector"], ["language"], ["vision", "language"]]
-    for frozen in cases if parts == ("vision", "projector", "language") else [[]]:
+    towers = [part for part in parts if part in ("vision", "audio")]
+    cases = [[], towers, ["projector"], ["language"], [*towers, "language"]]
+    for frozen in cases if towers and "experts" not in parts else [[]]:
         model = build(family, freeze=frozen)
         assert model.flops(batch) == counted(proof, model, documents), frozen
 
 
-def has_media(doc: Any) -> bool:
-    return bool(len(doc.image_grid_thw))
+def has_media(doc: Any, parts: tuple[str, ...]) -> bool:
+    """All that the model takes: a tower that is not called trains nothing."""
+    sees, hears = len(doc.image_grid_thw), len(getattr(doc, "audio_lengths", ()))
+    return all(media for part, media in (("vision", sees), ("audio", hears)) if part in parts)
 
 
 def counted(proof: Proof, model: Any, documents: list[Any]) -> float:

@@ -22,8 +22,8 @@ Batch = dict[str, Any]
 Part = Callable[[Batch], Batch]  # of a row, what this rank computes
 AfterUpdate = Callable[[Mapping[str, torch.Tensor], torch.Tensor], None]
 
-# Grids describe shapes: on the device every look at one would stall the step.
-HOST_KEYS = frozenset({"image_grid_thw"})
+# Grids and lengths describe shapes: on the device every look at one would stall the step.
+HOST_KEYS = frozenset({"image_grid_thw", "audio_lengths"})
 # For people and logs, not for the model.
 LABEL_KEYS = frozenset({"sample_keys", "sample_ids", "num_tokens", "holes", "place"})
 

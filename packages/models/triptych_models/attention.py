@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    PreTrainedModel,
     Qwen3VLForConditionalGeneration,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -17,6 +18,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 
 from triptych_kernels import attention
 
+from .layout import ear
 from .sequence import ALONE, SequenceGroup, heads_to_tokens, tokens_to_heads
 
 PACKED = "triptych_packed"
@@ -31,7 +33,15 @@ def register() -> None:
 def pack_vision_attention(model: Qwen3VLForConditionalGeneration) -> None:
     """Give every block of the vision tower packed attention; names of parameters stay."""
     for block in model.model.visual.blocks:
-        block.attn = PackedVisionAttention(block.attn)
+        is_split = not hasattr(block.attn, "qkv")
+        packed = SplitVisionAttention if is_split else PackedVisionAttention
+        block.attn = packed(block.attn)
+
+
+def pack_audio_attention(model: PreTrainedModel) -> None:
+    """The same for every layer of the audio tower."""
+    for layer in ear(model).layers:
+        layer.self_attn = PackedAudioAttention(layer.self_attn)
 
 
 def packed_attention(
@@ -78,9 +88,17 @@ class PackedVisionAttention(nn.Module):
 
     def __init__(self, stock: Qwen3VLVisionAttention) -> None:
         super().__init__()
-        self.qkv = stock.qkv
+        self.take(stock)
         self.proj = stock.proj
         self.num_heads = stock.num_heads
+
+    def take(self, stock: Any) -> None:
+        """Own the stock module's projections of queries, keys and values."""
+        self.qkv = stock.qkv
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """hidden_states (P, hidden) to queries, keys and values (P, H, D)."""
+        return self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
 
     def forward(
         self,
@@ -93,6 +111,45 @@ class PackedVisionAttention(nn.Module):
         """hidden_states (P, hidden), cu_seqlens (num_frames + 1,) int32 → (P, hidden)."""
         if max_seqlen is None:  # the stock tower (in generation) does not say it
             max_seqlen = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
-        q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        q, k, v = self.project(hidden_states)
         q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)  # (P, H, D)
         return self.proj(attention(q, k, v, cu_seqlens, max_seqlen, causal=False).flatten(1))
+
+
+class SplitVisionAttention(PackedVisionAttention):
+    """The same of a tower whose queries, keys and values are apart: Qwen2.5-Omni's."""
+
+    def take(self, stock: Any) -> None:
+        """Own the stock module's projections of queries, keys and values."""
+        self.q, self.k, self.v = stock.q, stock.k, stock.v
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """hidden_states (P, hidden) to queries, keys and values (P, H, D)."""
+        shape = (self.num_heads, -1)
+        return tuple(x(hidden_states).unflatten(-1, shape) for x in (self.q, self.k, self.v))
+
+
+class PackedAudioAttention(nn.Module):
+    """Stands in for the attention of Qwen's audio towers, as PackedVisionAttention does."""
+
+    def __init__(self, stock: Any) -> None:
+        super().__init__()
+        self.k_proj, self.v_proj, self.q_proj = stock.k_proj, stock.v_proj, stock.q_proj
+        self.out_proj = stock.out_proj
+        self.num_heads = stock.num_heads
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """hidden_states (K, hidden), cu_seqlens (windows + 1,) int32 → (K, hidden)."""
+        if max_seqlen is None:  # the stock tower (in generation) does not say it
+            max_seqlen = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+        q, k, v = (
+            projection(hidden_states).unflatten(-1, (self.num_heads, -1))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )  # (K, H, D)
+        return self.out_proj(attention(q, k, v, cu_seqlens, max_seqlen, causal=False).flatten(1))

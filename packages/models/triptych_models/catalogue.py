@@ -5,12 +5,13 @@ Imports no torch: configurations are validated by it before torch is.
 
 from typing import Literal, NamedTuple
 
-Part = Literal["vision", "projector", "language", "router", "experts"]
+Part = Literal["vision", "audio", "projector", "language", "router", "experts"]
 Stage = Literal["align", "pretrain", "sft", "moe"]
 
 _LANGUAGE: tuple[Part, ...] = ("language",)
 _MIXTURE: tuple[Part, ...] = ("language", "router", "experts")
 _SEEING: tuple[Part, ...] = ("vision", "projector", "language")
+_OMNI: tuple[Part, ...] = ("vision", "audio", "projector", "language")
 _SEEING_MIXTURE: tuple[Part, ...] = ("vision", "projector", "language", "router", "experts")
 
 
@@ -73,6 +74,13 @@ FAMILIES: dict[str, Family] = {
         ("pretrain", "sft"),
         "0.5B, 1.5B, 3B, 7B, 14B, 32B, 72B (2 and 2.5)",
         "2.5-1.5B on one H200",
+    ),
+    "qwen2_5_omni_thinker": Family(
+        "triptych_models.qwen2_5_omni:Qwen2_5Omni",
+        _OMNI,
+        ("align", "pretrain", "sft"),
+        "2.5-Omni 3B, 7B, the thinker (text, images, sound)",
+        "tiny on CPUs",
     ),
     "qwen2_5_vl": Family(
         "triptych_models.qwen2_5_vl:Qwen2_5VL",
@@ -138,6 +146,10 @@ FAMILIES: dict[str, Family] = {
         "tiny on CPUs",
     ),
 }
+
+
+# Whole folders, by their model_type, of which a family is the part that is computed here.
+THINKER_OF: dict[str, str] = {"qwen2_5_omni": "qwen2_5_omni_thinker"}
 
 
 class Denoiser(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from .catalogue import FAMILIES, Part
+from .catalogue import FAMILIES, THINKER_OF, Part
 from .foreign_config import read_foreign
 from .masked_diffusion.config import FILE, DiffusionConfig, read_diffusion
 
@@ -88,7 +88,7 @@ class ModelConfig(BaseModel):
     )
     freeze: list[Part] = Field(
         default_factory=list,
-        description="parts that do not train: vision, projector, language, router, experts",
+        description="parts that do not train: vision, audio, projector, language, router, experts",
     )
     moe: MoEConfig | None = Field(
         default=None, description="losses of a mixture of experts; only for a model that is one"
@@ -194,6 +194,7 @@ class ModelConfig(BaseModel):
                 f"model.path: must hold a config.json, got {self.path}; name a model directory"
             )
         model_type = read_foreign(file).get("model_type")
+        model_type = THINKER_OF.get(str(model_type), model_type)
         if model_type not in FAMILIES:
             raise ValueError(
                 f"{file}: model_type must be one of {', '.join(FAMILIES)}, got {model_type}; "

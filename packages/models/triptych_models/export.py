@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .catalogue import THINKER_OF
 from .expert_weights import router_biases, tensors_to_store
 from .layout import stored_name, stored_prefixes
 from .lora import adapted_layers, adapter_parameters, merged_weight
@@ -96,8 +97,12 @@ def stored_tensors(hf: Any, gather: Gather) -> Iterator[tuple[str, Tensor]]:
 def copy_configs(source_dir: Path, out_dir: Path, dtype: torch.dtype) -> None:
     """Copy the small files, with dtype noted in config.json so that loading keeps it."""
     config = json.loads((source_dir / "config.json").read_text())
+    thinker = THINKER_OF.get(config.get("model_type"))
+    if thinker is not None:  # of the whole, only this part is written
+        config = config["thinker_config"] | {"model_type": thinker}
     name = str(dtype).removeprefix("torch.")
-    for section in (config, config.get("text_config", {}), config.get("vision_config", {})):
+    towers = [config[name] for name in ("vision_config", "audio_config") if name in config]
+    for section in (config, config.get("text_config", {}), *towers):
         section.pop("torch_dtype", None)  # the name before transformers 5
         section["dtype"] = name
     (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")

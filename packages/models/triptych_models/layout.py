@@ -18,6 +18,11 @@ def tower(hf: PreTrainedModel) -> Any:
     return getattr(hf.model, "visual", getattr(hf.model, "vision_tower", None))
 
 
+def ear(hf: PreTrainedModel) -> Any:
+    """The audio tower, or None in a model that does not hear."""
+    return getattr(hf.model, "audio_tower", None)
+
+
 def text_config(config: PretrainedConfig) -> Any:
     """The section on the language model; the config itself in a model of text alone."""
     return getattr(config, "text_config", config)
@@ -103,15 +108,20 @@ _LLAVA = (
     ("model.multi_modal_projector.", "multi_modal_projector."),
     ("lm_head.", "language_model.lm_head."),
 )
+_QWEN = (("model.visual.", "visual."), ("model.language_model.", "model."))
 STORED_PREFIXES: dict[str, Prefixes] = {
     "internvl": (*_LLAVA, ("model.vision_tower.", "vision_tower.")),
-    "qwen2_5_vl": (("model.visual.", "visual."), ("model.language_model.", "model.")),
+    "qwen2_5_omni_thinker": (("model.audio_tower.", "audio_tower."), *_QWEN),
+    "qwen2_5_vl": _QWEN,
 }
+_THINKER = "thinker."  # before the names in a folder that speaks, too
 
 
 def stored_prefixes(config: PretrainedConfig, stored: Collection[str]) -> Prefixes:
     """What to rename for a folder of these tensors: nothing where it has the modules' names."""
     pairs = STORED_PREFIXES.get(config.model_type, ())
+    if any(name.startswith(_THINKER) for name in stored):
+        return tuple((own, _THINKER + name) for own, name in (*pairs, ("lm_head.", "lm_head.")))
     is_own = any(name.startswith(own) for name in stored for own, _ in pairs)
     return () if is_own else pairs
 

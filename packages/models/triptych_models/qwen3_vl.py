@@ -44,6 +44,7 @@ class Qwen3VL(ImageModel):
         image_positions: Tensor | None = None,
         image_sends: Sequence[int] | None = None,
         image_receives: Sequence[int] | None = None,
+        embedded: Tensor | None = None,
         **settings: Any,
     ) -> Tensor:
         """Hidden states (1, T, H) after the final norm, documents kept apart.
@@ -52,11 +53,12 @@ class Qwen3VL(ImageModel):
         pixel_values (P, patch_dim) uint8, image_grid_thw (num_images, 3) int64 on the host,
         vision_cu_seqlens (num_frames + 1,) int32, image_positions (num_image_tokens,) int64.
         In a sequence group (see sequence_batch.take_part) a rank runs the tower on its share of the
-        row's images, and image_positions are those of its own tokens. settings are for each of the
-        language layers.
+        row's images, and image_positions are those of its own tokens. embedded (1, T, H) is what to
+        take instead of the tokens' embeddings; settings are for each of the language layers.
         """
-        language = self.hf.model.language_model
-        hidden_states = language.embed_tokens(input_ids)  # (1, T, H)
+        hidden_states = embedded
+        if hidden_states is None:
+            hidden_states = self.hf.model.language_model.embed_tokens(input_ids)  # (1, T, H)
         positions = image_positions
         if positions is None:
             positions = torch.zeros(0, dtype=torch.int64, device=input_ids.device)

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 from transformers.activations import ACT2FN
 
+from .catalogue import THINKER_OF
 from .foreign_config import read_foreign
 from .layout import text_config
 
@@ -31,6 +32,8 @@ def read_config(
             f"{file}: must be a configuration that transformers reads without code of the folder, "
             f"got {type(error).__name__}: {reason}; download it again"
         ) from error
+    if THINKER_OF.get(config.model_type) == model_type:
+        config = config.thinker_config
     if config.model_type != model_type:
         raise ValueError(
             f"{file}: model_type must be {model_type}, got {config.model_type}; "

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .layout import decoder, head_dim, text_config, tower
+from .layout import decoder, ear, head_dim, text_config, tower
 
 
 def restore_rotary(model: PreTrainedModel) -> None:
@@ -20,6 +20,8 @@ def restore_rotary(model: PreTrainedModel) -> None:
         decoder(model).rotary_emb,
         inverse_frequencies(turned, text.rope_parameters["rope_theta"]),
     )
+    if ear(model) is not None:
+        restore_sinusoids(ear(model).positional_embedding)
     if not hasattr(tower(model), "rotary_pos_emb"):
         return
     vision = model.config.vision_config
@@ -38,6 +40,13 @@ def inverse_frequencies(dim: int, theta: float) -> Tensor:
         torch.arange(0, dim, 2).float() / dim
     )  # float() after: zero.Init rounds float arange
     return 1.0 / theta**exponents
+
+
+def restore_sinusoids(embedding: nn.Module) -> None:
+    """Compute the table of positions (length, channels) of an audio tower again, in fp32."""
+    table = embedding.compute_default_singular_positional_embedding()  # type: ignore[operator]
+    place: Tensor = embedding.positional_embedding  # type: ignore[assignment]
+    embedding.positional_embedding = table.float().to(place.device)
 
 
 def assign(rotary: nn.Module, inv_freq: Tensor) -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .expert_weights import draw_experts, router_biases, stored_names, stored_pieces
 from .experts import Experts
-from .layout import stored_name, stored_prefixes, text_config, tower
+from .layout import ear, stored_name, stored_prefixes, text_config, tower
 
 # Norms that multiply by 1 + weight; they begin with 0.
 ZERO_CENTRED = ("Qwen3NextRMSNorm", "Qwen3_5RMSNorm", "Qwen3_5MoeRMSNorm")
@@ -79,11 +79,14 @@ def initialize(hf: PreTrainedModel, seed: int, gather: Gather = whole) -> None:
     weights for any device, number of ranks and sharding.
     """
     generator = torch.Generator().manual_seed(seed)
-    visual = tower(hf)
-    vision_ids = set() if visual is None else {id(module) for module in visual.modules()}
+    sections = {
+        id(module): getattr(hf.config, name)
+        for name, part in (("vision_config", tower(hf)), ("audio_config", ear(hf)))
+        if part is not None
+        for module in part.modules()
+    }
     for module, own in own_parameters(hf):
-        in_tower = id(module) in vision_ids
-        section = hf.config.vision_config if in_tower else text_config(hf.config)
+        section = sections.get(id(module), text_config(hf.config))
         std = getattr(section, "initializer_range", 0.02)  # SigLIP's section does not say it
         with gather(list(own.values())):
             for name, parameter in own.items():

@@ -1,0 +1,79 @@
+"""What families that hear share: their features among the tokens, the processor they need."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from .layout import ear
+from .packed import PackedModel, compile_forward
+from .sequence import SequenceGroup
+
+
+class AudioModel(PackedModel):
+    """A packed model with an audio tower, fed with log-mel frames.
+
+    Every rank calls the tower on every batch, recordings or not: ZeRO-2 and ZeRO-3 need that.
+    """
+
+    def audio_features(self, frames: Tensor, lengths: Tensor) -> Tensor:
+        """Features (audio tokens, H) of recordings: frames (N, num_mels), lengths on the host."""
+        raise NotImplementedError
+
+    def insert_audio(
+        self,
+        hidden_states: Tensor,
+        audio_features: Tensor | None,
+        audio_lengths: Tensor | None,
+        audio_positions: Tensor | None,
+    ) -> Tensor:
+        """Embedded tokens (1, T, H) with what was heard in the places of the audio tokens.
+
+        audio_features (N, num_mels) float, audio_lengths (num_audios,) int64 on the host: frames of
+        each, audio_positions (audio tokens,) int64; None in a row without recordings.
+        """
+        device = hidden_states.device
+        if (
+            audio_features is None
+        ):  # a dummy, of whose features none is kept: they hang on the graph
+            features = self.audio_features(*self.dummy_audio(device))[:0]
+            positions = torch.zeros(0, dtype=torch.int64, device=device)
+        else:
+            assert audio_lengths is not None and audio_positions is not None
+            features = self.audio_features(audio_features, audio_lengths)
+            positions = audio_positions
+        return hidden_states.index_copy(1, positions, features.to(hidden_states.dtype)[None])
+
+    def dummy_audio(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """Silence of a token: its frames (N, num_mels) on device, and their number (1,) on the
+        host."""
+        frames = 4
+        num_mels = self.hf.config.audio_config.num_mel_bins
+        with unset_fake_temporarily():  # read on the host, also where a plan runs on fake tensors
+            lengths = torch.tensor([frames])
+        return torch.zeros(frames, num_mels, device=device), lengths
+
+    def audio_layers(self) -> Sequence[nn.Module]:
+        """The layers of the audio tower."""
+        layers: Sequence[nn.Module] = ear(self.hf).layers
+        return layers
+
+    def layers(self) -> list[nn.Module]:
+        """Every layer that runs: of the audio tower, and of the rest."""
+        return [*self.audio_layers(), *super().layers()]
+
+    def compile_layers(self) -> None:
+        """Compile every layer in place; the tower's for any number of frames."""
+        super().compile_layers()
+        for layer in self.audio_layers():
+            compile_forward(layer, dynamic=True)
+
+    def set_sequence(self, group: SequenceGroup) -> None:
+        """Refused for more than one rank: recordings of a row are not shared out."""
+        if group.size > 1:
+            raise ValueError(
+                f"parallel.sequence: must be 1 for a model that hears, got {group.size}; take "
+                "shorter rows, or engine.checkpointing=offload"
+            )
+        super().set_sequence(group)

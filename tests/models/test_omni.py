@@ -1,0 +1,79 @@
+"""Of models that hear, what test_families does not see: whole folders, chunks, refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as stock_omni
+
+from tests.models import tiny_audio
+from triptych_models.audio_tower import lay_out
+from triptych_models.config import ModelConfig
+from triptych_models.export import export
+from triptych_models.families import build_model
+from triptych_models.packed import PackedModel
+from triptych_models.sequence import SequenceGroup
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> PackedModel:
+    folder = tiny_audio.write_qwen2_5_omni_model_dir(tmp_path / "tiny")
+    return build_model(ModelConfig(path=folder, init="random"), dtype=torch.float32)
+
+
+def test_a_whole_folder_is_read_for_its_thinker(model: PackedModel, tmp_path: Path) -> None:
+    """Names and configuration as the hub has them, beside the talker's; as stock's thinker does."""
+    export(model.hf, tmp_path / "thinker", tmp_path / "tiny", dtype=torch.float32)
+    tensors = load_file(tmp_path / "thinker/model.safetensors")
+    whole = {f"thinker.{name}": tensor for name, tensor in tensors.items()}
+    whole |= {"talker.model.norm.weight": torch.ones(4), "token2wav.x.weight": torch.ones(2)}
+    config = {
+        "architectures": ["Qwen2_5OmniModel"],
+        "model_type": "qwen2_5_omni",
+        "thinker_config": json.loads((tmp_path / "thinker/config.json").read_text()),
+    }
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    assert ModelConfig(path=folder).find_family() == "qwen2_5_omni_thinker"
+    read = build_model(ModelConfig(path=folder), dtype=torch.float32)
+    stock, found = type(read).hf_class.from_pretrained(folder, output_loading_info=True)  # type: ignore[attr-defined]
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    for name, parameter in model.hf.named_parameters():
+        assert torch.equal(parameter, read.hf.get_parameter(name)), name
+        assert torch.equal(parameter, stock.get_parameter(name)), name
+    export(read.hf, tmp_path / "again", folder, dtype=torch.float32)
+    again = json.loads((tmp_path / "again/config.json").read_text())
+    assert again["model_type"] == "qwen2_5_omni_thinker"
+    assert load_file(tmp_path / "again/model.safetensors").keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("lengths", [[1], [2, 3], [8], [16, 9, 7], [5, 24, 1, 23]])
+def test_chunks_are_stocks(lengths: list[int]) -> None:
+    each = torch.tensor(lengths)
+    chunks = lay_out(each, 8)
+    features = torch.arange(1.0, 1 + sum(lengths))[None]  # of one band
+    padded, cut = stock_omni.chunk_and_pad_features(features, each, 4)
+    ours = torch.nn.functional.pad(features.T, (0, 0, 0, 1))[chunks.frames].mT
+    widest = padded.shape[2]
+    assert torch.equal(ours[:, :, :widest], padded) and not ours[:, :, widest:].any()
+    assert chunks.is_frame.sum(1).tolist() == cut.tolist()
+    assert torch.equal(chunks.cu_seqlens, stock_omni.get_audio_cu_seqlens(cut))
+    assert torch.equal(chunks.pooled, stock_omni.get_pool_indices(each))
+    halved = (widest - 1) // 2 + 1  # what stock has of a chunk, where we have 4
+    kept = stock_omni.get_valid_indices(cut)
+    assert torch.equal(chunks.kept, kept // halved * 4 + kept % halved)
+
+
+def test_positions_are_fp32_in_a_bf16_model(model: PackedModel) -> None:
+    before = model.hf.model.audio_tower.positional_embedding.positional_embedding
+    after = model.bfloat16().hf.model.audio_tower.positional_embedding.positional_embedding
+    assert after.dtype == torch.float32 and torch.equal(before, after)
+
+
+def test_a_shared_row_is_refused(model: PackedModel) -> None:
+    with pytest.raises(ValueError, match=r"parallel\.sequence: must be 1 for a model that hears"):
+        model.set_sequence(SequenceGroup("x", 2, 0))

@@ -1,0 +1,156 @@
+"""Tiny models that hear, documents for them, and packed rows built by hand."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.models import tiny
+from tests.models.tiny import END, IMAGE, MERGE, PATCH_DIM, START
+
+AUDIO, AUDIO_START, AUDIO_END = 296, 297, 298
+MELS, WINDOW = 8, 4  # of a window two make a chunk
+
+
+def write_qwen2_5_omni_model_dir(directory: Path, **fields: Any) -> Path:
+    """A Qwen2.5-Omni's thinker, as `thinker_config` of published folders says it."""
+    vision = written(tiny.write_qwen2_5_vl_model_dir(directory))["vision_config"]
+    text = written(tiny.write_qwen2_model_dir(directory)) | {
+        "model_type": "qwen2_5_omni_text",
+        "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [2, 1, 1]},
+    }
+    audio = {
+        "model_type": "qwen2_5_omni_audio_encoder",
+        "num_mel_bins": MELS,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 40,
+        "d_model": 32,
+        "n_window": WINDOW,
+        "output_dim": 32,
+        "initializer_range": 0.1,
+    }
+    thinker = {
+        "architectures": ["Qwen2_5OmniThinkerForConditionalGeneration"],
+        "model_type": "qwen2_5_omni_thinker",
+        "text_config": text,
+        "vision_config": vision | {"model_type": "qwen2_5_omni_vision_encoder"},
+        "audio_config": audio,
+        "image_token_index": IMAGE,
+        "video_token_index": 295,
+        "audio_token_index": AUDIO,
+        "vision_start_token_id": START,
+        "vision_end_token_id": END,
+        "audio_start_token_id": AUDIO_START,
+        "audio_end_token_id": AUDIO_END,
+    }
+    (directory / "config.json").write_text(json.dumps(thinker | fields))
+    return directory
+
+
+def written(directory: Path) -> Any:
+    """What config.json of a folder says."""
+    return json.loads((directory / "config.json").read_text())
+
+
+@dataclass
+class Document(tiny.Document):
+    """One that may be heard, too."""
+
+    audio_features: Tensor = field(default_factory=lambda: torch.zeros(0, MELS))  # (N, MELS)
+    audio_lengths: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+
+def tokens_of(frames: int) -> int:
+    """Tokens of so many frames of a recording."""
+    return ((frames - 1) // 2 + 1) // 2
+
+
+def document(
+    seed: int, *, words: int, media: Sequence[int | tuple[int, int, int]] = ()
+) -> Document:
+    """Text, then each medium followed by text: frames of a recording, or an image's grid."""
+    rng = torch.Generator().manual_seed(seed)
+    ids: list[int] = []
+    positions: list[tuple[int, int, int]] = []
+
+    def add(tokens: list[int]) -> None:
+        start = max((max(p) for p in positions), default=-1) + 1
+        ids.extend(tokens)
+        positions.extend((start + i,) * 3 for i in range(len(tokens)))
+
+    def add_words() -> None:
+        add(torch.randint(0, 280, (words,), generator=rng).tolist())
+
+    add_words()
+    for medium in media:
+        if isinstance(medium, int):
+            add([AUDIO_START, *[AUDIO] * tokens_of(medium), AUDIO_END])
+        else:
+            add([START])
+            at = positions[-1][0] + 1
+            _, rows, columns = (1, medium[1] // MERGE, medium[2] // MERGE)
+            ids.extend([IMAGE] * (rows * columns))
+            positions.extend((at, at + i, at + j) for i in range(rows) for j in range(columns))
+            add([END])
+        add_words()
+    grids = [medium for medium in media if not isinstance(medium, int)]
+    lengths = [medium for medium in media if isinstance(medium, int)]
+    input_ids = torch.tensor(ids)
+    shift_labels = torch.cat((input_ids[1:], torch.tensor([-100])))
+    shift_labels[::2] = -100
+    patches = sum(t * h * w for t, h, w in grids)
+    return Document(
+        input_ids,
+        torch.tensor(positions).T,
+        shift_labels,
+        torch.tensor(grids, dtype=torch.int64).view(-1, 3),
+        torch.randint(0, 256, (patches, PATCH_DIM), generator=rng).to(torch.uint8),
+        torch.randn(sum(lengths), MELS, generator=rng),
+        torch.tensor(lengths, dtype=torch.int64),
+    )
+
+
+def pack(documents: list[Document], seq_len: int) -> dict[str, Any]:
+    """One packed row of seq_len tokens; the padding tail is the last document."""
+    batch = tiny.pack(list(documents), seq_len)
+    lengths = torch.cat([doc.audio_lengths for doc in documents])
+    if len(lengths):
+        batch |= {
+            "audio_features": torch.cat([doc.audio_features for doc in documents]),
+            "audio_lengths": lengths,
+            "audio_positions": (batch["input_ids"][0] == AUDIO).nonzero().flatten(),
+        }
+    return batch
+
+
+def heard_and_seen() -> list[Document]:
+    """Text; an image and a recording of two chunks; two recordings that need padding; a recording
+    of less than a chunk and an image."""
+    shapes = [(9, []), (3, [(1, 4, 6), 16]), (3, [13, 6]), (4, [5, (1, 4, 4)])]
+    return [document(i, words=n, media=media) for i, (n, media) in enumerate(shapes)]
+
+
+def omni_logits(stock: Any, model: Any, doc: Document) -> Tensor:
+    """Logits (n, V) of one document; stock computes positions and cuts recordings itself."""
+    inputs: dict[str, Tensor] = {
+        "input_ids": doc.input_ids[None],
+        "attention_mask": torch.ones_like(doc.input_ids)[None],
+    }
+    if len(doc.image_grid_thw):
+        pixels = doc.pixel_values.to(stock.dtype).view(len(doc.pixel_values), 3, -1) / 255
+        mean, std = (torch.tensor(x)[:, None] for x in (model.image_mean, model.image_std))
+        inputs["pixel_values"] = ((pixels - mean) / std).flatten(1)
+        inputs["image_grid_thw"] = doc.image_grid_thw
+    if len(doc.audio_lengths):
+        each = doc.audio_features.to(stock.dtype).split(doc.audio_lengths.tolist())
+        padded = torch.nn.utils.rnn.pad_sequence(each, batch_first=True)  # (audios, frames, MELS)
+        frames = torch.arange(padded.shape[1])
+        inputs["input_features"] = padded.mT
+        inputs["feature_attention_mask"] = (frames < doc.audio_lengths[:, None]).long()
+    logits: Tensor = stock(**inputs).logits[0]
+    return logits
