@@ -9,10 +9,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from click.testing import CliRunner
+from fsspec import register_implementation
+from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.data.webserver import serving
 from tests.ranks import run_ranks
@@ -20,6 +23,7 @@ from tests.tiny import ROOT, make_model_dir, make_shards, sft_stage
 from triptych_core.config import StageConfig, dump_config, load_config, render_help
 from triptych_core.secrets import is_secret_name, masked, masked_tree, masked_words
 from triptych_data.cli.main import main as triptych_data
+from triptych_data.storage import secrets as data_secrets
 
 PLANTED = {"HF_TOKEN": "hf_PLANTED_one", "MY_STORE_PASSWORD": "PLANTED/+two"}
 URL = "http://robot:PLANTED_three@{host}/{name}?sig=PLANTED_four&x=PLANTED_five"
@@ -51,17 +55,33 @@ def door(*words: str, cwd: Path, cache: Path) -> subprocess.CompletedProcess[str
 
 @pytest.mark.parametrize(
     "name",
-    ["HF_TOKEN", "WANDB_API_KEY", "AWS_ACCESS_KEY_ID", "apiKey", "--password", "storage.secret"],
+    [
+        *(
+            "HF_TOKEN",
+            "WANDB_API_KEY",
+            "AWS_ACCESS_KEY_ID",
+            "apiKey",
+            "--password",
+            "storage.secret",
+        ),
+        *(
+            "AZURE_STORAGE_CONNECTION_STRING",
+            "DBPASSWORD",
+            "x-sas",
+            "GOOGLE_CREDENTIALS",
+            "myapikey",
+        ),
+    ],
 )
 def test_names_of_secrets(name):
-    assert is_secret_name(name)
+    assert is_secret_name(name) and data_secrets.is_secret_name(name)
 
 
 @pytest.mark.parametrize(
     "name", ["TOKENIZERS_PARALLELISM", "max_new_tokens", "sample_keys", "tiktoken", "monkey"]
 )
 def test_names_of_no_secrets(name):
-    assert not is_secret_name(name)
+    assert not is_secret_name(name) and not data_secrets.is_secret_name(name)
 
 
 @pytest.mark.parametrize("stage", ["align", "pretrain", "sft", "diffusion"])
@@ -228,3 +248,30 @@ def test_commands_on_data(place, monkeypatch):
             assert isinstance(result.exception, SystemExit | None), result.exception
             assert "PLANTED" not in result.output, result.output
     assert (place / "other").exists() and planted_in(place) == []
+
+
+class Telling(MemoryFileSystem):
+    """A store whose errors quote what it was asked with."""
+
+    protocol = "telling"
+    kind = PermissionError
+
+    def info(self, path: str, **_: Any) -> Any:
+        raise self.kind(f"403 for Authorization: Bearer {os.environ['HF_TOKEN']}")
+
+
+@pytest.mark.parametrize("kind", [PermissionError, ValueError, OSError])
+def test_what_a_store_answers(kind, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", PLANTED["HF_TOKEN"])
+    monkeypatch.setattr(Telling, "kind", kind)
+    monkeypatch.setattr("triptych_data.storage.remote.time.sleep", lambda _: None)  # 5 attempts
+    register_implementation("telling", Telling, clobber=True)
+    result = CliRunner().invoke(triptych_data, ["verify", "telling://bucket/x.tar"])
+    assert result.exit_code == 1 and "Bearer ***" in result.output, result.output
+    assert "PLANTED" not in result.output
+
+
+def test_a_file_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", PLANTED["HF_TOKEN"])
+    result = CliRunner().invoke(triptych_data, ["verify", str(tmp_path / PLANTED["HF_TOKEN"])])
+    assert result.exit_code != 0 and "***" in result.output and "PLANTED" not in result.output

@@ -14,6 +14,8 @@ from typing import Any
 
 import click
 
+from triptych_data.storage.secrets import masked
+
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as of shells: 128 + SIGINT."""
@@ -122,15 +124,15 @@ seed = click.option(
 
 
 def one_line(message: str) -> str:
-    """A message without line breaks."""
-    return " ".join(message.split())
+    """A message without line breaks and secrets."""
+    return masked(" ".join(message.split()))
 
 
 def describe(error: OSError) -> str:
     """An error of the system, the file first."""
     if error.strerror is None:
         return one_line(str(error))
-    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return one_line(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
 
 
 def print_json(value: Any) -> None:

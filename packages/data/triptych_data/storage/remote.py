@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.request import getproxies, proxy_bypass
 
+from triptych_data.storage.secrets import masked
+
 T = TypeVar("T")
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 PIECE = 1 << 18
@@ -291,10 +293,11 @@ class _Fsspec:
             raise FileNotFoundError(2, "no such object", self.shown) from error
         if isinstance(error, PermissionError):
             raise ValueError(
-                f"{self.shown}: the object must be readable, got {error}; check the credentials"
+                f"{self.shown}: the object must be readable, got {masked(str(error))}; check the "
+                "credentials"
             ) from error
         if isinstance(error, ValueError):
-            raise error
+            raise ValueError(masked(str(error))) from error
         raise Transient(_reason(error)) from error
 
 
@@ -306,13 +309,13 @@ def filesystem(url: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
         raise ValueError(
-            f"{shown(url)}: a scheme needs its fsspec package, got {error}; install it: s3fs for "
-            "s3://, gcsfs for gs://, adlfs for az://"
+            f"{shown(url)}: a scheme needs its fsspec package, got {masked(str(error))}; install "
+            "it: s3fs for s3://, gcsfs for gs://, adlfs for az://"
         ) from error
     except ValueError as error:
         raise ValueError(
             f"{shown(url)}: must be a URL of http, https or a scheme that fsspec knows, got "
-            f"{error}; fix it"
+            f"{masked(str(error))}; fix it"
         ) from error
 
 
@@ -361,6 +364,7 @@ def _joined(pieces: Iterator[bytes], wanted: int | None) -> bytes:
 
 
 def _reason(error: BaseException) -> str:
-    """One line; urllib3 wraps what happened in objects whose repr has addresses."""
+    """One line, no secrets; urllib3 wraps what happened in objects whose repr has addresses."""
     inner = getattr(error, "reason", None) or error
-    return f"{type(inner).__name__} ({re.sub(r'<[^>]*>: ?', '', str(inner))[:200]})"
+    told = masked(re.sub(r"<[^>]*>: ?", "", str(inner)))
+    return f"{type(inner).__name__} ({told[:200]})"
