@@ -11,6 +11,7 @@ from triptych_core.report.chart import Axis, choose_axis, log_axis, short
 
 WIDTH, HEIGHT = 720, 420
 LEFT, RIGHT, TOP, BOTTOM = 70, 510, 40, 360
+CLOSE = 10  # pixels within which two labels would lie on each other
 # On a light page, and on a dark one.
 COLORS = ("#2a6fdb", "#1a936f", "#c2571a", "#7a3fc4", "#6f6f6f", "#b5179e")
 DARK_COLORS = ("#7db0ff", "#5fd0a8", "#f0a45c", "#bd97f5", "#a8a8a8", "#f07fd8")
@@ -31,7 +32,10 @@ STYLE = (
 
 
 def draw_search(found: dict[str, Any]) -> str:
-    """An SVG: a line a min_pixels over its max_pixels, 68 % intervals, the chosen point ringed."""
+    """An SVG: a line a min_pixels over its max_pixels, 68 % intervals, the chosen point ringed.
+
+    A label is of the max_pixels of all points at its place.
+    """
     points = [_Spot(each) for each in found["dev"]]
     own = next(spot for spot in points if spot.name == "own")
     across = log_axis(min(p.cost for p in points), max(p.cost for p in points) * 1.001)
@@ -55,6 +59,7 @@ def draw_search(found: dict[str, Any]) -> str:
         f'<circle cx="{x}" cy="{y}" r="9" style="fill:none;stroke:var(--chosen)" stroke-width="2"/>'
     )
     parts.append(_legend(len(rows) + 1, "var(--chosen)", "chosen on dev"))
+    parts += _labels(axes, points)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="Score on dev against FLOPs"><style>{STYLE}</style>'
@@ -116,8 +121,21 @@ def _mark(axes: _Axes, spot: _Spot, color: str) -> str:
     return (
         f'<line class="bar" x1="{x}" x2="{x}" y1="{low}" y2="{high}" style="stroke:{color}"/>'
         f'<circle cx="{x}" cy="{y}" r="4" style="fill:{color}"><title>{title}</title></circle>'
-        f'<text class="small" x="{x + 6}" y="{y - 6}">{short(spot.high)}</text>'
     )
+
+
+def _labels(axes: _Axes, spots: Sequence[_Spot]) -> list[str]:
+    """The max_pixels of every spot; those of spots at one place stand in one text."""
+    places: dict[tuple[float, float], set[int]] = {}
+    for spot in spots:
+        x, y = axes.x(spot.cost), axes.y(spot.share)
+        near = (p for p in places if abs(p[0] - x) < CLOSE and abs(p[1] - y) < CLOSE)
+        places.setdefault(next(near, (x, y)), set()).add(spot.high)
+    return [
+        f'<text class="small" x="{x + 12}" y="{y - 8}">'
+        f"{', '.join(short(high) for high in sorted(highs))}</text>"
+        for (x, y), highs in places.items()
+    ]
 
 
 def _legend(row: int, color: str, text: str) -> str:

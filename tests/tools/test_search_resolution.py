@@ -190,3 +190,19 @@ def test_the_plot_shows_every_point_within_its_frame(out: Path) -> None:
     assert sum(len(circle) for circle in circles) == len(found["dev"])  # each has its title
     assert sum(circle.attrib["r"] == "9" for circle in circles) == 1
     assert (out / "resolution.svg").read_text().startswith("<svg")
+
+
+def test_labels_of_points_at_one_place_are_one_text(out: Path) -> None:
+    found = json.loads((out / "resolution.json").read_text())
+    twin = dict(found["dev"][1]) | {"point": "twin", "max_pixels": 7_000_000}
+    found["dev"].append(twin)
+    texts = [
+        e for e in ElementTree.fromstring(draw_search(found)).iter() if e.get("class") == "small"
+    ]
+    places = [(float(text.attrib["x"]), float(text.attrib["y"])) for text in texts]
+    assert all(
+        abs(a - x) >= 10 or abs(b - y) >= 10
+        for i, (a, b) in enumerate(places)
+        for x, y in places[:i]
+    )
+    assert any("7M" in text.text and "," in text.text for text in texts)
