@@ -295,12 +295,15 @@ def states(job: Job, batch: dict[str, Any]) -> Tensor:
 
 def _stock_states(job: Job, stock: Any, alone: dict[str, Any]) -> Tensor:
     """(L, H) of a document, by stock transformers from ids and pixels; of videos in one grid, from
-    our positions, too."""
+    our positions, too, and of a LLaVA-OneVision from what its language model is given."""
     document = _Document(
         alone["input_ids"][0, : alone["num_tokens"]],
         alone.get("pixel_values"),
         alone.get("image_grid_thw"),
         alone["position_ids"].flatten(0, -2)[:, : alone["num_tokens"]],
+        alone.get("image_positions"),
+        alone.get("image_taps"),
+        alone.get("image_tap_weights"),
     )
     given: list[Tensor] = []
     hook = stock.lm_head.register_forward_pre_hook(lambda _, args: given.append(args[0]))
@@ -308,7 +311,10 @@ def _stock_states(job: Job, stock: Any, alone: dict[str, Any]) -> Tensor:
     if job.model.diffusion is not None:  # stock looks both ways if a mask of its own says so
         inputs["attention_mask"] = torch.zeros(1, 1, *2 * document.input_ids.shape)
     with torch.no_grad():
-        stock(**{key: value.cpu() for key, value in inputs.items()})
+        given_to_stock = {key: value.cpu() for key, value in inputs.items()}
+        if "inputs_embeds" in inputs:
+            given_to_stock["inputs_embeds"] = given_to_stock["inputs_embeds"].float()
+        stock(**given_to_stock)
     hook.remove()
     return given[0][0].float()
 
@@ -320,6 +326,9 @@ class _Document(NamedTuple):
     pixel_values: Tensor | None
     image_grid_thw: Tensor | None
     position_ids: Tensor
+    image_positions: Tensor | None
+    image_taps: Tensor | None
+    image_tap_weights: Tensor | None
 
 
 def _other_tokens(job: Job, batch: dict[str, Any], first: int, last: int) -> dict[str, Any]:

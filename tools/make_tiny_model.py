@@ -29,6 +29,7 @@ KINDS = {
     "llava": "llava_tiny",
     "qwen2_5_vl": "qwen2_5_vl_tiny",
     "internvl": "internvl_tiny",
+    "llava_onevision": "llava_onevision_tiny",
 }
 SIGLIP_SIDE = 32  # pixels: 16 tokens an image
 PATCH_SIZE, MERGE_SIZE, TEMPORAL_PATCH_SIZE = 8, 2, 2
@@ -94,15 +95,19 @@ def main(out_dir: Path | None, kind: str) -> None:
         "llava": llava_files,
         "qwen2_5_vl": qwen2_5_vl_files,
         "internvl": internvl_files,
+        "llava_onevision": onevision_files,
     }[kind]
     for name, content in files(ids).items():
         (out_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if kind == "text":
         check_text(out_dir)
     else:
-        template = {"llava": CHATML, "internvl": tiny_vlms.INTERNVL_TEMPLATE}.get(
-            kind, CHAT_TEMPLATE
-        )
+        templates = {
+            "llava": CHATML,
+            "internvl": tiny_vlms.INTERNVL_TEMPLATE,
+            "llava_onevision": tiny_vlms.ONEVISION_TEMPLATE,
+        }
+        template = templates.get(kind, CHAT_TEMPLATE)
         (out_dir / "chat_template.jinja").write_text(template, encoding="utf-8")
         check(out_dir)
 
@@ -174,6 +179,15 @@ def internvl_files(ids: dict[str, int]) -> dict[str, Any]:
         **tiny_vlms.internvl_files(ids, VOCAB_SIZE),
         "generation_config.json": generation_config(ids),
         "tokenizer_config.json": tokenizer | {"extra_special_tokens": tiny_vlms.internvl_tokens()},
+    }
+
+
+def onevision_files(ids: dict[str, int]) -> dict[str, Any]:
+    """The small files of a LLaVA-OneVision with the LLaVA's tower, all of which runs."""
+    return {
+        **tiny_vlms.onevision_files(ids, VOCAB_SIZE, siglip()),
+        "generation_config.json": generation_config(ids),
+        "tokenizer_config.json": with_processor(tokenizer_config(), "LlavaOnevisionProcessor"),
     }
 
 

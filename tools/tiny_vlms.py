@@ -1,4 +1,5 @@
-"""Small files of tiny Qwen2.5-VL and InternVL folders, which make_tiny_model.py writes."""
+"""Small files of tiny Qwen2.5-VL, InternVL and LLaVA-OneVision folders, which make_tiny_model.py
+writes."""
 
 from typing import Any
 
@@ -19,6 +20,11 @@ INTERNVL_TEMPLATE = """\
     {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
+ONEVISION_TEMPLATE = INTERNVL_TEMPLATE.replace(
+    "'<|image_pad|>\\n' if part.type == 'image' else part.text",
+    "'<|image_pad|>\\n' if part.type == 'image' else "
+    "'<|video_pad|>\\n' if part.type == 'video' else part.text",
+)
 _QWEN2 = {
     "hidden_size": 192,
     "intermediate_size": 512,
@@ -138,4 +144,62 @@ def internvl_tokens() -> dict[str, str]:
         "end_image_token": "<|vision_end|>",
         "context_image_token": "<|image_pad|>",
         "video_token": "<|video_pad|>",
+    }
+
+
+def onevision_files(ids: dict[str, int], vocab_size: int, tower: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a LLaVA-OneVision with up to 2 x 2 tiles, and what its processor reads."""
+    text = {
+        "model_type": "qwen2",
+        "vocab_size": vocab_size,
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+        **_QWEN2,
+        "rope_theta": 10000.0,
+    }
+    resolutions = [[SIDE * rows, SIDE * cols] for rows in (1, 2) for cols in (1, 2)]
+    half = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    size = {"height": SIDE, "width": SIDE}
+    ratio = "anyres_max_3"
+    return {
+        "config.json": {
+            "architectures": ["LlavaOnevisionForConditionalGeneration"],
+            "model_type": "llava_onevision",
+            "text_config": text,
+            "vision_config": {
+                **tower,
+                "model_type": "siglip_vision_model",
+                "vision_use_head": False,
+            },
+            "image_token_index": ids["<|image_pad|>"],
+            "video_token_index": ids["<|video_pad|>"],
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full",
+            "image_grid_pinpoints": resolutions,
+            "vision_aspect_ratio": ratio,
+            "tie_word_embeddings": True,
+        },
+        "processor_config.json": {
+            "processor_class": "LlavaOnevisionProcessor",
+            "image_token": "<|image_pad|>",
+            "video_token": "<|video_pad|>",
+            "num_image_tokens": (SIDE // 8) ** 2,
+            "vision_feature_select_strategy": "full",
+            "vision_aspect_ratio": ratio,
+        },
+        "preprocessor_config.json": {
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+            "processor_class": "LlavaOnevisionProcessor",
+            "size": size,
+            "image_grid_pinpoints": resolutions,
+            **half,
+        },
+        "video_preprocessor_config.json": {
+            "video_processor_type": "LlavaOnevisionVideoProcessor",
+            "processor_class": "LlavaOnevisionProcessor",
+            "size": size,
+            "do_sample_frames": True,
+            "fps": 1,
+            **half,
+        },
     }

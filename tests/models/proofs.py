@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.models import tiny, tiny_audio
+from tests.models import tiny, tiny_audio, tiny_onevision
 from tests.models.stock import stock_logits
 from triptych_models.layout import head_dim, text_config
 
@@ -119,6 +119,13 @@ PROOFS: dict[str, Proof] = {
         tiny.pack_llava,
         logits=llava_logits,
         idle=SIGLIP_IDLE,
+    ),
+    "llava_onevision": Proof(
+        tiny_onevision.write_model_dir,
+        tiny_onevision.documents,
+        tiny_onevision.pack,
+        logits=tiny_onevision.logits,
+        idle=("post_layernorm",),
     ),
     "llava_projector": Proof(
         write_unshuffled,

@@ -54,6 +54,40 @@ PUBLISHED: dict[str, Published] = {
             "language_model.model.layers.23.self_attn.q_proj.bias",
         ),
     ),
+    "llava_onevision": Published(
+        "llava-onevision-qwen2-7b-ov-hf",
+        {
+            "tie_word_embeddings": False,
+            "text_config": {
+                "model_type": "qwen2",
+                "vocab_size": 152064,
+                "hidden_size": 3584,
+                "intermediate_size": 18944,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 28,
+                "num_key_value_heads": 4,
+                "rope_parameters": ROPE,
+            },
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 26,
+                "num_attention_heads": 16,
+                "image_size": 384,
+                "patch_size": 14,
+                "vision_use_head": False,
+            },
+        },
+        8_030_348_832,
+        (
+            "image_newline",
+            "vision_tower.encoder.layers.25.mlp.fc2.bias",
+            "multi_modal_projector.linear_2.weight",
+            "language_model.model.layers.27.self_attn.q_proj.bias",
+            "language_model.lm_head.weight",
+        ),
+    ),
     "qwen2": Published(
         "Qwen2.5-7B",
         {

@@ -1,12 +1,14 @@
 """Encoded samples to the batch of one packed row that a model takes."""
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from triptych_data.encoded import EncodedSample
+from triptych_data.media.taps import join_taps
 from triptych_data.text.chat import IGNORE_INDEX
 
 Batch = dict[str, Any]
@@ -31,6 +33,8 @@ def collate(
       int64, `image_positions (num_image_tokens,)` int64 into T, `vision_cu_seqlens
       (num_frames + 1,)` int32, and `vision_max_seqlen` that bounds a frame's patches; a video
       is an image of as many frames as temporal patches, or each of those is an image
+    - of a model that arranges features (LLaVA-OneVision): `image_taps (num_image_tokens, 4)` int64,
+      numbers of the tiles' features, -1 a line break, and `image_tap_weights` float32
     """
     lengths = [len(sample.input_ids) for sample in samples]
     padding = seq_len - sum(lengths)
@@ -65,7 +69,19 @@ def collate(
         batch["image_positions"] = torch.cat(
             [s.image_positions + start for s, start in zip(samples, starts, strict=False)]
         )
+        batch |= _image_taps(samples)
     return batch
+
+
+def _image_taps(samples: Sequence[EncodedSample]) -> Batch:
+    """Taps of all image tokens, counting the row's features; nothing of a model without them."""
+    taps = [sample.taps for sample in samples if sample.taps is not None]
+    if not taps:
+        return {}
+    pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
+    starts = [0, *accumulate(len(patches) for patches in pixels)]
+    joined = join_taps(taps, starts[:-1])
+    return {"image_taps": joined.features, "image_tap_weights": joined.weights}
 
 
 def _row(documents: list[Tensor], padding: int, value: int) -> Tensor:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from triptych_data.media.taps import Taps
+
 IGNORE_INDEX = -100
 
 
@@ -27,6 +29,18 @@ class EncodedSample:
     image_grid_thw: Tensor
     image_positions: Tensor
     num_targets: int
+    taps: Taps | None = None
+    """of which features each image token is made, where that is not one after another"""
+
+    @property
+    def image_taps(self) -> Tensor | None:
+        """(num_image_tokens, 4) int64, as in a batch."""
+        return None if self.taps is None else self.taps.features
+
+    @property
+    def image_tap_weights(self) -> Tensor | None:
+        """(num_image_tokens, 4) float32, as in a batch."""
+        return None if self.taps is None else self.taps.weights
 
 
 def cut_piece(sample: EncodedSample, number: int, seq_len: int) -> EncodedSample:

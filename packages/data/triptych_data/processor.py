@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +16,38 @@ from triptych_data.encoded import EncodedSample, Measures
 from triptych_data.faults import BadSample
 from triptych_data.media.augment import vary_jpeg
 from triptych_data.media.config import JpegConfig, VideoConfig
-from triptych_data.media.images import ImageRules, encode_image, image_grid
+from triptych_data.media.images import (
+    ImageRules,
+    check_ratio,
+    decode_image,
+    encode_image,
+    image_grid,
+    patchify,
+)
 from triptych_data.media.positions import mrope_positions
 from triptych_data.media.probe import MediaInfo
 from triptych_data.media.rules import (
     IMAGE_FILE,
     VIDEO_FILE,
     read_bytes,
+    read_frame_rules,
     read_image_rules,
     read_video_rules,
+)
+from triptych_data.media.taps import (
+    Taps,
+    frame_taps,
+    join_taps,
+    pooled_side,
+    square_taps,
+    tiled_taps,
+)
+from triptych_data.media.tiling import (
+    TileLayout,
+    TilingRules,
+    encode_tiles,
+    square_tile,
+    tile_layout,
 )
 from triptych_data.media.video import (
     VideoLayout,
@@ -103,6 +127,7 @@ class Processor:
         self.image_tokens = None  # an image's, where all are of one size
         if rules and rules.side:
             self.image_tokens = rules.tokens or (rules.side // rules.patch_size) ** 2
+        self.tiling = rules.tiling if rules else None
         self.position_axes = 3 if rules and rules.side is None else 1  # M-RoPE's, or plain
         self.image_mean = _statistics(directory, settings, "image_mean")
         self.image_std = _statistics(directory, settings, "image_std")
@@ -148,8 +173,10 @@ class Processor:
         if any((directory / file).exists() for file in (IMAGE_FILE, VIDEO_FILE)):
             bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
             rules, settings = read_image_rules(directory, **bounds)
-            if rules.side is None:  # of one-size towers no videos are taken
+            if rules.side is None:
                 video_rules = read_video_rules(directory, video or VideoConfig())
+            elif rules.tiling is not None:  # of other towers of one size no videos are taken
+                video_rules = read_frame_rules(directory, video or VideoConfig(), rules)
             _check_alike(directory, rules, video_rules)
         options = {
             "min_pixels": min_pixels,
@@ -203,11 +230,11 @@ class Processor:
         (`Shards.media_of`). Raises ValueError as `encode` does, except for damaged media, and
         names no sample.
         """
+        columns = [column.tolist() for column in media]
+        is_alone = [KINDS[kind] for kind in columns[0]].count("image") == 1
         media_ = [
-            self._measure_medium(KINDS[kind], width, height, frames, seconds)
-            for kind, (width, height), frames, seconds in zip(
-                *(column.tolist() for column in media), strict=True
-            )
+            self._measure_medium(KINDS[kind], width, height, frames, seconds, is_alone)
+            for kind, (width, height), frames, seconds in zip(*columns, strict=True)
         ]
         tokens = self._tokenize(record, record.get("messages", ()), media_)
         num_targets = int(tokens.trained[1:].sum())
@@ -216,7 +243,10 @@ class Processor:
         return Measures(len(tokens.input_ids), num_targets, sum(images), len(images), pairs)
 
     def media_tokens(self, info: MediaInfo) -> int:
-        """Tokens of a medium that stand for its patches. Raises ValueError for one not taken."""
+        """Tokens of a medium, alone in its sample, that stand for its patches.
+
+        Raises ValueError for one not taken.
+        """
         medium = self._measure_medium(info.kind, *info[2:])
         return sum(piece for piece in medium.tokens.pieces if isinstance(piece, int))
 
@@ -242,8 +272,11 @@ class Processor:
     ) -> EncodedSample:
         patches: list[Tensor] = []
         media: list[_Medium] = []
+        taps: list[Taps] = []
         record = raw.json if is_document(raw.json) else {"messages": messages}
-        for kind, index in media_parts(record):
+        parts = list(media_parts(record))
+        is_alone = [kind for kind, _ in parts].count("image") == 1
+        for kind, index in parts:
             if index >= len(raw.media):
                 raise BadSample(
                     f"{kind} {index}: must be a member of the sample, got {len(raw.media)} media; "
@@ -252,11 +285,14 @@ class Processor:
                 )
             vary = self._vary(raw.key, index, epoch)
             try:
-                pixels, medium = self._encode_medium(kind, raw.media[index], vary)
+                pixels, medium, its_taps = self._encode_medium(
+                    kind, raw.media[index], vary, is_alone
+                )
             except ValueError as error:
                 raise BadSample(f"{kind} {index}: {error}", reason=f"corrupt {kind}") from error
             patches.append(pixels)
             media.append(medium)
+            taps += [] if its_taps is None else [its_taps]
         tokens = self._tokenize(raw.json, messages, media, add_generation_prompt)
         labels = np.full_like(tokens.input_ids, IGNORE_INDEX)
         if not add_generation_prompt:
@@ -278,6 +314,7 @@ class Processor:
             image_grid_thw=torch.from_numpy(grids),
             image_positions=torch.from_numpy(np.flatnonzero(is_image)),
             num_targets=int((labels != IGNORE_INDEX).sum()),
+            taps=join_taps(taps, _starts(patches)) if taps else None,
         )
 
     def _find_end(self) -> int:
@@ -297,17 +334,50 @@ class Processor:
         return partial(vary_jpeg, config=self._jpeg, key=key, number=number, epoch=epoch)
 
     def _encode_medium(
-        self, kind: str, data: bytes, vary: Callable[[Tensor], Tensor] | None
-    ) -> tuple[Tensor, _Medium]:
+        self, kind: str, data: bytes, vary: Callable[[Tensor], Tensor] | None, is_alone: bool
+    ) -> tuple[Tensor, _Medium, Taps | None]:
+        """Patches of a medium, what it becomes, and of which features its tokens are made where
+        they are not those of its patches; is_alone: it is the only image."""
+        if kind == "image" and self.tiling is not None:
+            return self._encode_tiled(data, self.tiling, vary, is_alone)
         if kind == "image":
             patches, grid = encode_image(data, self._image_rules(), vary)
-            return patches, self._image(grid)
+            return patches, self._image(grid), None
         patches, layout = encode_video(data, self._rules_for(kind))
-        return patches, self._video(layout)
+        taps = frame_taps(*layout.grid[:2]) if self.tiling is not None else None
+        return patches, self._video(layout), taps
+
+    def _encode_tiled(
+        self,
+        data: bytes,
+        tiling: TilingRules,
+        vary: Callable[[Tensor], Tensor] | None,
+        is_alone: bool,
+    ) -> tuple[Tensor, _Medium, Taps]:
+        if is_alone:
+            tiles, layout = encode_tiles(data, tiling, vary)
+            medium, taps = self._tiled(layout), tiled_taps(layout, tiling.side)
+        else:
+            background = [int(255 * mean) for mean in self.image_mean]
+            image = decode_image(data)
+            image = image if vary is None else vary(image)
+            tiles = square_tile(image, tiling.tile, background)[None]
+            medium, taps = self._tiled(None), square_taps(tiling.side)
+        shown = tiling.side * self.patch_size
+        return patchify(tiles[:, :, :shown, :shown].contiguous(), self._image_rules()), medium, taps
 
     def _measure_medium(
-        self, kind: str, width: int, height: int, frames: int, seconds: float
+        self,
+        kind: str,
+        width: int,
+        height: int,
+        frames: int,
+        seconds: float,
+        is_alone: bool = True,
     ) -> _Medium:
+        if kind == "image" and self.tiling is not None:
+            check_ratio(width, height)
+            return self._tiled(tile_layout(width, height, self.tiling) if is_alone else None)
         if kind == "image":
             return self._image(image_grid(width, height, self._image_rules()))
         rules = self._rules_for(kind)
@@ -320,9 +390,21 @@ class Processor:
         pieces = tuple(piece for piece in (before, tiles * tokens, after) if piece)
         return _Medium(MediaTokens("image", pieces), [(1, height, width)] * tiles, [None] * tiles)
 
+    def _tiled(self, layout: TileLayout | None) -> _Medium:
+        """An image of any resolution, each tile a grid; None is a square, as one of several."""
+        assert self.tiling is not None
+        side = self.tiling.side
+        count, tokens = 1, side**2 + 1
+        if layout is not None:
+            count, tokens = 1 + layout.grid[0] * layout.grid[1], layout.num_tokens
+        return _Medium(MediaTokens("image", (tokens,)), [(1, side, side)] * count, [None] * count)
+
     def _video(self, layout: VideoLayout) -> _Medium:
         """A video as M-RoPE sees it: one grid, or an image per temporal patch."""
         frames, height, width = layout.grid
+        if self.tiling is not None:  # pooled, and a line break
+            pooled = MediaTokens("video", (frames * pooled_side(height) ** 2 + 1,))
+            return _Medium(pooled, [(1, height, width)] * frames, [None] * frames)
         tokens = MediaTokens("video", video_pieces(layout, self.merge_size))
         if layout.interval is not None:
             return _Medium(tokens, [layout.grid], [layout.interval])
@@ -396,10 +478,14 @@ def _given(rules: ImageRules) -> dict[str, int]:
 
 
 def _stated(rules: VideoRules) -> dict[str, Any]:
-    """Rules without those of Qwen2.5-VL where there are none, as fingerprints were made before."""
-    own = ("tokens_per_second", "total_pixels")
-    given = rules._asdict()
-    return {n: v for n, v in given.items() if n not in own or rules.tokens_per_second is not None}
+    """Rules without those that came later where there are none: fingerprints stay."""
+    own = ("tokens_per_second", "total_pixels", "side")
+    return {n: v for n, v in rules._asdict().items() if n not in own or v is not None}
+
+
+def _starts(patches: Sequence[Tensor]) -> list[int]:
+    """How many patches there are before each."""
+    return [0, *accumulate(len(each) for each in patches)][:-1]
 
 
 def _statistics(directory: Path, settings: dict[str, Any], name: str) -> tuple[float, ...]:

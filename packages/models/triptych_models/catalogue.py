@@ -54,6 +54,13 @@ FAMILIES: dict[str, Family] = {
         "any SigLIP before a Qwen3, Qwen2 or Llama, assembled",
         "tiny on CPUs",
     ),
+    "llava_onevision": Family(
+        "triptych_models.llava_onevision:LlavaOnevision",
+        _SEEING,
+        ("align", "pretrain", "sft"),
+        "LLaVA-OneVision: 0.5B, 7B, 72B (folders ending in -hf)",
+        "tiny on CPUs",
+    ),
     "llava_projector": Family(
         "triptych_models.llava_projector:LlavaProjector",
         _SEEING,

@@ -4,6 +4,8 @@ Of a model of masked diffusion: masks filled in, see triptych_models.masked_diff
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from transformers import GenerationConfig
 
 from .layout import text_config
 from .llava import Llava
+from .llava_onevision import LlavaOnevision
 from .masked_diffusion.sampler import fill_in
 from .packed import PackedModel
 from .prompt import Prompt, before_stop
@@ -57,7 +60,8 @@ def generate(
         tokens = model.hf.generate(**inputs, synced_gpus=synced, generation_config=settings)
     model.train(was_training)
     stops = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
-    new_tokens = tokens[: len(prompts), inputs["input_ids"].shape[1] :].tolist()
+    given = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0  # else only new ones come
+    new_tokens = tokens[: len(prompts), given:].tolist()
     return [before_stop(row, stops) for row in new_tokens]
 
 
@@ -78,6 +82,8 @@ def model_inputs(
     """
     rows = [prompt.input_ids.cpu() for prompt in prompts] or [torch.tensor([pad_token_id])]
     room = model.tokens_per_image if isinstance(model, Llava) else 1
+    if isinstance(model, LlavaOnevision):
+        return embedded_inputs(model, prompts, rows, pad_token_id)
     inputs = left_padded(rows, pad_token_id, room=room if force_image else 0)
     if isinstance(model, Qwen3VL):
         inputs |= image_inputs(model, prompts, inputs["input_ids"], force=force_image)
@@ -137,6 +143,35 @@ def padded_positions(prompts: Sequence[Prompt], length: int) -> Tensor:
         positions[0, row, start:] = torch.arange(length - start)
         positions[1:, row, start:] = prompt.position_ids
     return positions
+
+
+@torch.no_grad()
+def embedded_inputs(
+    model: LlavaOnevision, prompts: Sequence[Any], rows: list[Tensor], pad_token_id: int
+) -> dict[str, Tensor]:
+    """What the language model is given (B, L, H): stock would arrange features by the sizes of
+    images, a prompt has image_positions, image_taps and image_tap_weights. All ranks run the tower.
+    """
+    device = next(model.parameters()).device
+    batch: dict[str, Any] = {"input_ids": torch.cat(rows)[None]}
+    begins = [0, *accumulate(map(len, rows))]
+    placed = zip(prompts, begins, strict=False)
+    seen = [(prompt, begin) for prompt, begin in placed if prompt.image_taps is not None]
+    if seen:
+        starts = [0, *accumulate(len(prompt.pixel_values) for prompt, _ in seen)]
+        taps = [prompt.image_taps.cpu() for prompt, _ in seen]
+        moved = [torch.where(t < 0, t, t + n) for t, n in zip(taps, starts, strict=False)]
+        batch |= {
+            "pixel_values": torch.cat([prompt.pixel_values.cpu() for prompt, _ in seen]),
+            "image_positions": torch.cat([p.image_positions.cpu() + begin for p, begin in seen]),
+            "image_taps": torch.cat(moved),
+            "image_tap_weights": torch.cat([prompt.image_tap_weights.cpu() for prompt, _ in seen]),
+        }
+    embedded = model.embed(**{name: x.to(device) for name, x in batch.items()})[0]
+    mask = left_padded(rows, pad_token_id, room=0)["attention_mask"].to(device)
+    inputs_embeds = embedded.new_zeros(*mask.shape, embedded.shape[-1])
+    inputs_embeds[mask.bool()] = embedded
+    return {"inputs_embeds": inputs_embeds, "attention_mask": mask}
 
 
 def whole_image_inputs(

@@ -111,9 +111,15 @@ _LLAVA = (
 _QWEN = (("model.visual.", "visual."), ("model.language_model.", "model."))
 STORED_PREFIXES: dict[str, Prefixes] = {
     "internvl": (*_LLAVA, ("model.vision_tower.", "vision_tower.")),
+    "llava_onevision": (
+        *_LLAVA,
+        ("model.vision_tower.", "vision_tower."),
+        ("model.image_newline", "image_newline"),
+    ),
     "qwen2_5_omni_thinker": (("model.audio_tower.", "audio_tower."), *_QWEN),
     "qwen2_5_vl": _QWEN,
 }
+_OLD_TOWER = "vision_tower.vision_model."  # as transformers 4 wrote it
 _THINKER = "thinker."  # before the names in a folder that speaks, too
 
 
@@ -122,6 +128,8 @@ def stored_prefixes(config: PretrainedConfig, stored: Collection[str]) -> Prefix
     pairs = STORED_PREFIXES.get(config.model_type, ())
     if any(name.startswith(_THINKER) for name in stored):
         return tuple((own, _THINKER + name) for own, name in (*pairs, ("lm_head.", "lm_head.")))
+    if any(name.startswith(_OLD_TOWER) for name in stored):
+        pairs = tuple((own, name.replace("vision_tower.", _OLD_TOWER)) for own, name in pairs)
     is_own = any(name.startswith(own) for name in stored for own, _ in pairs)
     return () if is_own else pairs
 

@@ -98,6 +98,8 @@ class Llava(ImageModel):
         image_sends: Sequence[int] | None = None,
         image_receives: Sequence[int] | None = None,
         image_grid_thw: Tensor | None = None,
+        image_taps: Tensor | None = None,
+        image_tap_weights: Tensor | None = None,
         vision_cu_seqlens: Tensor | None = None,
         vision_max_seqlen: int | None = None,
         **settings: Any,
@@ -105,11 +107,34 @@ class Llava(ImageModel):
         """Hidden states (1, T, H) after the final norm, documents kept apart.
 
         input_ids and position_ids (1, T) int64, cu_seqlens (num_docs + 1,) int32, pixel_values
-        (P, patch_dim) uint8, image_positions (image tokens,) int64; what a batch
+        (P, patch_dim) uint8, image_positions (image tokens,) int64, image_taps (image tokens, 4)
+        int64 and their weights fp32 of families that arrange features; what a batch
         has of grids is known here. In a sequence group a rank runs the tower on its share of the
         row's images, and image_positions are those of its own tokens. settings are for each
         language layer.
         """
+        hidden_states = self.embed(
+            input_ids,
+            pixel_values,
+            image_positions,
+            image_sends,
+            image_receives,
+            image_taps,
+            image_tap_weights,
+        )
+        return self.run_decoder(hidden_states, position_ids, cu_seqlens, max_seqlen, **settings)
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_positions: Tensor | None = None,
+        image_sends: Sequence[int] | None = None,
+        image_receives: Sequence[int] | None = None,
+        image_taps: Tensor | None = None,
+        image_tap_weights: Tensor | None = None,
+    ) -> Tensor:
+        """What the language model's first layer is given (1, T, H): embeddings and features."""
         hidden_states = self.hf.model.language_model.embed_tokens(input_ids)  # (1, T, H)
         positions = image_positions
         if positions is None:
@@ -120,11 +145,17 @@ class Llava(ImageModel):
         else:
             features = self._image_features(pixel_values)
         if image_sends is not None and image_receives is not None:
-            (features,) = exchange_features([features], image_sends, image_receives, self.sequence)
-        hidden_states = hidden_states.index_copy(
-            1, positions, features.to(hidden_states.dtype)[None]
-        )
-        return self.run_decoder(hidden_states, position_ids, cu_seqlens, max_seqlen, **settings)
+            features = self.exchange(features, image_sends, image_receives)
+        features = self.arrange(features, image_taps, image_tap_weights)
+        return hidden_states.index_copy(1, positions, features.to(hidden_states.dtype)[None])
+
+    def arrange(self, features: Tensor, taps: Tensor | None, weights: Tensor | None) -> Tensor:
+        """Features in the order of their tokens; here they are so."""
+        return features
+
+    def exchange(self, features: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Tensor:
+        """Features from the ranks of a sequence group that computed them to those of tokens."""
+        return exchange_features([features], sends, receives, self.sequence)[0]
 
     def image_rules(self) -> dict[str, Any]:
         """What the data's processor must say of images, by the name of its attribute."""

@@ -20,6 +20,7 @@ from .families import build_shell
 from .freeze import freeze
 from .layout import tower
 from .llava import Llava
+from .llava_onevision import LlavaOnevision
 from .lora import add_adapters
 from .packed import PackedModel
 from .sequence import ALONE, SequenceGroup
@@ -172,6 +173,11 @@ def pretend_batch(
         starts = [seq_len * image // count for image in range(count)]
         taken = [start + token for start in starts for token in range(each)]
         images = _pretend_images(model, count, side) | {"image_positions": _known(taken)}
+        if isinstance(model, LlavaOnevision):
+            images |= {
+                "image_taps": torch.zeros(len(taken), 4, dtype=torch.int64),
+                "image_tap_weights": torch.zeros(len(taken), 4),
+            }
     free = sorted(set(range(seq_len)) - set(taken)) or [0]
     num_targets = max(1, round(len(free) * target_share))
     labels = [-100] * seq_len

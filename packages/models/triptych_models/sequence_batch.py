@@ -1,6 +1,7 @@
 """The part of a packed row that one rank of a sequence group computes, cut on the host."""
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ def image_part(batch: Mapping[str, Any], length: int, group: SequenceGroup) -> d
     Each rank runs the tower on images that stand together, with about 1/N of all patches:
     `pixel_values`, `image_grid_thw` and `vision_cu_seqlens` of those, absent where it has none.
     `image_positions` are those of the image tokens in its T/N = length tokens, whoever computes
-    their features: `image_sends` and `image_receives` (N,) count them by rank.
+    their features: `image_sends` and `image_receives` (N,) count them by rank. Where tokens are
+    made by `image_taps`, every rank gets all features.
     """
     n, rank = group.size, group.rank
     grids, positions = batch["image_grid_thw"], batch["image_positions"]
@@ -59,6 +61,10 @@ def image_part(batch: Mapping[str, Any], length: int, group: SequenceGroup) -> d
         "image_sends": [_overlap(made, rank, held, other) for other in range(n)],
         "image_receives": [_overlap(made, other, held, rank) for other in range(n)],
     }
+    if "image_taps" in batch:
+        part |= {name: batch[name][mine] for name in ("image_taps", "image_tap_weights")}
+        counts = [end - start for start, end in pairwise(patch_cuts)]  # a feature a patch
+        part |= {"image_sends": [counts[rank]] * n, "image_receives": counts}
     first, last = cuts[rank], cuts[rank + 1]
     if first < last:
         frames = [_sum_before(grids[:, 0], cut) for cut in (first, last)]

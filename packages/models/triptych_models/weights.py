@@ -90,6 +90,8 @@ def initialize(hf: PreTrainedModel, seed: int, gather: Gather = whole) -> None:
         std = getattr(section, "initializer_range", 0.02)  # SigLIP's section does not say it
         with gather(list(own.values())):
             for name, parameter in own.items():
+                if name.endswith(".image_newline"):  # LLaVA-OneVision's line break
+                    std = section.hidden_size**-0.5
                 if name.endswith((".lambda_1", ".lambda_2")):  # InternVL's scales of layers
                     parameter.fill_(section.layer_scale_init_value)
                     continue

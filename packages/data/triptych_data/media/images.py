@@ -21,6 +21,7 @@ from torchvision.transforms.v2 import functional as transforms
 from triptych_data.media.probe import BROKEN, FORMATS, MAX_PIXELS, ORIENTATION, check_effort
 
 if TYPE_CHECKING:
+    from triptych_data.media.tiling import TilingRules
     from triptych_data.media.video import VideoRules
 
 BICUBIC = 3
@@ -69,6 +70,8 @@ class ImageRules(NamedTuple):
     """An image of one size becomes so many; None is one for merge_size x merge_size patches."""
     tiles: tuple[int, int] | None = None
     """Fewest and most squares of one size that an image is cut into; None is one, never cut."""
+    tiling: "TilingRules | None" = None
+    """How an image alone in its sample is tiled; several are one square each."""
 
 
 def encode_image(

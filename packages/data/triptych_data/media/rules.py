@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from triptych_data.media.config import VideoConfig
 from triptych_data.media.images import BICUBIC, INTERPOLATIONS, ImageRules
+from triptych_data.media.tiling import TilingRules
 from triptych_data.media.video import VideoRules
 
 IMAGE_FILE = "preprocessor_config.json"
@@ -17,6 +19,7 @@ CONFIG_FILE = "config.json"
 _MOST_TILES = 256
 # What transformers' Qwen3-VL video processor does where the file does not say.
 _VIDEO_DEFAULTS = {"fps": 2, "min_frames": 4, "max_frames": 768}
+_COUNTS = ("min_frames", "max_frames")
 _VIDEO_FRAME_TOKENS = 768
 _VIDEO_TYPE = "Qwen3VLVideoProcessor"
 # What Qwen2.5-VL's authors do (qwen-vl-utils), whose folders have no file for videos; as the
@@ -24,6 +27,11 @@ _VIDEO_TYPE = "Qwen3VLVideoProcessor"
 _GRID_PROCESSOR = "Qwen2_5_VLProcessor"
 _GRID_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
 _GRID_TOKENS = 128_000
+# LLaVA-OneVision's videos: 32 frames at most, of one a second (arXiv 2408.03326, section 4).
+_TILED_PROCESSOR = "LlavaOnevisionProcessor"
+_TILED_SAMPLING = {"fps": 1, "min_frames": 1, "max_frames": 32}
+_RATIO = re.compile(r"anyres_max_([1-9]\d{0,3})")
+_MOST_TILES_A_SIDE = 64
 _TOKENS_PER_SECOND = 4  # of transformers' Qwen2.5-VL, where config.json does not say
 
 
@@ -172,8 +180,73 @@ def _one_size(
     mode = None if interpolation == BICUBIC else interpolation
     tokens = _image_tokens(beside, processor, (side // patch_size) ** 2)
     return ImageRules(
-        patch_size, 1, 1, side**2, side**2, side, mode, tokens, _tiles(path, settings, processor)
+        patch_size,
+        1,
+        1,
+        side**2,
+        side**2,
+        side,
+        mode,
+        tokens,
+        _tiles(path, settings, processor),
+        _tiling(path, settings, processor, side // patch_size),
     )
+
+
+def read_frame_rules(directory: Path, config: VideoConfig, images: ImageRules) -> VideoRules:
+    """LLaVA-OneVision's rules for videos, whose frames are squares as its images are.
+
+    Raises ValueError if the file asks for what we do not do, or `config` for a number of pixels.
+    """
+    path, side = directory / VIDEO_FILE, images.side
+    settings = read_json(path) if path.exists() else {}
+    size = settings.get("size") or {"height": side, "width": side}
+    frames = settings.get("num_frames")
+    for name, given, is_right, wanted in (
+        ("size", size, size == {"height": side, "width": side}, f"{side} x {side}"),
+        ("resample", settings.get("resample"), settings.get("resample", BICUBIC) == BICUBIC, "3"),
+    ):
+        if not is_right:
+            raise ValueError(f"{path}: {name} must be {wanted}, got {given}; fetch it again")
+    if config.max_pixels is not None:
+        raise ValueError(
+            f"data.video.max_pixels: must be left out for a model whose frames are all "
+            f"{side}x{side} pixels, got {config.max_pixels}; set data.video.max_frames"
+        )
+    sampling = _TILED_SAMPLING | ({} if frames is None else dict.fromkeys(_COUNTS, frames))
+    sampled = _sampling(path, {**sampling, **settings}, config)
+    return VideoRules(*images[:5], **sampled, side=side)
+
+
+def _tiling(
+    path: Path, settings: Mapping[str, Any], processor: Mapping[str, Any], side: int
+) -> TilingRules | None:
+    """How images of any resolution are tiled: by LLaVA-OneVision's processor."""
+    names = (settings.get("processor_class"), processor.get("processor_class"))
+    if _TILED_PROCESSOR not in names:
+        return None
+    tile, sizes = settings["size"]["height"], settings.get("image_grid_pinpoints")
+    most = _MOST_TILES_A_SIDE * tile
+    is_right = isinstance(sizes, list) and all(
+        isinstance(size, list)
+        and len(size) == 2
+        and all(isinstance(n, int) and 0 < n <= most and n % tile == 0 for n in size)
+        for size in sizes
+    )
+    if not is_right or not sizes:
+        raise ValueError(
+            f"{path}: image_grid_pinpoints must be heights and widths, each a multiple of {tile}, "
+            f"got {str(sizes)[:80]}; fetch the file again"
+        )
+    ratio = processor.get("vision_aspect_ratio", "anyres_max_9")
+    found = _RATIO.fullmatch(ratio) if isinstance(ratio, str) else None
+    if found is None:
+        raise ValueError(
+            f"{path.with_name(PROCESSOR_FILE)}: vision_aspect_ratio must be anyres_max_ and a "
+            f"number, got {ratio!r}; fetch the file again"
+        )
+    resolutions = tuple((height, width) for height, width in sizes)
+    return TilingRules(tile, side, resolutions, int(found[1]))
 
 
 def _patch_of_model(path: Path) -> Any:

@@ -6,6 +6,7 @@ cut away again (`TileLayout.kept`), and each row of what is left ends in a learn
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,12 +43,17 @@ class TileLayout(NamedTuple):
     num_tokens: int
 
 
-def encode_tiles(data: bytes, rules: TilingRules) -> tuple[Tensor, TileLayout]:
+def encode_tiles(
+    data: bytes, rules: TilingRules, vary: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, TileLayout]:
     """Decode an image file and tile it: (1 + rows * columns, 3, tile, tile) uint8, its layout.
 
-    Raises ValueError for a file that cannot be decoded.
+    `vary` may change the decoded pixels (3, H, W), not their number. Raises ValueError for a file
+    that cannot be decoded.
     """
     image = decode_image(data)
+    if vary is not None:
+        image = vary(image)
     layout = tile_layout(image.shape[2], image.shape[1], rules)
     return tile_image(image, layout, rules), layout
 
@@ -62,7 +68,7 @@ def tile_image(image: Tensor, layout: TileLayout, rules: TilingRules) -> Tensor:
     return torch.cat([resize(image, tile, tile)[None], tiles.reshape(-1, 3, tile, tile)])
 
 
-def square_tile(image: Tensor, tile: int, background: tuple[int, int, int]) -> Tensor:
+def square_tile(image: Tensor, tile: int, background: Sequence[int]) -> Tensor:
     """(3, H, W) uint8 as one tile (3, tile, tile), `background` beside it: one of many images."""
     _, height, width = image.shape
     longest = max(height, width)

@@ -27,7 +27,8 @@ class VideoRules(NamedTuple):
     one frame may take at most, None for as many as `max_pixels` allow.
 
     With `tokens_per_second` a video is one grid, and so many positions are a second of it (Qwen2.5-
-    VL); then `min_pixels` and `max_pixels` bound each frame, `total_pixels` all of them.
+    VL); then `min_pixels` and `max_pixels` bound each frame, `total_pixels` all of them. With
+    `side` every frame is stretched to a square of so many pixels (LLaVA-OneVision).
     """
 
     patch_size: int
@@ -41,6 +42,7 @@ class VideoRules(NamedTuple):
     max_frame_tokens: int | None = None
     tokens_per_second: float | None = None
     total_pixels: int | None = None
+    side: int | None = None
 
 
 class VideoLayout(NamedTuple):
@@ -63,10 +65,12 @@ def encode_video(data: bytes, rules: VideoRules) -> tuple[Tensor, VideoLayout]:
         info = clips.describe_video(video)
         layout = video_layout(info.width, info.height, info.frames, info.seconds, rules)
         height, width = (side * rules.patch_size for side in layout.grid[1:])
+        size = (rules.side, rules.side) if rules.side else (height, width)
         times = layout.frames / frame_rate(info.frames, info.seconds)
         frames = torch.empty(len(times), 3, height, width, dtype=torch.uint8)
         for number, frame in enumerate(clips.frames_at(video, times)):
-            frames[number] = resize(torch.from_numpy(frame).permute(2, 0, 1), height, width)
+            resized = resize(torch.from_numpy(frame).permute(2, 0, 1), *size)
+            frames[number] = resized[:, :height, :width]
     return patchify(frames, rules), layout
 
 
@@ -75,12 +79,17 @@ def video_layout(
 ) -> VideoLayout:
     """The layout of a video of `num_frames` frames of `width` x `height` pixels and of `seconds`.
 
-    Frames, size and times are those of transformers' Qwen3-VL, or Qwen2.5-VL, for the numbers an
+    Frames, size and times are those of transformers' processor of the model, for the numbers an
     index holds. Raises ValueError if one side is over 200 times the other.
     """
     rate, depth = frame_rate(num_frames, seconds), rules.temporal_patch_size
     interval = None
-    if rules.tokens_per_second is None:
+    if rules.side is not None:
+        wanted = min(max(int(num_frames / rate * rules.fps), rules.min_frames), rules.max_frames)
+        wanted = min(wanted, num_frames)
+        frames = np.arange(wanted) * num_frames // wanted
+        rows = cols = rules.side // rules.patch_size
+    elif rules.tokens_per_second is None:
         wanted = int(num_frames / rate * rules.fps)
         wanted = min(max(wanted, rules.min_frames), rules.max_frames, num_frames)
         frames = np.linspace(0, num_frames - 1, wanted).round().astype(np.int64)
