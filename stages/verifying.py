@@ -300,6 +300,8 @@ def _stock_states(job: Job, stock: Any, alone: dict[str, Any]) -> Tensor:
         alone["input_ids"][0, : alone["num_tokens"]],
         alone.get("pixel_values"),
         alone.get("image_grid_thw"),
+        alone.get("audio_features"),
+        alone.get("audio_lengths"),
         alone["position_ids"].flatten(0, -2)[:, : alone["num_tokens"]],
         alone.get("image_positions"),
         alone.get("image_taps"),
@@ -325,6 +327,8 @@ class _Document(NamedTuple):
     input_ids: Tensor
     pixel_values: Tensor | None
     image_grid_thw: Tensor | None
+    audio_features: Tensor | None
+    audio_lengths: Tensor | None
     position_ids: Tensor
     image_positions: Tensor | None
     image_taps: Tensor | None
@@ -336,7 +340,12 @@ def _other_tokens(job: Job, batch: dict[str, Any], first: int, last: int) -> dic
     ids = batch["input_ids"].clone()
     here = torch.zeros_like(ids, dtype=torch.bool)
     here[:, first:last] = True
-    for token in (job.processor.image_token_id, job.processor.video_token_id):
+    media = (
+        job.processor.image_token_id,
+        job.processor.video_token_id,
+        job.processor.audio_token_id,
+    )
+    for token in media:
         if token is not None:
             here &= ids != token
     ids[here] = ids[here].roll(1)

@@ -216,6 +216,7 @@ def spent_on(model: Any, processor: Any, prompt: Any, answer_tokens: int, most: 
         "cu_seqlens": [0, length + answer_tokens - 1],
         "num_targets": answer_tokens,
         "image_grid_thw": prompt.image_grid_thw,
+        "audio_lengths": prompt.audio_lengths if len(prompt.audio_lengths) else None,
     }
     stand_for_media = [processor.image_token_id, processor.video_token_id]
     image_tokens = sum(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import tiny_omni
 import tiny_vlms
 from assemble_vlm import CHATML
 from make_digits import WORDINGS
@@ -30,6 +31,7 @@ KINDS = {
     "qwen2_5_vl": "qwen2_5_vl_tiny",
     "internvl": "internvl_tiny",
     "llava_onevision": "llava_onevision_tiny",
+    "qwen2_5_omni": "qwen2_5_omni_tiny",
 }
 SIGLIP_SIDE = 32  # pixels: 16 tokens an image
 PATCH_SIZE, MERGE_SIZE, TEMPORAL_PATCH_SIZE = 8, 2, 2
@@ -86,7 +88,9 @@ def main(out_dir: Path | None, kind: str) -> None:
     """Write the model directory, then load it with transformers and run it once."""
     out_dir = out_dir or CONFIGS / KINDS[kind]
     out_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer()
+    tokenizer = train_tokenizer(
+        tiny_omni.SPECIAL_TOKENS if kind == "qwen2_5_omni" else SPECIAL_TOKENS
+    )
     tokenizer.save(str(out_dir / "tokenizer.json"))
     ids = tokenizer.get_vocab()
     files = {
@@ -96,11 +100,15 @@ def main(out_dir: Path | None, kind: str) -> None:
         "qwen2_5_vl": qwen2_5_vl_files,
         "internvl": internvl_files,
         "llava_onevision": onevision_files,
+        "qwen2_5_omni": qwen2_5_omni_files,
     }[kind]
     for name, content in files(ids).items():
         (out_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if kind == "text":
         check_text(out_dir)
+    elif kind == "qwen2_5_omni":
+        (out_dir / "chat_template.jinja").write_text(tiny_omni.TEMPLATE, encoding="utf-8")
+        click.echo(tiny_omni.check(out_dir))
     else:
         templates = {
             "llava": CHATML,
@@ -191,7 +199,29 @@ def onevision_files(ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def train_tokenizer() -> Tokenizer:
+def qwen2_5_omni_files(ids: dict[str, int]) -> dict[str, Any]:
+    """The small files of a Qwen2.5-Omni's thinker."""
+    processor = {"processor_class": "Qwen2_5OmniProcessor"}
+    tokenizer = with_processor(tokenizer_config(), processor["processor_class"])
+    seen = {
+        "<|image_pad|>": ids["<|IMAGE|>"],
+        "<|video_pad|>": ids["<|VIDEO|>"],
+        "<|vision_start|>": ids["<|vision_bos|>"],
+        "<|vision_end|>": ids["<|vision_eos|>"],
+    }
+    sizes = tiny_vlms.qwen2_5_vl_config(ids | seen, VOCAB_SIZE)
+    return {
+        "config.json": tiny_omni.thinker_config(ids, sizes),
+        "generation_config.json": generation_config(ids),
+        "tokenizer_config.json": tokenizer | {"extra_special_tokens": tiny_omni.media_tokens()},
+        "preprocessor_config.json": tiny_omni.preprocessor(
+            tiny_vlms.qwen2_5_vl_images(image_config()) | processor
+        ),
+        "video_preprocessor_config.json": tiny_vlms.qwen2_5_vl_videos(video_config()) | processor,
+    }
+
+
+def train_tokenizer(special_tokens: list[str]) -> Tokenizer:
     """Train a byte-level BPE on the demo's own words; the special tokens come last, as in Qwen."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -203,12 +233,12 @@ def train_tokenizer() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS),
+        vocab_size=VOCAB_SIZE - len(special_tokens),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus(), trainer)
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in special_tokens])
     return tokenizer
 
 

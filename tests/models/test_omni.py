@@ -1,6 +1,7 @@
 """Of models that hear, what test_families does not see: whole folders, chunks, refusals."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,15 +28,16 @@ def test_a_whole_folder_is_read_for_its_thinker(model: PackedModel, tmp_path: Pa
     """Names and configuration as the hub has them, beside the talker's; as stock's thinker does."""
     export(model.hf, tmp_path / "thinker", tmp_path / "tiny", dtype=torch.float32)
     tensors = load_file(tmp_path / "thinker/model.safetensors")
+    folder = tmp_path / "whole"
+    folder.mkdir()
     whole = {f"thinker.{name}": tensor for name, tensor in tensors.items()}
     whole |= {"talker.model.norm.weight": torch.ones(4), "token2wav.x.weight": torch.ones(2)}
+    shutil.copy(tmp_path / "tiny/preprocessor_config.json", folder)
     config = {
         "architectures": ["Qwen2_5OmniModel"],
         "model_type": "qwen2_5_omni",
         "thinker_config": json.loads((tmp_path / "thinker/config.json").read_text()),
     }
-    folder = tmp_path / "whole"
-    folder.mkdir()
     save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     assert ModelConfig(path=folder).find_family() == "qwen2_5_omni_thinker"

@@ -118,7 +118,7 @@ def document(
 def pack(documents: list[Document], seq_len: int) -> dict[str, Any]:
     """One packed row of seq_len tokens; the padding tail is the last document."""
     batch = tiny.pack(list(documents), seq_len)
-    lengths = torch.cat([doc.audio_lengths for doc in documents])
+    lengths = torch.cat([torch.zeros(0).long(), *(doc.audio_lengths for doc in documents)])
     if len(lengths):
         batch |= {
             "audio_features": torch.cat([doc.audio_features for doc in documents]),

@@ -8,12 +8,13 @@ image alone, one without a target, one with a single target.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.models import tiny
+from tests.models import tiny, tiny_audio
 from tests.models.tiny import Document, document
 
 SEQ_LEN = 128
@@ -63,19 +64,31 @@ def documents(images: bool = True) -> list[list[Document]]:
     return [several, first_only, text[:1], text, [], short, [silent], [one_target]]
 
 
+def heard_documents() -> list[list[tiny_audio.Document]]:
+    """Of four rows: of text, of recordings, of all and recordings, of nothing but padding."""
+    text, mixed, heard, both = tiny_audio.heard_and_seen()
+    return [[text], [heard], [both, text, mixed], []]
+
+
 def rows(images: bool = True) -> list[dict[str, Any]]:
     """`documents`, packed."""
-    pack = tiny.pack if images else tiny.pack_text
-    made = [pack(row, SEQ_LEN) for row in documents(images)]
-    for number, (row, packed) in enumerate(zip(made, documents(images), strict=True)):
+    return packed(documents(images), tiny.pack if images else tiny.pack_text)
+
+
+def packed(chosen: list[list[Any]], pack: Callable[[list[Any], int], Any]) -> list[dict[str, Any]]:
+    """Rows of these documents, with what is counted and named."""
+    made = [pack(row, SEQ_LEN) for row in chosen]
+    for number, (row, held) in enumerate(zip(made, chosen, strict=True)):
         row["num_tokens"] = int((row["input_ids"] != tiny.PAD).sum())
         row["sample_keys"] = []
-        row["sample_ids"] = [10 * number + i for i in range(len(packed))]
+        row["sample_ids"] = [10 * number + i for i in range(len(held))]
     return made
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """Rows for the model in a folder."""
+    if "audio_config" in read(folder):
+        return packed(heard_documents(), tiny_audio.pack)
     return rows(has_images(folder))
 
 

@@ -35,6 +35,9 @@ def collate(
       is an image of as many frames as temporal patches, or each of those is an image
     - of a model that arranges features (LLaVA-OneVision): `image_taps (num_image_tokens, 4)` int64,
       numbers of the tiles' features, -1 a line break, and `image_tap_weights` float32
+    - with sound: `audio_features (num_frames, num_mels)` float32, log-mel, `audio_lengths
+      (num_audios,)` int64, frames of each recording, `audio_positions (num_audio_tokens,)` int64
+      into T
     """
     lengths = [len(sample.input_ids) for sample in samples]
     padding = seq_len - sum(lengths)
@@ -65,12 +68,20 @@ def collate(
         batch["image_grid_thw"] = grids
         batch["vision_cu_seqlens"] = _offsets(frames)
         batch["vision_max_seqlen"] = _bucket(int(frames.max()))
-        starts = batch["cu_seqlens"].tolist()
-        batch["image_positions"] = torch.cat(
-            [s.image_positions + start for s, start in zip(samples, starts, strict=False)]
-        )
+        batch["image_positions"] = _shifted([s.image_positions for s in samples], lengths)
         batch |= _image_taps(samples)
+    frames_heard = [s.audio_features for s in samples if s.audio_features is not None]
+    if frames_heard:
+        batch["audio_features"] = torch.cat(frames_heard)
+        batch["audio_lengths"] = torch.cat([sample.audio_lengths for sample in samples])
+        batch["audio_positions"] = _shifted([s.audio_positions for s in samples], lengths)
     return batch
+
+
+def _shifted(positions: list[Tensor], lengths: list[int]) -> Tensor:
+    """Positions within documents of these lengths to those in the row, (sum,) int64."""
+    starts = accumulate(lengths, initial=0)
+    return torch.cat([each + start for each, start in zip(positions, starts, strict=False)])
 
 
 def _image_taps(samples: Sequence[EncodedSample]) -> Batch:

@@ -14,10 +14,12 @@ IGNORE_INDEX = -100
 class EncodedSample:
     """One document, ready to pack.
 
-    `input_ids (L,)`, `shift_labels (L,)`, `position_ids (3, L)`, of a processor without images
+    `input_ids (L,)`, `shift_labels (L,)`, `position_ids (3, L)`, of a processor without M-RoPE
     (1, L), `image_grid_thw (num_images, 3)`, `image_positions (num_image_tokens,)` into L: int64;
-    `pixel_values (num_patches, patch_dim)` uint8, None without images; `num_targets` counts the
-    labels that are not -100. A video counts as an image here, of one frame a temporal patch; in
+    `pixel_values (num_patches, patch_dim)` uint8, None without images; `audio_features (num_frames,
+    num_mels)` float32, None without sound, `audio_lengths (num_audios,)` frames of each recording
+    and `audio_positions (num_audio_tokens,)` into L: int64; `num_targets` counts the labels that
+    are not -100. A video counts as an image here, of one frame a temporal patch; in
     Qwen3-VL's layout each temporal patch counts as one.
     """
 
@@ -28,6 +30,9 @@ class EncodedSample:
     pixel_values: Tensor | None
     image_grid_thw: Tensor
     image_positions: Tensor
+    audio_features: Tensor | None
+    audio_lengths: Tensor
+    audio_positions: Tensor
     num_targets: int
     taps: Taps | None = None
     """of which features each image token is made, where that is not one after another"""

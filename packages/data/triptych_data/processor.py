@@ -14,6 +14,7 @@ from torch import Tensor
 
 from triptych_data.encoded import EncodedSample, Measures
 from triptych_data.faults import BadSample
+from triptych_data.media.audio import AudioRules, audio_tokens, hear, heard_frames
 from triptych_data.media.augment import vary_jpeg
 from triptych_data.media.config import JpegConfig, VideoConfig
 from triptych_data.media.images import (
@@ -28,7 +29,8 @@ from triptych_data.media.positions import mrope_positions
 from triptych_data.media.probe import MediaInfo
 from triptych_data.media.rules import (
     IMAGE_FILE,
-    VIDEO_FILE,
+    has_images,
+    read_audio_rules,
     read_bytes,
     read_frame_rules,
     read_image_rules,
@@ -84,6 +86,8 @@ class _Medium(NamedTuple):
     grids: list[Grid]
     intervals: list[float | None]
     """of each grid: M-RoPE positions from a frame of a video to the next"""
+    frames: int = 0
+    """of a recording"""
 
 
 class Processor:
@@ -103,12 +107,14 @@ class Processor:
         rules: ImageRules | None,
         settings: dict[str, Any],
         video_rules: VideoRules | None,
+        audio_rules: AudioRules | None,
         options: dict[str, Any],
         tiktoken_proof: str | None = None,
     ) -> None:
         self._directory = directory
         self._rules = rules
         self._video_rules = video_rules
+        self._audio_rules = audio_rules
         self._options = options
         self._jpeg: JpegConfig | None = options["jpeg"]
         template, where = find_template(directory), str(directory)
@@ -128,6 +134,8 @@ class Processor:
         if rules and rules.side:
             self.image_tokens = rules.tokens or (rules.side // rules.patch_size) ** 2
         self.tiling = rules.tiling if rules else None
+        self.num_mels = audio_rules.num_mels if audio_rules else 0  # 0: takes no sound
+        self.audio_chunk = audio_rules.chunk if audio_rules else None
         self.position_axes = 3 if rules and rules.side is None else 1  # M-RoPE's, or plain
         self.image_mean = _statistics(directory, settings, "image_mean")
         self.image_std = _statistics(directory, settings, "image_std")
@@ -137,6 +145,7 @@ class Processor:
         self.vocab_size = self._text.vocab_size
         self.image_token_id = self._text.image_token_id
         self.video_token_id = self._text.video_token_id
+        self.audio_token_id = self._text.audio_token_id
         self.control_ids = self._text.control_ids
         facts: dict[str, Any] = {
             "version": ENCODING_VERSION,
@@ -145,6 +154,8 @@ class Processor:
             "video": _stated(video_rules) if video_rules else None,
             "jpeg": self._jpeg.model_dump() if self._jpeg else None,
         }
+        if audio_rules:
+            facts["audio"] = audio_rules._asdict()
         self.fingerprint = _fingerprint(facts)
         # The same by name, for people: of a tokenizer apart from what a template makes of it.
         self.parts = json.loads(json.dumps(facts | {"tokenizer": self._text.fingerprint}))
@@ -170,7 +181,7 @@ class Processor:
         directory = Path(path)
         read_bytes(directory / "tokenizer.json")  # without it transformers makes an empty one
         rules, settings, video_rules = None, dict[str, Any](), None
-        if any((directory / file).exists() for file in (IMAGE_FILE, VIDEO_FILE)):
+        if has_images(directory):
             bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
             rules, settings = read_image_rules(directory, **bounds)
             if rules.side is None:
@@ -185,7 +196,8 @@ class Processor:
             "jpeg": jpeg,
             "chat": chat,
         }
-        return cls(directory, rules, settings, video_rules, options, tiktoken_proof)
+        audio_rules = read_audio_rules(directory)
+        return cls(directory, rules, settings, video_rules, audio_rules, options, tiktoken_proof)
 
     def __reduce__(self) -> tuple[Any, ...]:
         options = {**self._options, "tiktoken_proof": self._text.tiktoken_proof}
@@ -271,6 +283,7 @@ class Processor:
         add_generation_prompt: bool = False,
     ) -> EncodedSample:
         patches: list[Tensor] = []
+        heard: list[Tensor] = []
         media: list[_Medium] = []
         taps: list[Taps] = []
         record = raw.json if is_document(raw.json) else {"messages": messages}
@@ -285,12 +298,12 @@ class Processor:
                 )
             vary = self._vary(raw.key, index, epoch)
             try:
-                pixels, medium, its_taps = self._encode_medium(
+                values, medium, its_taps = self._encode_medium(
                     kind, raw.media[index], vary, is_alone
                 )
             except ValueError as error:
                 raise BadSample(f"{kind} {index}: {error}", reason=f"corrupt {kind}") from error
-            patches.append(pixels)
+            (heard if kind == "audio" else patches).append(values)
             media.append(medium)
             taps += [] if its_taps is None else [its_taps]
         tokens = self._tokenize(raw.json, messages, media, add_generation_prompt)
@@ -313,6 +326,11 @@ class Processor:
             pixel_values=torch.cat(patches) if patches else None,
             image_grid_thw=torch.from_numpy(grids),
             image_positions=torch.from_numpy(np.flatnonzero(is_image)),
+            audio_features=torch.cat(heard) if heard else None,
+            audio_lengths=torch.tensor([len(frames) for frames in heard], dtype=torch.int64),
+            audio_positions=torch.from_numpy(
+                np.flatnonzero(tokens.input_ids == self.audio_token_id)
+            ),
             num_targets=int((labels != IGNORE_INDEX).sum()),
             taps=join_taps(taps, _starts(patches)) if taps else None,
         )
@@ -343,6 +361,9 @@ class Processor:
         if kind == "image":
             patches, grid = encode_image(data, self._image_rules(), vary)
             return patches, self._image(grid), None
+        if kind == "audio":
+            frames = hear(data, self._rules_of_sound())
+            return frames, self._audio(len(frames)), None
         patches, layout = encode_video(data, self._rules_for(kind))
         taps = frame_taps(*layout.grid[:2]) if self.tiling is not None else None
         return patches, self._video(layout), taps
@@ -380,6 +401,8 @@ class Processor:
             return self._tiled(tile_layout(width, height, self.tiling) if is_alone else None)
         if kind == "image":
             return self._image(image_grid(width, height, self._image_rules()))
+        if kind == "audio":
+            return self._audio(heard_frames(seconds, self._rules_of_sound()))
         rules = self._rules_for(kind)
         return self._video(video_layout(width, height, frames, seconds, rules))
 
@@ -410,13 +433,22 @@ class Processor:
             return _Medium(tokens, [layout.grid], [layout.interval])
         return _Medium(tokens, [(1, height, width)] * frames, [None] * frames)
 
+    def _audio(self, frames: int) -> _Medium:
+        tokens = audio_tokens(frames, self._rules_of_sound().chunk)
+        return _Medium(MediaTokens("audio", (tokens,)), [], [], frames)
+
+    def _rules_of_sound(self) -> AudioRules:
+        if self._audio_rules is None:
+            raise self._no_rules("audio")
+        return self._audio_rules
+
     def _image_rules(self) -> ImageRules:
         if self._rules is None:
             raise self._no_rules("image")
         return self._rules
 
     def _rules_for(self, kind: str) -> VideoRules:
-        if kind == "audio" or self._video_rules is None:
+        if self._video_rules is None:
             raise self._no_rules(kind)
         return self._video_rules
 

@@ -1,6 +1,7 @@
 """What families that hear share: their features among the tokens, the processor they need."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,10 @@ class AudioModel(PackedModel):
 
     def audio_features(self, frames: Tensor, lengths: Tensor) -> Tensor:
         """Features (audio tokens, H) of recordings: frames (N, num_mels), lengths on the host."""
+        raise NotImplementedError
+
+    def audio_rules(self) -> dict[str, Any]:
+        """What the data's processor must say of recordings, by the name of its attribute."""
         raise NotImplementedError
 
     def insert_audio(
@@ -77,3 +82,17 @@ class AudioModel(PackedModel):
                 "shorter rows, or engine.checkpointing=offload"
             )
         super().set_sequence(group)
+
+    def check_processor(self, processor: Any) -> None:
+        """Raise ValueError unless the data's processor makes of recordings what this model
+        expects; one that takes none will do."""
+        super().check_processor(processor)
+        if not processor.num_mels:
+            return
+        for name, value in self.audio_rules().items():
+            given = getattr(processor, name)
+            if given != value:
+                raise ValueError(
+                    f"model.path: {name} of the processor files must be config.json's {value}, "
+                    f"got {given}; take all files of the folder from one model"
+                )

@@ -85,7 +85,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_omni_thinker": Family(
         "triptych_models.qwen2_5_omni:Qwen2_5Omni",
         _OMNI,
-        ("align", "pretrain", "sft"),
+        ("pretrain", "sft"),
         "2.5-Omni 3B, 7B, the thinker (text, images, sound)",
         "tiny on CPUs",
     ),

@@ -16,11 +16,12 @@ from .layout import stored_name, stored_prefixes
 from .lora import adapted_layers, adapter_parameters, merged_weight
 from .weights import Gather, own_parameters, whole
 
+VIDEO_FILE = "video_preprocessor_config.json"
 COPIED = (
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
-    "video_preprocessor_config.json",
+    VIDEO_FILE,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -106,6 +107,10 @@ def copy_configs(source_dir: Path, out_dir: Path, dtype: torch.dtype) -> None:
         section.pop("torch_dtype", None)  # the name before transformers 5
         section["dtype"] = name
     (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if thinker is not None:  # the whole's model_type names its processor for videos, this one none
+        images = json.loads((source_dir / "preprocessor_config.json").read_text())
+        videos = images | {"video_processor_type": "Qwen2VLVideoProcessor"}
+        (out_dir / VIDEO_FILE).write_text(json.dumps(videos, indent=2) + "\n")
     for file in COPIED:
         if (source_dir / file).is_file():
             shutil.copyfile(source_dir / file, out_dir / file)

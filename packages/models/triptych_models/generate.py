@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
+from .audio_model import AudioModel
 from .layout import text_config
 from .llava import Llava
 from .llava_onevision import LlavaOnevision
@@ -77,18 +79,23 @@ def model_inputs(
 ) -> dict[str, Tensor]:
     """Inputs (B, L) of `generate`, on the model's device.
 
-    With force_image a batch without images gets one: its tokens stand in the padding, where
-    attention does not look, so the tower runs on every rank as ZeRO-3 needs.
+    With force_image a batch without images gets one, and silence where the model hears: their
+    tokens stand in the padding, where attention does not look, so the towers run on every rank as
+    ZeRO-3 needs.
     """
     rows = [prompt.input_ids.cpu() for prompt in prompts] or [torch.tensor([pad_token_id])]
     room = model.tokens_per_image if isinstance(model, Llava) else 1
     if isinstance(model, LlavaOnevision):
         return embedded_inputs(model, prompts, rows, pad_token_id)
+    room += isinstance(model, AudioModel)
     inputs = left_padded(rows, pad_token_id, room=room if force_image else 0)
     if isinstance(model, Qwen3VL):
         inputs |= image_inputs(model, prompts, inputs["input_ids"], force=force_image)
     elif isinstance(model, Llava):
         inputs |= whole_image_inputs(model, prompts, inputs["input_ids"], force=force_image)
+    if isinstance(model, AudioModel):
+        inputs.pop("mm_token_type_ids", None)  # stock goes by the tokens around a medium
+        inputs |= audio_inputs(model, prompts, inputs["input_ids"], force=force_image)
     device = next(model.parameters()).device
     return {name: x.to(device) for name, x in inputs.items()}
 
@@ -133,6 +140,24 @@ def image_inputs(
     if any(bool((grid[:, 0] > 1).any()) for grid in grids):
         inputs["position_ids"] = padded_positions(prompts, input_ids.shape[1])
     return inputs
+
+
+def audio_inputs(
+    model: AudioModel, prompts: Sequence[Prompt], input_ids: Tensor, *, force: bool
+) -> dict[str, Tensor]:
+    """What stands for recordings: frames (audios, num_mels, longest), and which are not padding."""
+    lengths = [p.audio_lengths.cpu() for p in prompts if p.audio_lengths is not None]
+    frames = [p.audio_features.cpu() for p in prompts if p.audio_features is not None]
+    if force and not any(len(each) for each in lengths):
+        silence, length = model.dummy_audio()
+        frames, lengths = [silence], [length]
+        input_ids[0, 1] = model.hf.config.audio_token_id  # in the padding, behind an image's
+    if not frames:
+        return {}
+    counts = torch.cat(lengths)
+    padded = pad_sequence(torch.cat(frames).split(counts.tolist()), batch_first=True)
+    is_frame = torch.arange(padded.shape[1]) < counts[:, None]
+    return {"input_features": padded.mT, "feature_attention_mask": is_frame.long()}
 
 
 def padded_positions(prompts: Sequence[Prompt], length: int) -> Tensor:

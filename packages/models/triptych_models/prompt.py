@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Prompt(Protocol):
-    """One encoded prompt; image fields None or empty without images."""
+    """One encoded prompt; fields of images and sound None or empty without them."""
 
     input_ids: Tensor
     """(n,) int64."""
@@ -14,6 +14,10 @@ class Prompt(Protocol):
     """(patches, patch_dim) uint8."""
     image_grid_thw: Tensor | None
     """(num_images, 3) int64."""
+    audio_features: Tensor | None
+    """(frames, num_mels) float."""
+    audio_lengths: Tensor | None
+    """(num_audios,) int64."""
     position_ids: Tensor
     """(3, n) of M-RoPE, else (1, n) int64."""
 

@@ -48,6 +48,15 @@ class Qwen2_5Omni(AudioModel, Qwen2_5VL):
         """Features (audio tokens, H) of recordings: frames (N, num_mels), lengths on the host."""
         return audio_features(self.hf.model.audio_tower, frames, lengths, self._run_layer)
 
+    def audio_rules(self) -> dict[str, Any]:
+        """What the data's processor must say of recordings, by the name of its attribute."""
+        config = self.hf.config
+        return {
+            "num_mels": config.audio_config.num_mel_bins,
+            "audio_token_id": config.audio_token_id,
+            "audio_chunk": None,
+        }
+
     def parts(self) -> dict[str, list[nn.Module]]:
         """Modules of each part; every parameter is in exactly one."""
         tower = self.hf.model.audio_tower

@@ -21,14 +21,16 @@ _EXACT = 1e-4  # samples; what floating point may have added to a whole number o
 
 
 class AudioRules(NamedTuple):
-    """How a model hears: Hz, samples per window and from one to the next, mel bands, and the
-    seconds after which a recording is cut off. The defaults are Whisper's."""
+    """How a model hears: Hz, samples per window and from one to the next, mel bands, the seconds
+    after which a recording is cut off, and the frames of the chunks that become tokens by
+    themselves, if there are such. The defaults are Whisper's."""
 
     rate: int = 16_000
     window: int = 400
     hop: int = 160
     num_mels: int = 80
     max_seconds: float = 30.0
+    chunk: int | None = None
 
 
 WHISPER = AudioRules()
@@ -45,6 +47,40 @@ def encode_audio(data: bytes, rules: AudioRules = WHISPER, *, pad: bool = False)
     if pad:
         wave = functional.pad(wave, (0, _most_samples(rules) - len(wave)))
     return log_mel(wave, rules)
+
+
+def hear(data: bytes, rules: AudioRules) -> Tensor:
+    """Decode an audio file to the frames that `heard` makes of it.
+
+    Raises ValueError for a file that cannot be decoded, or is too short for a token.
+    """
+    return heard(load_wave(data, rules.rate, rules.max_seconds + 0.1), rules)
+
+
+def heard(wave: Tensor, rules: AudioRules) -> Tensor:
+    """Log-mel frames (N, num_mels) float32 of a wave (n,), as the processors of Qwen's models make
+    them: those that begin in it, while silence follows up to `max_seconds`."""
+    wave = wave[: _most_samples(rules)]
+    frames = _heard(len(wave), rules)
+    # Of the silence, as much as windows that reach into the sound look at: the rest is the floor.
+    silence = min(2 * rules.window + rules.hop, _most_samples(rules) - len(wave))
+    return log_mel(functional.pad(wave, (0, silence)), rules)[:, :frames].T.contiguous()
+
+
+def heard_frames(seconds: float, rules: AudioRules) -> int:
+    """Frames that `hear` makes of what has `seconds` in the index. Raises ValueError as it does."""
+    samples = math.ceil(seconds * rules.rate - _EXACT)
+    return _heard(min(samples, _most_samples(rules)), rules)
+
+
+def _heard(samples: int, rules: AudioRules) -> int:
+    frames = -(-samples // rules.hop)
+    if audio_tokens(frames, rules.chunk) < 1:
+        raise ValueError(
+            f"audio must be long enough for a token, got {samples} samples at {rules.rate} Hz; "
+            "leave it out"
+        )
+    return frames
 
 
 def load_wave(data: bytes, rate: int, max_seconds: float | None = None) -> Tensor:
@@ -113,11 +149,15 @@ def audio_frames(seconds: float, rules: AudioRules = WHISPER) -> int:
     return samples // rules.hop
 
 
-def audio_tokens(num_frames: int) -> int:
+def audio_tokens(num_frames: int, chunk: int | None = None) -> int:
     """Tokens of `num_frames` after Whisper's convolution of stride 2 and pooling by 2.
 
-    That is 25 a second: the rule of Qwen2-Audio and of the Omni models' audio towers.
+    That is 25 a second: the rule of Qwen2-Audio and of Qwen2.5-Omni's audio tower. With chunks each
+    is halved three times, and rounded up: Qwen3-Omni's, 13 a second.
     """
+    if chunk is not None:
+        whole, rest = divmod(num_frames, chunk)
+        return whole * -(-chunk // 8) + -(-rest // 8)
     convolved = (num_frames - 1) // 2 + 1
     return (convolved - 2) // 2 + 1
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from triptych_data.media.audio import AudioRules
 from triptych_data.media.config import VideoConfig
 from triptych_data.media.images import BICUBIC, INTERPOLATIONS, ImageRules
 from triptych_data.media.tiling import TilingRules
@@ -32,6 +33,8 @@ _TILED_PROCESSOR = "LlavaOnevisionProcessor"
 _TILED_SAMPLING = {"fps": 1, "min_frames": 1, "max_frames": 32}
 _RATIO = re.compile(r"anyres_max_([1-9]\d{0,3})")
 _MOST_TILES_A_SIDE = 64
+_HEARS = "WhisperFeatureExtractor"
+_MOST_SECONDS = 3600
 _TOKENS_PER_SECOND = 4  # of transformers' Qwen2.5-VL, where config.json does not say
 
 
@@ -51,6 +54,47 @@ def read_image_rules(
     rules = ImageRules(**numbers)
     _check_bounds(path, rules, "data.min_pixels", "data.max_pixels")
     return rules, settings
+
+
+def read_audio_rules(directory: Path) -> AudioRules | None:
+    """The rules for sound, where preprocessor_config.json is also Whisper's; else None.
+
+    Raises ValueError if it asks for what we do not do.
+    """
+    path = directory / IMAGE_FILE
+    settings = read_json(path) if path.exists() else {}
+    if settings.get("feature_extractor_type") != _HEARS:
+        return None
+    plain = AudioRules()
+    bounds = {
+        "sampling_rate": (plain.rate, 1, 1 << 18),
+        "n_fft": (plain.window, 2, 1 << 16),
+        "hop_length": (plain.hop, 1, 1 << 16),
+        "feature_size": (plain.num_mels, 1, 1 << 12),
+        "chunk_length": (int(plain.max_seconds), 1, _MOST_SECONDS),
+    }
+    numbers = []
+    for name, (default, least, most) in bounds.items():
+        value: Any = settings.get(name, default)
+        if not isinstance(value, int) or not least <= value <= most:
+            raise ValueError(
+                f"{path}: {name} must be from {least} to {most}, got {str(value)[:80]}; fetch the "
+                "file again"
+            )
+        numbers.append(value)
+    for name in ("dither", "padding_value"):
+        if settings.get(name):
+            raise ValueError(f"{path}: {name} must be 0, got {settings[name]}; use a model's own")
+    return AudioRules(*numbers)
+
+
+def has_images(directory: Path) -> bool:
+    """Whether a folder has files for images or videos: one for sound alone may be there, too."""
+    path = directory / IMAGE_FILE
+    if (directory / VIDEO_FILE).exists() or not path.exists():
+        return (directory / VIDEO_FILE).exists()
+    settings = read_json(path)
+    return "feature_extractor_type" not in settings or "image_processor_type" in settings
 
 
 def read_video_rules(directory: Path, config: VideoConfig) -> VideoRules | None:

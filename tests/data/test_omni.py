@@ -1,0 +1,144 @@
+"""Qwen2.5-Omni's sound: frames, tokens and positions of stock's processor, logits it computes."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor, WhisperFeatureExtractor
+
+from tests.data.media import sound
+from tests.data.packs import MODEL
+from tests.data.test_audio import voice
+from tests.data.test_images import photo, save
+from tests.models.stock import stock_twin
+from triptych_data.batch import collate
+from triptych_data.media.audio import AudioRules, audio_tokens, heard, heard_frames, load_wave
+from triptych_data.media.images import decode_image
+from triptych_data.media.probe import probe_media
+from triptych_data.processor import Processor
+from triptych_data.sample import RawSample
+from triptych_data.shards.index import MediaColumns
+from triptych_models.config import ModelConfig
+from triptych_models.families import build_model
+
+OMNI = MODEL.with_name("qwen2_5_omni_tiny")
+NO_INPUT = ("shift_labels", "num_targets", "num_tokens", "sample_keys")
+
+
+def sample(*media: float | tuple[int, int]) -> RawSample:
+    """A chat about recordings of these seconds and photos of these widths and heights."""
+    files, parts = [], []
+    for index, medium in enumerate(media):
+        kind = "image" if isinstance(medium, tuple) else "audio"
+        parts += [{"type": kind, "index": index}, {"type": "text", "text": "and"}]
+        files.append(save(photo(*medium)) if isinstance(medium, tuple) else sound(medium))
+    messages = [
+        {"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": "A boat at sea."},
+    ]
+    return RawSample("k", "x", {"messages": messages}, files)
+
+
+def stock_inputs(stock: Any, raw: RawSample) -> Any:
+    text = stock.apply_chat_template(raw.json["messages"], tokenize=False)
+    kinds = [part["type"] for part in raw.json["messages"][0]["content"] if "index" in part]
+    heard = [d for k, d in zip(kinds, raw.media, strict=True) if k == "audio"]
+    seen = [d for k, d in zip(kinds, raw.media, strict=True) if k == "image"]
+    return stock(
+        text=[text],
+        audio=[load_wave(data, 16_000).numpy() for data in heard] or None,
+        images=[decode_image(data) for data in seen] or None,
+        return_tensors="pt",
+    )
+
+
+def test_packed_samples_are_stocks_one_by_one() -> None:
+    """Frames to 2e-5 of a log10, tokens, and the logits of text, sound, images and both."""
+    model: Any = build_model(ModelConfig(path=OMNI, init="random"), dtype=torch.float32)
+    processor, twin = Processor.from_directory(OMNI), stock_twin(model)
+    model.check_processor(processor)
+    raws = [sample(), sample(0.31), sample((64, 96), 1.23), sample(0.4, 0.07, (40, 40))]
+    encoded = [processor.encode(raw) for raw in raws]
+    stock = AutoProcessor.from_pretrained(OMNI)
+    expected = [stock_inputs(stock, raw) for raw in raws]
+    for ours, theirs in zip(encoded, expected, strict=True):
+        assert ours.input_ids.tolist() == theirs["input_ids"][0].tolist()
+        if ours.audio_features is None:
+            assert "input_features" not in theirs
+            continue
+        mask = theirs["feature_attention_mask"].bool()
+        assert ours.audio_lengths.tolist() == mask.sum(1).tolist()
+        wanted = theirs["input_features"].mT[mask]
+        torch.testing.assert_close(ours.audio_features, wanted, rtol=0, atol=2e-5)
+    seq_len = sum(len(each.input_ids) for each in encoded) + 9
+    batch = collate(encoded, seq_len, pad_token_id=processor.pad_token_id)
+    with torch.no_grad():
+        logits = model.logits(**{k: v for k, v in batch.items() if k not in NO_INPUT})[0]
+        alone = torch.cat([twin(**inputs).logits[0] for inputs in expected])
+    torch.testing.assert_close(logits[: len(alone)], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seconds", [0.021, 0.5, 1.0 / 3, 2.9999, 3.0, 7.3])
+def test_frames_are_those_of_whisper_with_silence_behind(seconds: float) -> None:
+    """Also of what is cut off after three seconds; and the index tells how many there are."""
+    rules, wave = AudioRules(num_mels=32, max_seconds=3.0), voice(seconds)
+    stock = WhisperFeatureExtractor(feature_size=32, chunk_length=3)
+    options = {"sampling_rate": 16_000, "return_tensors": "pt", "return_attention_mask": True}
+    found = stock(wave.numpy(), **options)
+    wanted = found["input_features"][0].T[found["attention_mask"][0].bool()]
+    frames = heard(wave, rules)
+    torch.testing.assert_close(frames, wanted, rtol=0, atol=2e-5)
+    assert len(frames) == heard_frames(len(wave) / 16_000, rules)
+
+
+@pytest.mark.parametrize("seconds", [0.05, 1.0, 3.337])
+@pytest.mark.parametrize("kind", ["wav", "flac", "mp3"])
+def test_measuring_from_the_index_is_encoding(seconds: float, kind: str) -> None:
+    processor = Processor.from_directory(OMNI)
+    codec = {"wav": "pcm_s16le", "flac": "flac", "mp3": "libmp3lame"}[kind]
+    data = sound(seconds, kind=kind, codec=codec, rate=44_100)
+    raw = sample(1.0)
+    raw = RawSample(raw.key, raw.where, raw.json, [data])
+    info = probe_media(data, "audio", "x")
+    columns = MediaColumns(
+        np.array([2]), np.zeros((1, 2), np.int32), np.array([0]), np.array([info.seconds])
+    )
+    encoded, measured = processor.encode(raw), processor.measure(raw.json, columns)
+    assert measured.num_tokens == len(encoded.input_ids)
+    tokens = audio_tokens(int(encoded.audio_lengths[0]))
+    assert processor.media_tokens(info) == len(encoded.audio_positions) == tokens
+
+
+def test_what_is_too_short_for_a_token_is_a_bad_sample() -> None:
+    with pytest.raises(ValueError, match="audio 0: audio must be long enough for a token"):
+        Processor.from_directory(OMNI).encode(sample(0.01))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"feature_size": None}, "feature_size must be from 1"),
+        ({"dither": 0.1}, "dither must be 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    folder = Path(shutil.copytree(OMNI, tmp_path / "model"))
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ValueError, match=message):
+        Processor.from_directory(folder)
+
+
+def test_a_processor_of_another_models_sound_is_refused(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(OMNI, tmp_path / "model"))
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "feature_size": 80}))
+    model = build_model(ModelConfig(path=folder, init="random"), dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"num_mels of the processor files must be .* 32, got 80"):
+        model.check_processor(Processor.from_directory(folder))
