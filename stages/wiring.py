@@ -13,6 +13,8 @@ from running import carry_out, share_seed
 
 from triptych_core.config import StageConfig, did_you_mean
 from triptych_data.config import CostConfig, DataConfig
+from triptych_data.tensors.config import TensorDataConfig
+from triptych_models.bagel.settings import DrawConfig
 from triptych_models.catalogue import FAMILIES, Part
 from triptych_models.config import ModelConfig
 
@@ -25,7 +27,14 @@ if TYPE_CHECKING:
     from triptych_data.heldout import Heldout
     from triptych_data.loader import PackLoader
     from triptych_data.processor import Processor
+    from triptych_data.tensors.joined import JoinedLoader
     from triptych_models.packed import PackedModel
+
+
+class GenerationConfig(DrawConfig):
+    """Images that a row holds beside its chats, their latents kept by `triptych-data latents`."""
+
+    data: TensorDataConfig
 
 
 class PackedConfig(StageConfig):
@@ -33,6 +42,9 @@ class PackedConfig(StageConfig):
 
     model: ModelConfig
     data: DataConfig
+    generation: GenerationConfig | None = Field(
+        None, description="latents that are learnt in the same rows; of a model that draws"
+    )
     export: bool = Field(True, description="write run.dir/export, a Hugging Face directory")
 
     @model_validator(mode="after")
@@ -87,8 +99,26 @@ class PackedConfig(StageConfig):
         return self
 
     @model_validator(mode="after")
+    def _check_generation(self) -> Self:
+        if self.generation is None:
+            return self
+        if self.generation.data.text_field is None:
+            raise ValueError(
+                "generation.data.text_field: must name the words of an image, got nothing; name "
+                "the field of the samples' JSON"
+            )
+        if self.replay.step != "no":
+            raise ValueError(
+                f"replay.step: must be no with generation, got {self.replay.step}; only rows of "
+                "chats are replayed"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _share_seed(self) -> Self:
         share_seed(self)
+        if self.generation is not None and "seed" not in self.generation.data.model_fields_set:
+            self.generation.data.seed = self.run.seed
         return self
 
 
@@ -185,7 +215,7 @@ class Job:
     config: PackedConfig
     engine: Any
     model: "PackedModel"
-    batches: "PackLoader"
+    batches: "PackLoader | JoinedLoader"
     processor: "Processor"
     part: "RowPart"
     """of a row, what this rank computes"""
@@ -212,13 +242,36 @@ def begin(config: PackedConfig) -> "tuple[PackedConfig, Runtime, str | None]":
 
 
 def find_finish(config: PackedConfig) -> "Finish | None":
-    """What is done to a row beside packing it: of a diffusion model, tokens are masked."""
+    """What is done to a row beside packing it: of a diffusion model, tokens are masked; of a Bagel
+    its images are found, unless it is joined with others."""
     from triptych_models.masked_diffusion.noise import MaskRow
 
+    if config.model.find_family() == "bagel" and config.generation is None:
+        from triptych_models.bagel.layout import LayOutRow
+        from triptych_models.bagel.model import read_bagel
+
+        return LayOutRow(read_bagel(config.model.path))
     diffusion = config.model.diffusion
     if diffusion is None:
         return None
     return MaskRow(diffusion, diffusion.mask_of(config.model.path), config.data.seed)
+
+
+def join_images(
+    config: PackedConfig, rows: "PackLoader", processor: "Processor", ranks: dict[str, int]
+) -> "PackLoader | JoinedLoader":
+    """The rows, with documents of latents before them where there is generation."""
+    if config.generation is None:
+        return rows
+    from triptych_data.tensors.joined import JoinedLoader
+    from triptych_data.tensors.loader import TensorLoader
+    from triptych_models.bagel.join import JoinImages
+    from triptych_models.bagel.model import read_bagel
+
+    images = TensorLoader(config.generation.data, **ranks, num_classes=None)
+    hf_config = read_bagel(config.model.path)
+    encode, pad = processor.encode_words, processor.pad_token_id
+    return JoinedLoader(rows, images, JoinImages(hf_config, config.generation, encode, pad))
 
 
 def build_job(config: PackedConfig, runtime: "Runtime") -> Job:
@@ -260,7 +313,8 @@ def build_job(config: PackedConfig, runtime: "Runtime") -> Job:
         jpeg=config.data.jpeg,
         chat=config.data.chat,
     )
-    batches = PackLoader(config.data, processor, **ranks, finish=find_finish(config))
+    rows = PackLoader(config.data, processor, **ranks, finish=find_finish(config))
+    batches = join_images(config, rows, processor, ranks)
 
     # Model: born in pieces under ZeRO-3, filled part by part.
     dtype = compute_dtype(config.engine)
@@ -304,6 +358,8 @@ def build_job(config: PackedConfig, runtime: "Runtime") -> Job:
 def run(config: PackedConfig) -> None:
     """Train, evaluate, export; or show the plan, verify, or replay a step."""
     config.model.check_path(config.optim.lr_by_part)
+    if config.generation is not None:
+        require_part(config, "generation", "a model that draws", "leave generation out")
     if config.plan.show != "no":
         from triptych_core.plan.plan import show_plan
 

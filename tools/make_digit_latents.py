@@ -21,8 +21,13 @@ def make_shards(output: Path) -> None:
     latents = torch.from_numpy(digits.images.astype(np.float32)[:, None] / 8 - 1)  # (1797, 1, 8, 8)
     for name, chosen in (("train", lambda i: i % 10), ("heldout", lambda i: i % 10 == 0)):
         rows = [i for i in range(len(latents)) if chosen(i)]
-        samples = (({"label": int(digits.target[i])}, {"latents": latents[i]}) for i in rows)
+        samples = ((words(int(digits.target[i])), {"latents": latents[i]}) for i in rows)
         write_tensor_shards(samples, output / name, overwrite=True)
+
+
+def words(digit: int) -> dict[str, int | str]:
+    """What a sample's JSON says of a digit, to models of classes and of text."""
+    return {"label": digit, "text": f"the digit {digit}"}
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import tiny_bagel
 import tiny_omni
 import tiny_vlms
 from assemble_vlm import CHATML
@@ -32,6 +33,7 @@ KINDS = {
     "internvl": "internvl_tiny",
     "llava_onevision": "llava_onevision_tiny",
     "qwen2_5_omni": "qwen2_5_omni_tiny",
+    "bagel": "bagel_tiny",
 }
 SIGLIP_SIDE = 32  # pixels: 16 tokens an image
 PATCH_SIZE, MERGE_SIZE, TEMPORAL_PATCH_SIZE = 8, 2, 2
@@ -101,6 +103,7 @@ def main(out_dir: Path | None, kind: str) -> None:
         "internvl": internvl_files,
         "llava_onevision": onevision_files,
         "qwen2_5_omni": qwen2_5_omni_files,
+        "bagel": bagel_files,
     }[kind]
     for name, content in files(ids).items():
         (out_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -117,7 +120,7 @@ def main(out_dir: Path | None, kind: str) -> None:
         }
         template = templates.get(kind, CHAT_TEMPLATE)
         (out_dir / "chat_template.jinja").write_text(template, encoding="utf-8")
-        check(out_dir)
+        (check_bagel if kind == "bagel" else check)(out_dir)
 
 
 def vision_files(ids: dict[str, int]) -> dict[str, Any]:
@@ -218,6 +221,15 @@ def qwen2_5_omni_files(ids: dict[str, int]) -> dict[str, Any]:
             tiny_vlms.qwen2_5_vl_images(image_config()) | processor
         ),
         "video_preprocessor_config.json": tiny_vlms.qwen2_5_vl_videos(video_config()) | processor,
+    }
+
+
+def bagel_files(ids: dict[str, int]) -> dict[str, Any]:
+    """The small files of a Bagel."""
+    return {
+        **tiny_bagel.bagel_files(ids, VOCAB_SIZE, image_config()),
+        "generation_config.json": generation_config(ids),
+        "tokenizer_config.json": with_processor(tokenizer_config(), "Qwen2VLProcessor"),
     }
 
 
@@ -415,6 +427,20 @@ def check(path: Path) -> None:
         f"{path}: {total:,} parameters ({vision:,} vision, {total - vision:,} language), "
         f"{len(processor.tokenizer)} tokens, logits {tuple(logits.shape)}"
     )
+
+
+def check_bagel(path: Path) -> None:
+    """Build the model, which transformers has not, and print its parameter counts."""
+    import torch
+
+    from triptych_models.config import ModelConfig
+    from triptych_models.families import build_shell
+    from triptych_models.freeze import count_parameters
+
+    with torch.device("meta"):
+        counts = count_parameters(build_shell(ModelConfig(path=path), dtype=torch.float32))
+    parts = ", ".join(f"{count:,} {part}" for part, count in counts.items())
+    click.echo(f"{path}: {sum(counts.values()):,} parameters ({parts})")
 
 
 if __name__ == "__main__":

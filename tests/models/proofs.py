@@ -17,6 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models import tiny, tiny_audio, tiny_onevision
 from tests.models.stock import stock_logits
+from tests.models.straight_bagel import (
+    bagel_documents,
+    pack_bagel,
+    straight_logits,
+    straight_loss,
+    visible,
+    write_bagel_model_dir,
+)
 from triptych_models.layout import head_dim, text_config
 
 SEQ_LEN = 112
@@ -28,6 +36,8 @@ class Proof(NamedTuple):
     pack: Callable[[list[Any], int], dict[str, Any]]
     logits: Callable[[Any, Any, Any], Tensor] = stock_logits
     """(stock, model, document) -> (n, V)"""
+    loss: Callable[[Any, Any, Any], Tensor] | None = None
+    """(stock, model, document) -> () summed; None: next tokens by the logits"""
     idle: tuple[str, ...] = ()
     """what stock runs or holds behind the features that are used: it does not train"""
     learns: float = 0.1
@@ -92,6 +102,15 @@ def wasted_chunks(stock: Any, lengths: list[int]) -> float:
     return len(layers) * counted
 
 
+def wasted_on_images(stock: Any, lengths: list[int]) -> float:
+    """What the pairs of Bagel's documents with images are fewer, or more, than causal ones."""
+    text, pairs = stock.config.llm_config, 0
+    for doc in bagel_documents():
+        n = len(doc.input_ids)
+        pairs += n * (n + 1) // 2 - int(visible(doc).sum()) if len(doc.image_grid_thw) else 0
+    return 3 * 4.0 * text.num_hidden_layers * text.hidden_size * pairs
+
+
 def write_unshuffled(directory: Path, **fields: Any) -> Path:
     """A LLaVA whose projector unshuffles 2 x 2 of its 4 x 4 patches."""
     fields |= {"model_type": "llava_projector"}
@@ -106,6 +125,15 @@ def write_unshuffled(directory: Path, **fields: Any) -> Path:
 SIGLIP_IDLE = ("encoder.layers.2.", "post_layernorm")
 
 PROOFS: dict[str, Proof] = {
+    "bagel": Proof(
+        write_bagel_model_dir,
+        bagel_documents,
+        pack_bagel,
+        logits=straight_logits,
+        loss=straight_loss,
+        idle=("pos_embed.pos_embed",),
+        wasted=wasted_on_images,
+    ),
     "dots1": Proof(tiny.write_dots1_model_dir, texts, tiny.pack_text),
     "internvl": Proof(
         tiny.write_internvl_model_dir,

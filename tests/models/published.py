@@ -30,6 +30,56 @@ _TOWER = {
 }
 
 PUBLISHED: dict[str, Published] = {
+    "bagel": Published(
+        "BAGEL-7B-MoT",
+        {
+            "llm_config": {
+                "model_type": "qwen2",
+                "vocab_size": 152064,
+                "hidden_size": 3584,
+                "intermediate_size": 18944,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 28,
+                "num_key_value_heads": 4,
+                "rms_norm_eps": 1e-6,
+                "rope_theta": 1_000_000.0,
+                "qk_norm": True,
+                "layer_module": "Qwen2MoTDecoderLayer",
+                "tie_word_embeddings": False,
+            },
+            "vit_config": {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 1152,
+                "image_size": 980,
+                "intermediate_size": 4304,
+                "num_attention_heads": 16,
+                "num_hidden_layers": 27,
+                "patch_size": 14,
+            },
+            "vae_config": {"downsample": 8, "z_channels": 16},
+            "max_latent_size": 64,
+            "vit_max_num_patch_per_side": 70,
+        },
+        14_607_260_128,
+        (
+            "language_model.model.embed_tokens.weight",
+            "language_model.model.layers.27.self_attn.q_proj_moe_gen.bias",
+            "language_model.model.layers.27.self_attn.k_norm_moe_gen.weight",
+            "language_model.model.layers.0.mlp_moe_gen.gate_proj.weight",
+            "language_model.model.layers.0.input_layernorm_moe_gen.weight",
+            "language_model.model.norm_moe_gen.weight",
+            "language_model.lm_head.weight",
+            "vit_model.vision_model.embeddings.patch_embedding.weight",
+            "vit_model.vision_model.encoder.layers.25.self_attn.out_proj.bias",
+            "vit_model.vision_model.post_layernorm.weight",
+            "connector.fc1.weight",
+            "vit_pos_embed.pos_embed",
+            "time_embedder.mlp.2.weight",
+            "vae2llm.weight",
+            "llm2vae.bias",
+            "latent_pos_embed.pos_embed",
+        ),
+    ),
     "internvl": Published(
         "InternVL3-1B-hf",
         {

@@ -65,11 +65,11 @@ def tiny_config(family: str, path: Path, **fields: Any) -> ModelConfig:
 
 
 def stock_loss(proof: Proof, stock: Any, model: Any, documents: list[Any]) -> Tensor:
-    losses = [
-        F.cross_entropy(proof.logits(stock, model, doc), doc.shift_labels, reduction="sum")
-        for doc in documents
-    ]
-    return torch.stack(losses).sum()
+    def next_tokens(stock: Any, model: Any, doc: Any) -> Tensor:
+        return F.cross_entropy(proof.logits(stock, model, doc), doc.shift_labels, reduction="sum")
+
+    loss = proof.loss or next_tokens
+    return torch.stack([loss(stock, model, doc) for doc in documents]).sum()
 
 
 def test_every_family_has_its_proofs_and_is_listed() -> None:
@@ -205,7 +205,7 @@ def counted(proof: Proof, model: Any, documents: list[Any]) -> float:
             module.forward = lambda hidden_states, *_, **__: hidden_states
     with FlopCounterMode(display=False) as counter:
         for doc in documents:
-            proof.logits(stock, model, doc).sum().backward()
+            (proof.loss or proof.logits)(stock, model, doc).sum().backward()
     lengths = [len(doc.input_ids) for doc in documents]
     wasted = wasted_attention(model.hf.config, lengths) + proof.wasted(stock, lengths)
     return counter.get_total_flops() - wasted

@@ -55,11 +55,11 @@ def build(tmp_path: Path) -> Callable[..., Any]:
 
 
 def shake(model: torch.nn.Module) -> None:
-    """Move every vector, so that none is what it begins with."""
+    """Move every vector, and what is 0, so that none is what it begins with."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1:
+            if parameter.dim() == 1 or not parameter.any():
                 moved = 0.3 * torch.randn(parameter.shape, generator=generator)
                 parameter.add_(moved.to(parameter.dtype))
 

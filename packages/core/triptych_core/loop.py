@@ -56,10 +56,12 @@ def train(
     """Take optimizer steps until `last_step`, by default `config.run.steps`.
 
     The loss of a step is the sum over its target tokens divided by their number, over the whole
-    accumulation window and all data ranks: never a mean of means. `on_step` functions are called
-    with the step just taken, in order, on every rank; before them `after_update`, with the model's
-    figures of the step over all ranks, if it has any, and () fp32 on the device, 1 if its update
-    was taken, else 0.
+    accumulation window and all data ranks: never a mean of means. Where batches count the targets
+    of a second objective (`num_second_targets`), models are told its `second_weight`: times that,
+    its sum becomes the same mean when both are divided by the first's targets. `on_step` functions
+    are called with the step just taken, in order, on every rank; before them `after_update`, with
+    the model's figures of the step over all ranks, if it has any, and () fp32 on the device, 1 if
+    its update was taken, else 0.
 
     Where `parallel.sequence` ranks hold a row between them, all of them are given that row, and
     each computes `part(row)`. `parallel.tensor` ranks compute the same with a part of the weights.
@@ -82,17 +84,20 @@ def train(
         window = [next(batches) for _ in range(config.engine.gradient_accumulation_steps)]
         waited = time.perf_counter() - started
         watch.heart.mark("count", window)
-        *rows, stops = count_window(window, flops, engine.device, asks=watch.asks)
+        *rows, second, stops = count_window(window, flops, engine.device, asks=watch.asks)
         watch.send(stops)
         # Whole rows are counted, on each of the ranks that hold them: divided, nothing is lost.
         counts = torch.stack(rows) // parallel.ranks_per_row
         divisor = counts[0].clamp(min=1)
+        further = {}
+        if any("num_second_targets" in batch for batch in window):
+            further["second_weight"] = divisor / (second // parallel.ranks_per_row).clamp(min=1)
         loss = torch.zeros((), device=engine.device)
         figures: dict[str, torch.Tensor] = {}
         for batch in map(part, window):
             watch.heart.mark("forward", [batch])
             with name_batch(engine.module, batch):
-                output = engine(**to_device(batch, engine.device))
+                output = engine(**to_device(batch, engine.device), **further)
                 watch.heart.mark("backward")
                 # DeepSpeed averages gradients over replicas: multiply their number back in.
                 engine.backward(output.loss_sum * replicas / divisor, scale_wrt_gas=False)
@@ -136,15 +141,16 @@ def count_window(
     *,
     asks: bool = False,
 ) -> torch.Tensor:
-    """(5,) int64 over all ranks: targets, tokens that are not padding, FLOPs, samples left out.
+    """(6,) int64 over all ranks: targets, tokens that are not padding, FLOPs, samples left out.
 
-    And how many ranks were asked to stop.
+    And targets of a second objective, and how many ranks were asked to stop.
     """
     local = [
         sum(int(batch["num_targets"]) for batch in window),
         sum(int(batch["num_tokens"]) for batch in window),
         sum(int(flops(batch)) for batch in window),
         sum(len(batch.get("holes", ())) for batch in window),
+        sum(int(batch.get("num_second_targets", 0)) for batch in window),
         int(asks),
     ]
     counts = torch.tensor(local, dtype=torch.int64).to(device, non_blocking=True)

@@ -71,7 +71,7 @@ from triptych_data.text.chat import (
 )
 from triptych_data.text.chat_config import ChatConfig
 from triptych_data.text.template import find_template, read_template
-from triptych_data.text.text_tokenizer import TextTokenizer, load_tokenizer
+from triptych_data.text.text_tokenizer import TextTokenizer, check_text, load_tokenizer
 
 ENCODING_VERSION = 2
 """To be raised whenever the same sample and model folder would give other tokens or patches."""
@@ -234,6 +234,13 @@ class Processor:
             return self._encode(raw, prompt, add_generation_prompt=True), message_text(answer)
         except ValueError as error:
             raise ValueError(f"{raw.where}: {error}") from error
+
+    def encode_words(self, text: str) -> list[int]:
+        """Token ids of words alone. Raises ValueError for characters that stand for control tokens
+        here."""
+        check_text(text)
+        ids: list[int] = self._text.encoder.encode(text).tolist()
+        return ids
 
     def measure(self, record: dict[str, Any], media: MediaColumns) -> Measures:
         """Return what `encode` would make of a sample, without decoding its media.

@@ -5,7 +5,7 @@ Imports no torch: configurations are validated by it before torch is.
 
 from typing import Literal, NamedTuple
 
-Part = Literal["vision", "audio", "projector", "language", "router", "experts"]
+Part = Literal["vision", "audio", "projector", "language", "generation", "router", "experts"]
 Stage = Literal["align", "pretrain", "sft", "moe"]
 
 _LANGUAGE: tuple[Part, ...] = ("language",)
@@ -32,6 +32,13 @@ class Family(NamedTuple):
 
 
 FAMILIES: dict[str, Family] = {
+    "bagel": Family(
+        "triptych_models.bagel.model:Bagel",
+        (*_SEEING, "generation"),
+        ("pretrain", "sft"),
+        "7B-MoT (with latents of FLUX's autoencoder, kept before)",
+        "tiny on CPUs",
+    ),
     "dots1": Family(
         "triptych_models.dots1:Dots1",
         _MIXTURE,

@@ -88,7 +88,8 @@ class ModelConfig(BaseModel):
     )
     freeze: list[Part] = Field(
         default_factory=list,
-        description="parts that do not train: vision, audio, projector, language, router, experts",
+        description="parts that do not train: vision, audio, projector, language, generation, "
+        "router, experts",
     )
     moe: MoEConfig | None = Field(
         default=None, description="losses of a mixture of experts; only for a model that is one"

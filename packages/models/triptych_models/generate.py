@@ -1,6 +1,7 @@
 """Greedy decoding through transformers' own `generate`, with a KV cache.
 
-Of a model of masked diffusion: masks filled in, see triptych_models.masked_diffusion.sampler.
+Of a model of masked diffusion: masks filled in, see triptych_models.masked_diffusion.sampler. Of a
+Bagel: without a cache, see triptych_models.bagel.answers.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from .audio_model import AudioModel
+from .bagel.answers import continue_prompts
+from .bagel.model import Bagel
 from .layout import text_config
 from .llava import Llava
 from .llava_onevision import LlavaOnevision
@@ -41,6 +44,14 @@ def generate(
         return []
     if model.diffusion is not None:
         return fill_in(
+            model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=eos_token_id,
+            synced=synced,
+        )
+    if isinstance(model, Bagel):
+        return continue_prompts(
             model,
             prompts,
             max_new_tokens=max_new_tokens,

@@ -110,6 +110,22 @@ _LLAVA = (
 )
 _QWEN = (("model.visual.", "visual."), ("model.language_model.", "model."))
 STORED_PREFIXES: dict[str, Prefixes] = {
+    "bagel": (
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+        ("model.vision_tower.", "vit_model.vision_model."),
+        *(
+            (f"model.{name}.", f"{name}.")
+            for name in (
+                "connector",
+                "vit_pos_embed",
+                "time_embedder",
+                "vae2llm",
+                "llm2vae",
+                "latent_pos_embed",
+            )
+        ),
+    ),
     "internvl": (*_LLAVA, ("model.vision_tower.", "vision_tower.")),
     "llava_onevision": (
         *_LLAVA,

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from triptych_kernels.dispatch import assume_device
 
+from .bagel.model import Bagel
 from .config import ModelConfig
 from .experts import EVERY_EXPERT, ExpertGroup
 from .families import build_shell
@@ -184,7 +185,7 @@ def pretend_batch(
     for target in range(num_targets):
         labels[free[len(free) * target // num_targets]] = 0
     axes = (3,) if images and not isinstance(model, Llava) else ()  # of M-RoPE
-    return {
+    batch = {
         "input_ids": torch.zeros(1, seq_len, dtype=torch.int64),
         "shift_labels": _known([labels]),
         "num_targets": num_targets,
@@ -193,6 +194,10 @@ def pretend_batch(
         "max_seqlen": min(document_len, seq_len),
         **images,
     }
+    if isinstance(model, Bagel):
+        known = {name: batch[name] for name in ("cu_seqlens", *images) if name != "pixel_values"}
+        batch |= model.lay_out(input_ids=_known([[0] * seq_len]), **known)
+    return batch
 
 
 def _pretend_images(model: Any, count: int, side: int) -> dict[str, Any]:

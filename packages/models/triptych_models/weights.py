@@ -101,9 +101,13 @@ def initialize(hf: PreTrainedModel, seed: int, gather: Gather = whole) -> None:
 
 
 def initial_value(
-    module: nn.Module, name: str, parameter: Tensor, std: float, generator: torch.Generator
+    module: Any, name: str, parameter: Tensor, std: float, generator: torch.Generator
 ) -> Tensor:
-    """First value of a parameter, fp32 on the host; the rule of PreTrainedModel._init_weights."""
+    """First value of a parameter, fp32 on the host; the rule of PreTrainedModel._init_weights,
+    unless the module has a rule of its own."""
+    if hasattr(module, "first_value"):
+        own: Tensor = module.first_value(name.rpartition(".")[2])
+        return own
     if name.endswith(".bias"):
         return constant(0.0, parameter)
     if "Norm" in type(module).__name__:
@@ -184,7 +188,9 @@ def weight_files(directory: Path) -> dict[str, Path]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         return {name: directory / file for name, file in read_index(index).items()}
-    single = directory / "model.safetensors"
+    # Bagel is published as the averages of its weights, under that name.
+    single, averages = directory / "model.safetensors", directory / "ema.safetensors"
+    single = averages if averages.is_file() and not single.is_file() else single
     if not single.is_file():
         raise ValueError(
             f"model.path: must hold model.safetensors or its index, got {directory}; "

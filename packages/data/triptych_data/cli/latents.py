@@ -32,8 +32,8 @@ def latents(
 
     ARRAYS are .npz or .safetensors files with a row a sample: `latents` (n, C, H, W), for videos
     (n, C, F, H, W), of float16, bfloat16 or float32; `labels` (n,) of integers; `latents_std`, of
-    the latents' shape, if a step is to draw from an autoencoder's posterior. Other arrays (n,) are
-    kept in the samples' JSON. Nothing is unpickled.
+    the latents' shape, if a step is to draw from an autoencoder's posterior. Other arrays (n,), of
+    numbers or, in .npz, words, are kept in the samples' JSON. Nothing is unpickled.
 
     \b
     Example:

@@ -51,6 +51,9 @@ class TensorDataConfig(BaseModel):
     features: list[str] = Field(
         default_factory=list, description="Other tensors of a sample that the model takes, by name."
     )
+    text_field: str | None = Field(
+        default=None, description="Field of a sample's JSON that says in words what it shows."
+    )
     given_frames: int = Field(
         default=0,
         ge=0,

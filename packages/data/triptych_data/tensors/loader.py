@@ -48,7 +48,7 @@ class TensorLoader(RankLoader):
             "std": config.std,
             "num_classes": num_classes,
             "given_frames": config.given_frames,
-        }
+        } | ({"text_field": config.text_field} if config.text_field else {})
         stream = TensorStream(self.batches, rank, world_size)
         super().__init__(config, self.batches.shards, stream)
 
@@ -127,7 +127,7 @@ def _wanted(
     shapes[STD] = shapes[LATENTS]
     if config.text_len:
         shapes[TEXT] = (config.text_len, *shapes[TEXT][1:])
-    return Wanted(shapes, num_classes)
+    return Wanted(shapes, num_classes, config.text_field)
 
 
 def _empty_text(config: TensorDataConfig, wanted: Wanted) -> Tensor | None:

@@ -32,6 +32,8 @@ class Wanted(NamedTuple):
     """of its tensors by name; of text (most rows, width); a sample may be without latents_std"""
     num_classes: int | None = None
     """labels are below; None: there need be none"""
+    text_field: str | None = None
+    """of the JSON; None: no text is wanted"""
 
 
 class TensorSample(NamedTuple):
@@ -39,6 +41,7 @@ class TensorSample(NamedTuple):
 
     tensors: dict[str, Tensor]
     label: int
+    text: str = ""
 
 
 def encode(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[bytes]:
@@ -65,7 +68,8 @@ def decode(members: list[memoryview], where: str, wanted: Wanted) -> TensorSampl
                 f"{where}: must hold a tensor named {name}, got {sorted(found)[:4]}", f"no {name}"
             )
     label = 0 if wanted.num_classes is None else _label(record, wanted.num_classes, where)
-    return TensorSample(tensors, label)
+    text = "" if wanted.text_field is None else _text(record, wanted.text_field, where)
+    return TensorSample(tensors, label, text)
 
 
 def load_tensors(data: memoryview, where: str) -> dict[str, Tensor]:
@@ -98,6 +102,13 @@ def _checked(tensor: Tensor, name: str, shape: Shape, where: str) -> Tensor:
     if not bool(tensor.isfinite().all()):
         raise BadSample(f"{where}: {name} must be finite, got inf or nan", "not finite")
     return tensor
+
+
+def _text(record: dict[str, Any], field: str, where: str) -> str:
+    text = record.get(field)
+    if not isinstance(text, str) or not text.strip():
+        raise BadSample(f"{where}: {field} must be words, got {text!r:.40}", "no text")
+    return text
 
 
 def _label(record: dict[str, Any], num_classes: int, where: str) -> int:

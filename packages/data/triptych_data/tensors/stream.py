@@ -51,7 +51,8 @@ class TensorBatches:
         - `latents`, `noise` (N, C, ...) fp32, zeros where there is no sample
         - `times`, `drops` (N,) fp32 in [0, 1); `weights` (N,) fp32, 1, or 0 without a sample
         - with labels `labels` (N,) int64; with texts `text_features` (N, L, D) fp32, and
-          `empty_text` (1, L, D); further features by their names
+          `empty_text` (1, L, D); further features by their names; `texts`, words of those samples
+          that are there, if they are wanted
         - `num_targets`: elements of the latents that are there and not given; `num_tokens`:
           samples; `given_frames`, if there are any
         - `sample_keys`, `sample_ids` of those that are in it
@@ -63,6 +64,7 @@ class TensorBatches:
         labels = torch.zeros(self.batch_size, dtype=torch.int64)
         holes: list[Hole] = []
         kept: list[int] = []
+        texts: list[str] = []
         for row, (sample, epoch) in enumerate(zip(ids, epochs, strict=True)):
             note(sample)
             found = self._read(sample)
@@ -70,6 +72,7 @@ class TensorBatches:
                 holes.append(found)
                 continue
             kept.append(sample)
+            texts.append(found.text)
             labels[row] = found.label
             for name, value in self._drawn(found.tensors, sample, epoch).items():
                 # Texts are shorter than their row.
@@ -84,6 +87,8 @@ class TensorBatches:
             "sample_ids": kept,
             "holes": holes,
         }
+        if self.wanted.text_field is not None:
+            batch["texts"] = texts
         return batch | self._conditions(labels)
 
     def _drawn(self, tensors: dict[str, Tensor], sample: int, epoch: int) -> dict[str, Tensor]:

@@ -93,9 +93,9 @@ def like(tensors: Mapping[str, Tensor], where: str) -> Wanted:
 def read_arrays(paths: Iterable[Path]) -> Iterator[Sample]:
     """Samples out of .npz and .safetensors files: `latents` (n, C, ...), `labels` (n,), …
 
-    All arrays have n rows. One of numbers, (n,), becomes a field of the JSON, others tensors; of
-    `text_features` the first `text_lens` (n,) rows, if that is there. Nothing is unpickled. Raises
-    ValueError with the file.
+    All arrays have n rows. One of numbers or words, (n,), becomes a field of the JSON, others
+    tensors; of `text_features` the first `text_lens` (n,) rows, if that is there. Nothing is
+    unpickled. Raises ValueError with the file.
     """
     for path in paths:
         arrays = _read(path)
@@ -131,13 +131,14 @@ def shard_arrays(paths: list[Path], output: Path, **options: Any) -> list[Path]:
         raise ValueError(str(error)) from error
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             tensors: dict[str, Tensor] = load_file(path)
             return tensors
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+            found = {name: arrays[name] for name in arrays.files}
+            return {n: x if x.dtype.kind == "U" else torch.from_numpy(x) for n, x in found.items()}
     except (SafetensorError, zipfile.BadZipFile, ValueError, TypeError, EOFError) as error:
         raise ValueError(
             f"{path}: must be .npz or .safetensors of plain numbers, got {error}; save it anew"
