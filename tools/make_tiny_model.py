@@ -34,6 +34,7 @@ KINDS = {
     "llava_onevision": "llava_onevision_tiny",
     "qwen2_5_omni": "qwen2_5_omni_tiny",
     "bagel": "bagel_tiny",
+    "qwen3_omni": "qwen3_omni_tiny",
 }
 SIGLIP_SIDE = 32  # pixels: 16 tokens an image
 PATCH_SIZE, MERGE_SIZE, TEMPORAL_PATCH_SIZE = 8, 2, 2
@@ -90,9 +91,11 @@ def main(out_dir: Path | None, kind: str) -> None:
     """Write the model directory, then load it with transformers and run it once."""
     out_dir = out_dir or CONFIGS / KINDS[kind]
     out_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(
-        tiny_omni.SPECIAL_TOKENS if kind == "qwen2_5_omni" else SPECIAL_TOKENS
-    )
+    special = {
+        "qwen2_5_omni": tiny_omni.SPECIAL_TOKENS,
+        "qwen3_omni": [*SPECIAL_TOKENS, *tiny_omni.MORE_TOKENS],
+    }
+    tokenizer = train_tokenizer(special.get(kind, SPECIAL_TOKENS))
     tokenizer.save(str(out_dir / "tokenizer.json"))
     ids = tokenizer.get_vocab()
     files = {
@@ -104,13 +107,15 @@ def main(out_dir: Path | None, kind: str) -> None:
         "llava_onevision": onevision_files,
         "qwen2_5_omni": qwen2_5_omni_files,
         "bagel": bagel_files,
+        "qwen3_omni": qwen3_omni_files,
     }[kind]
     for name, content in files(ids).items():
         (out_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if kind == "text":
         check_text(out_dir)
-    elif kind == "qwen2_5_omni":
-        (out_dir / "chat_template.jinja").write_text(tiny_omni.TEMPLATE, encoding="utf-8")
+    elif kind in special:
+        template = tiny_omni.TEMPLATE if kind == "qwen2_5_omni" else tiny_omni.qwen3_template()
+        (out_dir / "chat_template.jinja").write_text(template, encoding="utf-8")
         click.echo(tiny_omni.check(out_dir))
     else:
         templates = {
@@ -230,6 +235,20 @@ def bagel_files(ids: dict[str, int]) -> dict[str, Any]:
         **tiny_bagel.bagel_files(ids, VOCAB_SIZE, image_config()),
         "generation_config.json": generation_config(ids),
         "tokenizer_config.json": with_processor(tokenizer_config(), "Qwen2VLProcessor"),
+    }
+
+
+def qwen3_omni_files(ids: dict[str, int]) -> dict[str, Any]:
+    """The small files of a Qwen3-Omni-MoE's thinker."""
+    processor = {"processor_class": "Qwen3OmniMoeProcessor"}
+    tokenizer = with_processor(tokenizer_config(), processor["processor_class"])
+    videos = video_config() | processor | {"video_processor_type": "Qwen2VLVideoProcessor"}
+    return {
+        "config.json": tiny_omni.qwen3_config(ids, model_config(ids)),
+        "generation_config.json": generation_config(ids),
+        "tokenizer_config.json": tokenizer | {"extra_special_tokens": tiny_omni.qwen3_tokens()},
+        "preprocessor_config.json": tiny_omni.preprocessor(image_config() | processor),
+        "video_preprocessor_config.json": videos,
     }
 
 

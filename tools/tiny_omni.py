@@ -1,4 +1,4 @@
-"""Small files of a tiny Qwen2.5-Omni thinker's folder, which make_tiny_model.py writes."""
+"""Small files of tiny omni thinkers' folders, which make_tiny_model.py writes."""
 
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ SPECIAL_TOKENS = [
     "<|IMAGE|>",
     "<|VIDEO|>",
 ]
+MORE_TOKENS = ["<|audio_start|>", "<|audio_end|>", "<|audio_pad|>"]  # Qwen3-Omni's, beside Qwen3's
 NUM_MELS = 32
 TEMPLATE = """\
 {%- macro render(content) -%}
@@ -92,6 +93,43 @@ def thinker_config(ids: dict[str, int], qwen2_5_vl: dict[str, Any]) -> dict[str,
     }
 
 
+def qwen3_config(ids: dict[str, int], qwen3_vl: dict[str, Any]) -> dict[str, Any]:
+    """config.json: a tiny Qwen3-VL's sizes, four experts in every layer but the last, and an audio
+    tower of four layers that look at two seconds at a time."""
+    text = qwen3_vl["text_config"] | {
+        "model_type": "qwen3_omni_moe_text",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 256,
+        "mlp_only_layers": [3],
+    }
+    del text["tie_word_embeddings"]
+    return {
+        "architectures": ["Qwen3OmniMoeThinkerForConditionalGeneration"],
+        "model_type": "qwen3_omni_moe_thinker",
+        **{name: value for name, value in qwen3_vl.items() if name.endswith("_token_id")},
+        "audio_token_id": ids["<|audio_pad|>"],
+        "audio_start_token_id": ids["<|audio_start|>"],
+        "audio_end_token_id": ids["<|audio_end|>"],
+        "tie_word_embeddings": False,
+        "text_config": text,
+        "vision_config": qwen3_vl["vision_config"]
+        | {"model_type": "qwen3_omni_moe_vision_encoder"},
+        "audio_config": {
+            "model_type": "qwen3_omni_moe_audio_encoder",
+            "num_mel_bins": NUM_MELS,
+            "d_model": 128,
+            "encoder_layers": 4,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 344,
+            "n_window": 50,
+            "n_window_infer": 200,
+            "downsample_hidden_size": 32,
+            "output_dim": 192,
+        },
+    }
+
+
 def preprocessor(images: dict[str, Any]) -> dict[str, Any]:
     """preprocessor_config.json as published: Whisper's settings and those of images in one."""
     return images | {
@@ -108,6 +146,27 @@ def preprocessor(images: dict[str, Any]) -> dict[str, Any]:
         "dither": 0.0,
         "return_attention_mask": True,
     }
+
+
+def qwen3_tokens() -> dict[str, str]:
+    """What a Qwen3-Omni's tokenizer_config.json calls the tokens of media."""
+    return {
+        "image_token": "<|image_pad|>",
+        "audio_token": "<|audio_pad|>",
+        "video_token": "<|video_pad|>",
+        "vision_bos_token": "<|vision_start|>",
+        "vision_eos_token": "<|vision_end|>",
+        "audio_bos_token": "<|audio_start|>",
+        "audio_eos_token": "<|audio_end|>",
+    }
+
+
+def qwen3_template() -> str:
+    """The same template with a Qwen3-Omni's tokens."""
+    template = TEMPLATE
+    for name, token in media_tokens().items():
+        template = template.replace(token, qwen3_tokens()[name])
+    return template
 
 
 def media_tokens() -> dict[str, str]:
@@ -128,15 +187,10 @@ def check(path: Path) -> str:
     import numpy as np
     import torch
     from PIL import Image
-    from transformers import (
-        AutoConfig,
-        AutoProcessor,
-        Qwen2_5OmniThinkerForConditionalGeneration,
-    )
+    from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(path)
-    model = Qwen2_5OmniThinkerForConditionalGeneration._from_config(config)
+    model = AutoModelForMultimodalLM.from_config(AutoConfig.from_pretrained(path))
     processor = AutoProcessor.from_pretrained(path)
     content = [{"type": "audio"}, {"type": "image"}, {"type": "text", "text": "Which digit?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}])

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoProcessor, WhisperFeatureExtractor
+from transformers.models.qwen3_omni_moe.processing_qwen3_omni_moe import (
+    _get_feat_extract_output_lengths as qwen3_tokens,
+)
 
 from tests.data.media import sound
 from tests.data.packs import MODEL
@@ -26,6 +29,7 @@ from triptych_models.config import ModelConfig
 from triptych_models.families import build_model
 
 OMNI = MODEL.with_name("qwen2_5_omni_tiny")
+FOLDERS = {"2.5": OMNI, "3": MODEL.with_name("qwen3_omni_tiny")}
 NO_INPUT = ("shift_labels", "num_targets", "num_tokens", "sample_keys")
 
 
@@ -56,14 +60,18 @@ def stock_inputs(stock: Any, raw: RawSample) -> Any:
     )
 
 
-def test_packed_samples_are_stocks_one_by_one() -> None:
+@pytest.mark.parametrize("version", FOLDERS)
+def test_packed_samples_are_stocks_one_by_one(version: str) -> None:
     """Frames to 2e-5 of a log10, tokens, and the logits of text, sound, images and both."""
-    model: Any = build_model(ModelConfig(path=OMNI, init="random"), dtype=torch.float32)
-    processor, twin = Processor.from_directory(OMNI), stock_twin(model)
+    folder = FOLDERS[version]
+    model: Any = build_model(ModelConfig(path=folder, init="random"), dtype=torch.float32)
+    processor, twin = Processor.from_directory(folder), stock_twin(model)
     model.check_processor(processor)
     raws = [sample(), sample(0.31), sample((64, 96), 1.23), sample(0.4, 0.07, (40, 40))]
+    if version == "3":  # several of other lengths, stock pads before it makes frames of them
+        raws[-1] = sample(2.117, (40, 40))
     encoded = [processor.encode(raw) for raw in raws]
-    stock = AutoProcessor.from_pretrained(OMNI)
+    stock = AutoProcessor.from_pretrained(folder)
     expected = [stock_inputs(stock, raw) for raw in raws]
     for ours, theirs in zip(encoded, expected, strict=True):
         assert ours.input_ids.tolist() == theirs["input_ids"][0].tolist()
@@ -93,6 +101,20 @@ def test_frames_are_those_of_whisper_with_silence_behind(seconds: float) -> None
     frames = heard(wave, rules)
     torch.testing.assert_close(frames, wanted, rtol=0, atol=2e-5)
     assert len(frames) == heard_frames(len(wave) / 16_000, rules)
+
+
+@pytest.mark.parametrize("seconds", [0.021, 0.5, 1.0 / 3, 2.9999])
+def test_frames_of_chunks_are_those_of_whisper_alone(seconds: float) -> None:
+    rules, wave = AudioRules(num_mels=32, chunk=100), voice(seconds)
+    stock = WhisperFeatureExtractor(feature_size=32)
+    options = {"sampling_rate": 16_000, "return_tensors": "pt", "return_attention_mask": True}
+    found = stock(wave.numpy(), padding=True, **options)
+    assert found["attention_mask"].all()
+    frames = heard(wave, rules)
+    torch.testing.assert_close(frames, found["input_features"][0].T, rtol=0, atol=2e-5)
+    assert len(frames) == heard_frames(len(wave) / 16_000, rules)
+    counts = qwen3_tokens(torch.arange(1, 400))
+    assert [audio_tokens(n, 100) for n in range(1, 400)] == counts.tolist()
 
 
 @pytest.mark.parametrize("seconds", [0.05, 1.0, 3.337])

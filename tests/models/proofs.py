@@ -184,6 +184,12 @@ PROOFS: dict[str, Proof] = {
     "qwen3_next": Proof(
         tiny.write_qwen3_next_model_dir, texts, tiny.pack_text, wasted=wasted_chunks
     ),
+    "qwen3_omni_moe_thinker": Proof(
+        tiny_audio.write_qwen3_omni_model_dir,
+        tiny_audio.heard_in_chunks,
+        tiny_audio.pack,
+        logits=tiny_audio.omni_logits,
+    ),
     "qwen3_vl": Proof(tiny.write_model_dir, pictures, tiny.pack),
     "qwen3_vl_moe": Proof(tiny.write_vl_moe_model_dir, pictures, tiny.pack),
 }

@@ -251,6 +251,48 @@ PUBLISHED: dict[str, Published] = {
             "lm_head.weight",
         ),
     ),
+    "qwen3_omni_moe_thinker": Published(
+        "Qwen3-Omni-30B-A3B-Instruct, its thinker",
+        {
+            "text_config": {
+                "model_type": "qwen3_omni_moe_text",
+                "vocab_size": 152064,
+                "hidden_size": 2048,
+                "intermediate_size": 768,
+                "moe_intermediate_size": 768,
+                "num_hidden_layers": 48,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 4,
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+                **_QWEN3,
+                "rope_parameters": _MROPE
+                | {"rope_theta": 1_000_000, "mrope_section": [24, 20, 20]},
+            },
+            "vision_config": _TOWER
+            | {"model_type": "qwen3_omni_moe_vision_encoder", "out_hidden_size": 2048},
+            "audio_config": {
+                "model_type": "qwen3_omni_moe_audio_encoder",
+                "d_model": 1280,
+                "encoder_layers": 32,
+                "encoder_attention_heads": 20,
+                "encoder_ffn_dim": 5120,
+                "num_mel_bins": 128,
+                "n_window": 50,
+                "n_window_infer": 800,
+                "downsample_hidden_size": 480,
+                "output_dim": 2048,
+            },
+        },
+        31_719_205_488,
+        (
+            "visual.merger_list.2.mlp.2.bias",
+            "audio_tower.conv2d3.weight",
+            "audio_tower.proj2.bias",
+            "model.layers.47.mlp.experts.127.down_proj.weight",
+            "lm_head.weight",
+        ),
+    ),
     "qwen3_vl": Published(
         "Qwen3-VL-2B-Instruct",
         {

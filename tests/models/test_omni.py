@@ -17,30 +17,44 @@ from triptych_models.families import build_model
 from triptych_models.packed import PackedModel
 from triptych_models.sequence import SequenceGroup
 
+WRITERS = {
+    "qwen2_5_omni": tiny_audio.write_qwen2_5_omni_model_dir,
+    "qwen3_omni_moe": tiny_audio.write_qwen3_omni_model_dir,
+}
+BESIDE = {"qwen2_5_omni": "token2wav.x.weight", "qwen3_omni_moe": "code2wav.x.weight"}
+
+
+@pytest.fixture(params=WRITERS)
+def whole(request: pytest.FixtureRequest) -> str:
+    """The model_type of a folder that speaks, too."""
+    return str(request.param)
+
 
 @pytest.fixture
-def model(tmp_path: Path) -> PackedModel:
-    folder = tiny_audio.write_qwen2_5_omni_model_dir(tmp_path / "tiny")
+def model(tmp_path: Path, whole: str) -> PackedModel:
+    folder = WRITERS[whole](tmp_path / "tiny")
     return build_model(ModelConfig(path=folder, init="random"), dtype=torch.float32)
 
 
-def test_a_whole_folder_is_read_for_its_thinker(model: PackedModel, tmp_path: Path) -> None:
+def test_a_whole_folder_is_read_for_its_thinker(
+    model: PackedModel, whole: str, tmp_path: Path
+) -> None:
     """Names and configuration as the hub has them, beside the talker's; as stock's thinker does."""
     export(model.hf, tmp_path / "thinker", tmp_path / "tiny", dtype=torch.float32)
     tensors = load_file(tmp_path / "thinker/model.safetensors")
     folder = tmp_path / "whole"
     folder.mkdir()
-    whole = {f"thinker.{name}": tensor for name, tensor in tensors.items()}
-    whole |= {"talker.model.norm.weight": torch.ones(4), "token2wav.x.weight": torch.ones(2)}
+    stored = {f"thinker.{name}": tensor for name, tensor in tensors.items()}
+    stored |= {"talker.model.norm.weight": torch.ones(4), BESIDE[whole]: torch.ones(2)}
     shutil.copy(tmp_path / "tiny/preprocessor_config.json", folder)
     config = {
         "architectures": ["Qwen2_5OmniModel"],
-        "model_type": "qwen2_5_omni",
+        "model_type": whole,
         "thinker_config": json.loads((tmp_path / "thinker/config.json").read_text()),
     }
-    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
-    assert ModelConfig(path=folder).find_family() == "qwen2_5_omni_thinker"
+    assert ModelConfig(path=folder).find_family() == f"{whole}_thinker"
     read = build_model(ModelConfig(path=folder), dtype=torch.float32)
     stock, found = type(read).hf_class.from_pretrained(folder, output_loading_info=True)  # type: ignore[attr-defined]
     assert not found["missing_keys"] and not found["unexpected_keys"]
@@ -49,7 +63,7 @@ def test_a_whole_folder_is_read_for_its_thinker(model: PackedModel, tmp_path: Pa
         assert torch.equal(parameter, stock.get_parameter(name)), name
     export(read.hf, tmp_path / "again", folder, dtype=torch.float32)
     again = json.loads((tmp_path / "again/config.json").read_text())
-    assert again["model_type"] == "qwen2_5_omni_thinker"
+    assert again["model_type"] == f"{whole}_thinker"
     assert load_file(tmp_path / "again/model.safetensors").keys() == tensors.keys()
 
 

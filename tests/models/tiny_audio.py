@@ -1,7 +1,7 @@
 """Tiny models that hear, documents for them, and packed rows built by hand."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,17 @@ def tokens_of(frames: int) -> int:
     return ((frames - 1) // 2 + 1) // 2
 
 
+def tokens_of_chunks(frames: int) -> int:
+    """The same of a Qwen3-Omni."""
+    return frames // 100 * 13 + -(-(frames % 100) // 8)
+
+
 def document(
-    seed: int, *, words: int, media: Sequence[int | tuple[int, int, int]] = ()
+    seed: int,
+    *,
+    words: int,
+    media: Sequence[int | tuple[int, int, int]] = (),
+    tokens: Callable[[int], int] = tokens_of,
 ) -> Document:
     """Text, then each medium followed by text: frames of a recording, or an image's grid."""
     rng = torch.Generator().manual_seed(seed)
@@ -89,7 +98,7 @@ def document(
     add_words()
     for medium in media:
         if isinstance(medium, int):
-            add([AUDIO_START, *[AUDIO] * tokens_of(medium), AUDIO_END])
+            add([AUDIO_START, *[AUDIO] * tokens(medium), AUDIO_END])
         else:
             add([START])
             at = positions[-1][0] + 1
@@ -135,6 +144,16 @@ def heard_and_seen() -> list[Document]:
     return [document(i, words=n, media=media) for i, (n, media) in enumerate(shapes)]
 
 
+def heard_in_chunks() -> list[Document]:
+    """Text; an image and a recording of less than a chunk; two that need padding, one of them of
+    two windows; a short recording and an image."""
+    shapes = [(5, []), (2, [(1, 4, 6), 45]), (2, [230, 101]), (3, [61, (1, 4, 4)])]
+    return [
+        document(i, words=n, media=media, tokens=tokens_of_chunks)
+        for i, (n, media) in enumerate(shapes)
+    ]
+
+
 def omni_logits(stock: Any, model: Any, doc: Document) -> Tensor:
     """Logits (n, V) of one document; stock computes positions and cuts recordings itself."""
     inputs: dict[str, Tensor] = {
@@ -154,3 +173,34 @@ def omni_logits(stock: Any, model: Any, doc: Document) -> Tensor:
         inputs["feature_attention_mask"] = (frames < doc.audio_lengths[:, None]).long()
     logits: Tensor = stock(**inputs).logits[0]
     return logits
+
+
+def write_qwen3_omni_model_dir(directory: Path, **fields: Any) -> Path:
+    """A Qwen3-Omni's thinker: chunks of a hundred frames, two of them a window of attention."""
+    seen = written(tiny.write_vl_moe_model_dir(directory))
+    heard = written(write_qwen2_5_omni_model_dir(directory))
+    audio = heard["audio_config"] | {
+        "model_type": "qwen3_omni_moe_audio_encoder",
+        "n_window": 50,
+        "n_window_infer": 200,
+        "conv_chunksize": 500,
+        "downsample_hidden_size": 6,
+    }
+    text = seen["text_config"] | {"model_type": "qwen3_omni_moe_text"}
+    del text["tie_word_embeddings"]
+    thinker = {
+        "architectures": ["Qwen3OmniMoeThinkerForConditionalGeneration"],
+        "model_type": "qwen3_omni_moe_thinker",
+        "text_config": text,
+        "vision_config": seen["vision_config"] | {"model_type": "qwen3_omni_moe_vision_encoder"},
+        "audio_config": audio,
+        "image_token_id": IMAGE,
+        "video_token_id": 295,
+        "audio_token_id": AUDIO,
+        "vision_start_token_id": START,
+        "vision_end_token_id": END,
+        "audio_start_token_id": AUDIO_START,
+        "audio_end_token_id": AUDIO_END,
+    }
+    (directory / "config.json").write_text(json.dumps(thinker | fields))
+    return directory

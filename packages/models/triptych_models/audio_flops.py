@@ -1,4 +1,4 @@
-"""FLOPs of Qwen2.5-Omni's audio tower, counted as triptych_models.flops does the rest.
+"""FLOPs of Qwen's audio towers, counted as triptych_models.flops does the rest.
 
 Frames that pad a chunk are not counted, nor is the dummy of a row without recordings.
 """
@@ -6,8 +6,11 @@ Frames that pad a chunk are not counted, nor is the dummy of a row without recor
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from .audio_tower import cut, halve
 from .flops import Work, with_backward
+from .qwen3_audio_tower import window_tokens
 
 
 def audio_flops(
@@ -22,14 +25,12 @@ def audio_flops(
         return 0.0
     hears, projects = "audio" in trainable, "projector" in trainable
     weights = set() if adapted else trainable
-    hidden, inner = audio.d_model, audio.encoder_ffn_dim
+    hidden = audio.d_model
     chunks = cut(lengths, 2 * audio.n_window)
     frames, halved, tokens = (int(x.sum()) for x in (lengths, halve(chunks), halve(lengths) // 2))
-    pairs = int(halve(chunks).square().sum())
+    layers = tower_layers(audio, halved, int(halve(chunks).square().sum()))
     first = Work(2.0 * 3 * audio.num_mel_bins * hidden * frames, 0.0)
     second = Work(2.0 * 3 * hidden * hidden * halved, 0.0)
-    layer = Work(2.0 * (4 * hidden + 2 * inner) * hidden * halved, 4.0 * hidden * pairs)
-    layers = Work(*(audio.encoder_layers * each for each in layer))
     projector = Work(2.0 * hidden * audio.output_dim * tokens, 0.0)
     weight = "audio" in weights
     return (
@@ -38,3 +39,44 @@ def audio_flops(
         + with_backward(layers, weight=weight, inputs=hears)
         + with_backward(projector, weight="projector" in weights, inputs=hears or projects)
     )
+
+
+def conv2d_audio_flops(audio: Any, batch: Mapping[str, Any], trainable: Collection[str]) -> float:
+    """The same of Qwen3-Omni's, whose convolutions halve mel bands, too."""
+    lengths = batch.get("audio_lengths")
+    if lengths is None:
+        return 0.0
+    hears, projects = "audio" in trainable, "projector" in trainable
+    hidden, channels = audio.d_model, audio.downsample_hidden_size
+    times, bands, inputs = cut(lengths, 2 * audio.n_window), audio.num_mel_bins, 1
+    work = 0.0
+    for number in range(3):
+        times, bands = halve(times), (bands + 1) // 2
+        convolution = Work(2.0 * 9 * inputs * channels * bands * int(times.sum()), 0.0)
+        # Frames need no gradient.
+        work += with_backward(convolution, weight=hears, inputs=hears and number > 0)
+        inputs = channels
+    tokens = int(times.sum())
+    each = cut(tokens_of(lengths, 2 * audio.n_window), window_tokens(audio))
+    layers = tower_layers(audio, tokens, int(each.square().sum()))
+    embedding = Work(2.0 * channels * bands * hidden * tokens, 0.0)
+    projector = Work(2.0 * hidden * (hidden + audio.output_dim) * tokens, 0.0)
+    return (
+        work
+        + with_backward(embedding, weight=hears, inputs=hears)
+        + with_backward(layers, weight=hears, inputs=hears)
+        + with_backward(projector, weight=projects, inputs=hears or projects)
+    )
+
+
+def tokens_of(lengths: Tensor, size: int) -> Tensor:
+    """Tokens (num_audios,) of recordings cut every `size` frames and halved three times."""
+    rest = lengths % size
+    return lengths // size * -(-size // 8) + -(-rest // 8)
+
+
+def tower_layers(audio: Any, rows: int, pairs: int) -> Work:
+    """All layers of a tower over so many rows, and pairs of them that attention looks at."""
+    hidden, inner, layers = audio.d_model, audio.encoder_ffn_dim, audio.encoder_layers
+    weights = 4 * hidden * hidden + 2 * hidden * inner
+    return Work(2.0 * layers * weights * rows, 4.0 * layers * hidden * pairs)

@@ -12,6 +12,7 @@ _LANGUAGE: tuple[Part, ...] = ("language",)
 _MIXTURE: tuple[Part, ...] = ("language", "router", "experts")
 _SEEING: tuple[Part, ...] = ("vision", "projector", "language")
 _OMNI: tuple[Part, ...] = ("vision", "audio", "projector", "language")
+_OMNI_MIXTURE: tuple[Part, ...] = (*_OMNI, "router", "experts")
 _SEEING_MIXTURE: tuple[Part, ...] = ("vision", "projector", "language", "router", "experts")
 
 
@@ -145,6 +146,13 @@ FAMILIES: dict[str, Family] = {
         "80B-A3B",
         "tiny on CPUs",
     ),
+    "qwen3_omni_moe_thinker": Family(
+        "triptych_models.qwen3_omni_moe:Qwen3OmniMoE",
+        _OMNI_MIXTURE,
+        ("pretrain", "sft", "moe"),
+        "3-Omni 30B-A3B, the thinker (text, images, sound)",
+        "tiny on CPUs",
+    ),
     "qwen3_vl": Family(
         "triptych_models.qwen3_vl:Qwen3VL",
         _SEEING,
@@ -163,7 +171,10 @@ FAMILIES: dict[str, Family] = {
 
 
 # Whole folders, by their model_type, of which a family is the part that is computed here.
-THINKER_OF: dict[str, str] = {"qwen2_5_omni": "qwen2_5_omni_thinker"}
+THINKER_OF: dict[str, str] = {
+    "qwen2_5_omni": "qwen2_5_omni_thinker",
+    "qwen3_omni_moe": "qwen3_omni_moe_thinker",
+}
 
 
 class Denoiser(NamedTuple):

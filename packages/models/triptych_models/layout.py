@@ -109,6 +109,7 @@ _LLAVA = (
     ("lm_head.", "language_model.lm_head."),
 )
 _QWEN = (("model.visual.", "visual."), ("model.language_model.", "model."))
+_OMNI = (("model.audio_tower.", "audio_tower."), *_QWEN)
 STORED_PREFIXES: dict[str, Prefixes] = {
     "bagel": (
         ("model.language_model.", "language_model.model."),
@@ -132,8 +133,9 @@ STORED_PREFIXES: dict[str, Prefixes] = {
         ("model.vision_tower.", "vision_tower."),
         ("model.image_newline", "image_newline"),
     ),
-    "qwen2_5_omni_thinker": (("model.audio_tower.", "audio_tower."), *_QWEN),
+    "qwen2_5_omni_thinker": _OMNI,
     "qwen2_5_vl": _QWEN,
+    "qwen3_omni_moe_thinker": _OMNI,
 }
 _OLD_TOWER = "vision_tower.vision_model."  # as transformers 4 wrote it
 _THINKER = "thinker."  # before the names in a folder that speaks, too

@@ -23,7 +23,8 @@ _EXACT = 1e-4  # samples; what floating point may have added to a whole number o
 class AudioRules(NamedTuple):
     """How a model hears: Hz, samples per window and from one to the next, mel bands, the seconds
     after which a recording is cut off, and the frames of the chunks that become tokens by
-    themselves, if there are such. The defaults are Whisper's."""
+    themselves, if there are such: then no silence follows a recording. The defaults are
+    Whisper's."""
 
     rate: int = 16_000
     window: int = 400
@@ -59,8 +60,11 @@ def hear(data: bytes, rules: AudioRules) -> Tensor:
 
 def heard(wave: Tensor, rules: AudioRules) -> Tensor:
     """Log-mel frames (N, num_mels) float32 of a wave (n,), as the processors of Qwen's models make
-    them: those that begin in it, while silence follows up to `max_seconds`."""
+    them: those that begin in it, while silence follows up to `max_seconds`; or, of chunks, as many
+    as fit into it."""
     wave = wave[: _most_samples(rules)]
+    if rules.chunk is not None:
+        return log_mel(wave, rules).T.contiguous()
     frames = _heard(len(wave), rules)
     # Of the silence, as much as windows that reach into the sound look at: the rest is the floor.
     silence = min(2 * rules.window + rules.hop, _most_samples(rules) - len(wave))
@@ -75,6 +79,8 @@ def heard_frames(seconds: float, rules: AudioRules) -> int:
 
 def _heard(samples: int, rules: AudioRules) -> int:
     frames = -(-samples // rules.hop)
+    if rules.chunk is not None:  # the transform mirrors half a window at each end
+        frames = max(samples, rules.window // 2 + 1) // rules.hop
     if audio_tokens(frames, rules.chunk) < 1:
         raise ValueError(
             f"audio must be long enough for a token, got {samples} samples at {rules.rate} Hz; "

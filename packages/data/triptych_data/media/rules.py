@@ -34,6 +34,7 @@ _TILED_SAMPLING = {"fps": 1, "min_frames": 1, "max_frames": 32}
 _RATIO = re.compile(r"anyres_max_([1-9]\d{0,3})")
 _MOST_TILES_A_SIDE = 64
 _HEARS = "WhisperFeatureExtractor"
+_CHUNKS = {"Qwen3OmniMoeProcessor": 100}  # frames, by the processor's class; it knows no other
 _MOST_SECONDS = 3600
 _TOKENS_PER_SECOND = 4  # of transformers' Qwen2.5-VL, where config.json does not say
 
@@ -85,7 +86,8 @@ def read_audio_rules(directory: Path) -> AudioRules | None:
     for name in ("dither", "padding_value"):
         if settings.get(name):
             raise ValueError(f"{path}: {name} must be 0, got {settings[name]}; use a model's own")
-    return AudioRules(*numbers)
+    chunk = _CHUNKS.get(str(settings.get("processor_class")))
+    return AudioRules(*numbers)._replace(chunk=chunk)
 
 
 def has_images(directory: Path) -> bool:

@@ -1,0 +1,44 @@
+"""What Qwen's omni thinkers share: a Qwen-VL that hears."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from .attention import pack_audio_attention
+from .audio_model import AudioModel
+from .qwen3_vl import Qwen3VL
+
+
+class Omni(AudioModel, Qwen3VL):
+    """The thinker of an omni model, `self.hf`: text, images and sound in, text out."""
+
+    def __init__(self, hf_config: PretrainedConfig, **settings: Any) -> None:
+        super().__init__(hf_config, **settings)
+        pack_audio_attention(self.hf)
+
+    def hidden_states(
+        self,
+        *,
+        input_ids: Tensor,
+        audio_features: Tensor | None = None,
+        audio_lengths: Tensor | None = None,
+        audio_positions: Tensor | None = None,
+        **batch: Any,
+    ) -> Tensor:
+        """Hidden states (1, T, H) after the final norm, documents kept apart.
+
+        As `Qwen3VL.hidden_states`, and `insert_audio` of recordings.
+        """
+        embedded = self.hf.model.language_model.embed_tokens(input_ids)
+        heard = self.insert_audio(embedded, audio_features, audio_lengths, audio_positions)
+        return super().hidden_states(input_ids=input_ids, embedded=heard, **batch)
+
+    def audio_rules(self) -> dict[str, Any]:
+        """What the data's processor must say of recordings, by the name of its attribute."""
+        config = self.hf.config
+        return {
+            "num_mels": config.audio_config.num_mel_bins,
+            "audio_token_id": config.audio_token_id,
+            "audio_chunk": None,
+        }
