@@ -177,6 +177,61 @@ def with_gradients(tensors, cu_seqlens):
     return [out, *torch.autograd.grad(out, tensors, torch.ones_like(out))]
 
 
+def both_ways(length, keys):
+    """The last queries of a document that sees all of itself, by each branch's mask."""
+    blocks, own = -(-keys // BLOCK), range(keys - length, keys)
+    seen = torch.tensor([[(c + 1) * BLOCK <= keys for c in range(blocks)]] * length)
+    near = torch.tensor([[abs(t - s) < WINDOW for s in range(keys)] for t in own])
+
+    def chosen(q, k, v):
+        _, weights = dense(q.detach(), means(k.detach()), means(v), seen)
+        group = q.shape[1] // k.shape[1]
+        allowed = torch.zeros(q.shape[1], length, keys, dtype=torch.bool)
+        for head in range(q.shape[1]):
+            shared = range(head // group * group, head // group * group + group)
+            for row, t in enumerate(own):
+                picked = {0, t // BLOCK, max(t // BLOCK - 1, 0)}
+                score = {c: sum(float(weights[h, row, c]) for h in shared) for c in range(blocks)}
+                for c in sorted(score, key=lambda c: -score[c]):
+                    if len(picked) < SELECTED:
+                        picked.add(c)
+                for c in picked:
+                    allowed[head, row, c * BLOCK : (c + 1) * BLOCK] = True
+        return dense(q, k, v, allowed)[0]
+
+    return {
+        COMPRESSED: lambda q, k, v: dense(q, means(k), means(v), seen)[0],
+        CHOSEN: chosen,
+        RECENT: lambda q, k, v: dense(q, k, v, near)[0],
+    }
+
+
+@pytest.mark.parametrize("branch", [COMPRESSED, CHOSEN, RECENT])
+def test_a_document_may_see_all_of_itself(check, branch, monkeypatch):
+    """And have more keys than queries: a part of it asks, behind what came before."""
+    monkeypatch.setitem(globals(), "SELECTED", 4)
+    queries, keys = [9, 5], [22, 5]
+    (q, _, _, gates), cu_q = pack(queries)
+    (_, k, v, _), cu_k = pack(keys)
+    only = one_branch(gates, branch)
+    settings = {"causal": False, "cu_seqlens_k": cu_k, **OPTIONS, "num_selected": 4}
+
+    def by_hand(q, k, v):
+        parts = zip(q.split(queries), k.split(keys), v.split(keys), queries, keys, strict=True)
+        return torch.cat([both_ways(n, m)[branch](*x) for *x, n, m in parts])
+
+    check(lambda *x: native_sparse_attention(*x, only, cu_q, **settings), by_hand, q, k, v)
+
+
+def test_the_last_queries_of_a_causal_document_are_those_of_all_of_it():
+    (q, k, v, gates), cu_seqlens = pack([30])
+    whole = native_sparse_attention(q, k, v, gates, cu_seqlens, **OPTIONS)
+    asked = native_sparse_attention(
+        q[-7:], k, v, gates[-7:], cu_seqlens_of([7]), cu_seqlens_k=cu_seqlens, **OPTIONS
+    )
+    torch.testing.assert_close(asked, whole[-7:])
+
+
 def test_gradcheck():
     tensors, cu_seqlens = pack([0, 1, 13], 2, 1, 2, 2, torch.float64)
     assert torch.autograd.gradcheck(

@@ -232,7 +232,12 @@ def straight(stock: Any, model: Any, doc: BagelDocument) -> tuple[Tensor, Tensor
         )
         q = turn(either(norm, f"{attn}q_norm.weight", q))
         k = turn(either(norm, f"{attn}k_norm.weight", k))
-        mixed = dense(q, k, v, visible(doc)).flatten(1)
+        if stock.config.sparse_attention is None:
+            mixed = dense(q, k, v, visible(doc)).flatten(1)
+        else:
+            gates = either(linear, f"{attn}g_proj", inner).sigmoid().unflatten(1, (heads, 3))
+            settings = stock.config.sparse_attention
+            mixed = sparse(q, k, v, gates, visible(doc), **settings).flatten(1)
         x = x + either(linear, f"{attn}o_proj", mixed)
         inner = either(norm, f"{layer}post_attention_layernorm.weight", x)
         x = x + either(mlp, f"{layer}mlp", inner)
@@ -246,6 +251,56 @@ def dense(q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:
     scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])
     weights = scores.masked_fill(~sees, -torch.inf).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, v)
+
+
+def sparse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    sees: Tensor,
+    block_size: int,
+    num_selected: int,
+    window: int,
+) -> Tensor:
+    """Native sparse attention (arXiv 2502.11089) of what each token sees, token by token.
+
+    Blocks are those of the tokens that are seen, in their order.
+    """
+    group, out = q.shape[1] // k.shape[1], []
+    for at, allowed in enumerate(sees):
+        seen = allowed.nonzero().flatten()
+        own = int((seen == at).nonzero())
+        blocks = seen.split(block_size)
+        means = [
+            torch.stack([x[block].mean(0) for block in blocks if len(block) == block_size])
+            if len(seen) >= block_size
+            else x[:0]
+            for x in (k, v)
+        ]
+        heads = []
+        for head in range(q.shape[1]):
+            shared = [head // group * group + other for other in range(group)]
+            scores = [attend_to(q[at, other], means[0][:, head // group]) for other in shared]
+            favour = torch.stack(scores).sum(0).detach()
+            best, mine = favour.argsort(descending=True).tolist(), own // block_size
+            order = [0, mine, max(mine - 1, 0), *best, *range(len(blocks))]
+            chosen = list(dict.fromkeys(order))[:num_selected]
+            picked = torch.cat([blocks[block] for block in sorted({*chosen})])
+            near = seen[(torch.arange(len(seen)) - own).abs() < window]
+            views = [(means[0], means[1]), (k[picked], v[picked]), (k[near], v[near])]
+            found = [
+                attend_to(q[at, head], keys[:, head // group]) @ values[:, head // group]
+                for keys, values in views
+            ]
+            heads.append((gates[at, head][:, None] * torch.stack(found)).sum(0))
+        out.append(torch.stack(heads))
+    return torch.stack(out)
+
+
+def attend_to(q: Tensor, keys: Tensor) -> Tensor:
+    """Weights (K,) of a query (D,)."""
+    return (keys @ q / math.sqrt(len(q))).softmax(0)
 
 
 def see(p: dict[str, Tensor], model: Any, doc: BagelDocument) -> Tensor:

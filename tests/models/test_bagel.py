@@ -17,14 +17,17 @@ from tests.models.straight_bagel import (
     bagel_documents,
     pack_bagel,
     straight,
+    straight_loss,
     write_bagel_model_dir,
 )
 from tests.models.test_text import shake
 from triptych_models.bagel.layout import find_blocks, lay_out
 from triptych_models.config import ModelConfig
+from triptych_models.export import export, stored_tensors
 from triptych_models.families import build_model, build_shell
 from triptych_models.generate import generate
 from triptych_models.sequence import SequenceGroup
+from triptych_models.weights import whole
 
 SEQ_LEN = 112
 
@@ -124,3 +127,66 @@ def test_what_is_not_computed_is_refused(build: Callable[..., Any], tmp_path: Pa
         (tmp_path / "other/config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=message):
             build_shell(ModelConfig(path=tmp_path / "other"), dtype=torch.float32)
+
+
+SPARSE = {"block_size": 2, "num_selected": 4, "window": 4}
+
+
+def test_sparse_attention_is_the_straight_one(build: Callable[..., Any]) -> None:
+    """Heads and tokens in their places, gates of their branches, images seen both ways."""
+    model = build(sparse_attention=SPARSE)
+    stock, documents = stock_twin(model), bagel_documents()
+    ours = model(**pack_bagel(documents, SEQ_LEN)).loss_sum
+    ours.backward()
+    theirs = torch.stack([straight_loss(stock, model, doc) for doc in documents]).sum()
+    theirs.backward()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    for (name, p), q in zip(model.hf.named_parameters(), stock.parameters(), strict=True):
+        if p.requires_grad:
+            assert (p.grad - q.grad).norm() <= 1e-4 * q.grad.norm() + 1e-5, name
+    assert model.hf.model.language_model.layers[0].self_attn.g_proj.weight.grad.norm() > 1e-3
+    # An image's first patch sees its last, as in no causal attention.
+    doc = bagel_document(1, 3, (2, 3), 4)
+    batch = pack_bagel([doc], 16)
+    before = model.hidden_states(**inputs_of(batch))
+    batch["pixel_values"][-1] += 50
+    after = model.hidden_states(**inputs_of(batch))
+    first = int(batch["image_positions"][0])
+    assert not torch.allclose(before[0, first], after[0, first], atol=1e-3)
+    assert torch.equal(before[0, :3], after[0, :3])
+
+
+def inputs_of(batch: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in batch.items() if k not in ("shift_labels", "num_targets")}
+
+
+def test_wide_settings_of_sparse_attention_are_dense(build: Callable[..., Any]) -> None:
+    """A window over all, and its gate alone open: the pairs of dense attention."""
+    model = build(sparse_attention={"block_size": 4, "num_selected": 3, "window": 200})
+    batch = pack_bagel(bagel_documents(), SEQ_LEN)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "g_proj" in name:
+                shut = torch.tensor([-200.0, -200.0, 200.0]).repeat(len(p) // 3)
+                p.copy_(shut if p.dim() == 1 else torch.zeros_like(p))
+        sparse = model(**batch).loss_sum
+        for layer in model.hf.model.language_model.layers:
+            layer.self_attn.sparse = None
+        torch.testing.assert_close(sparse, model(**batch).loss_sum, rtol=1e-5, atol=0)
+
+
+def test_a_dense_folder_begins_sparse(build: Callable[..., Any], tmp_path: Path) -> None:
+    """Whose gates begin as at random, and are stored from then on."""
+    dense = build()
+    export(dense.hf, tmp_path / "dense", tmp_path / "tiny", dtype=torch.float32)
+    config = json.loads((tmp_path / "dense/config.json").read_text())
+    config["sparse_attention"] = SPARSE
+    (tmp_path / "dense/config.json").write_text(json.dumps(config))
+    sparse = build_model(ModelConfig(path=tmp_path / "dense"), dtype=torch.float32)
+    weights = dict(sparse.named_parameters())
+    assert all(not p.any() for name, p in weights.items() if "g_proj" in name)
+    assert all(torch.equal(p, weights[name]) for name, p in dense.named_parameters())
+    assert "g_proj" in " ".join(name for name, _ in stored_tensors(sparse.hf, whole))
+    (tmp_path / "dense/config.json").write_text(json.dumps(config | {"sparse_attention": {}}))
+    with pytest.raises(ValueError, match="sparse_attention must say block_size, num_selected"):
+        build_shell(ModelConfig(path=tmp_path / "dense"), dtype=torch.float32)

@@ -32,9 +32,11 @@ def native_sparse_attention(
     num_selected: int = 16,
     window: int = 512,
     scale: float | None = None,
+    causal: bool = True,
+    cu_seqlens_k: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Attend causally within each document of a packed row, to parts of its past.
+    """Attend within each document of a packed row, to parts of its past, or of all of it.
 
     q: (T, Hq, D); k: (T, Hkv, D) and v: (T, Hkv, Dv), Hq a multiple of Hkv; gates: (T, Hq, 3) for
     compressed, selected and window, say sigmoid of a projection; cu_seqlens: (num_docs + 1,) int32
@@ -46,21 +48,31 @@ def native_sparse_attention(
     1/sqrt(D) by default. Returns (T, Hq, Dv) in q's dtype, computed in float32 (float64 for
     float64 q).
 
+    Without causal all of a document is as its past: the window reaches to both sides. cu_seqlens_k:
+    of documents whose keys (Tk, Hkv, D) are more than their queries; the last query then stands
+    beside the last key.
+
     The reference holds the (Hq, L, L) scores of a document of L tokens and reads cu_seqlens on the
     host. fla needs CUDA, float16 or bfloat16, Hq / Hkv a power of two of at least 16, D = Dv a
     multiple of 8 and at most 256, and block_size a power of two of at least twice num_selected
-    (rounded up to a power of two); it reads cu_seqlens on the host too. Under torch.compile the op
+    (rounded up to a power of two), and causal documents with as many keys as queries; it reads
+    cu_seqlens on the host too. Under torch.compile the op
     is one node on both, and runs its forward a second time in the backward. Raises ValueError for
     shapes that do not fit.
     """
-    _check_shapes(q, k, v, gates, block_size, num_selected, window)
+    _check_shapes(q, k, v, gates, block_size, num_selected, window, cu_seqlens_k is None)
     check_cu_seqlens("native_sparse_attention", cu_seqlens, q.shape[0])
+    if cu_seqlens_k is not None:
+        check_cu_seqlens("native_sparse_attention", cu_seqlens_k, k.shape[0])
     scale = q.shape[2] ** -0.5 if scale is None else scale
     why_not = _beyond_fla(q, k, v, block_size, num_selected)
+    if not causal or cu_seqlens_k is not None:
+        why_not = "needs causal documents with as many keys as queries"
     needs = (why_not,) if why_not else ()
     name = choose("native_sparse_attention", q, backend, needs)
     run = _native_sparse_attention if is_traced(q) else _run
-    return run(q, k, v, gates, cu_seqlens, block_size, num_selected, window, scale, name)
+    bounds = (cu_seqlens, cu_seqlens_k, causal)
+    return run(q, k, v, gates, *bounds, block_size, num_selected, window, scale, name)
 
 
 def native_sparse_attention_ref(
@@ -74,17 +86,21 @@ def native_sparse_attention_ref(
     num_selected: int = 16,
     window: int = 512,
     scale: float | None = None,
+    causal: bool = True,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     """`native_sparse_attention` in plain torch, one document after the other."""
     scale = q.shape[2] ** -0.5 if scale is None else scale
     wide = torch.promote_types(q.dtype, torch.float32)
     lengths = cu_seqlens.diff().tolist()
-    q_, k_, v_, gates_ = (x.to(wide).split(lengths) for x in (q, k, v, gates))
+    lengths_k = lengths if cu_seqlens_k is None else cu_seqlens_k.diff().tolist()
+    q_, gates_ = (x.to(wide).split(lengths) for x in (q, gates))
+    k_, v_ = (x.to(wide).split(lengths_k) for x in (k, v))
     documents = zip(q_, k_, v_, gates_, strict=True)
     with torch.autocast(q.device.type, enabled=False):
         out = [
-            _document(q_doc, k_doc, v_doc, gates_doc, block_size, num_selected, window, scale)
-            for q_doc, k_doc, v_doc, gates_doc in documents
+            _document(*document, block_size, num_selected, window, scale, causal)
+            for document in documents
         ]
     return torch.cat(out).to(q.dtype)
 
@@ -95,6 +111,8 @@ def _run(
     v: Tensor,
     gates: Tensor,
     cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
     block_size: int,
     num_selected: int,
     window: int,
@@ -113,6 +131,8 @@ def _run(
         num_selected=num_selected,
         window=window,
         scale=scale,
+        causal=causal,
+        cu_seqlens_k=cu_seqlens_k,
     )
 
 
@@ -125,25 +145,28 @@ def _document(
     num_selected: int,
     window: int,
     scale: float,
+    causal: bool,
 ) -> Tensor:
     """One document, all in one wide dtype -> (L, Hq, Dv)."""
-    group = q.shape[1] // k.shape[1]
-    token = torch.arange(q.shape[0], device=q.device)
-    block = torch.arange(-(-q.shape[0] // block_size), device=q.device)
+    group, num_keys = q.shape[1] // k.shape[1], k.shape[0]
+    key = torch.arange(num_keys, device=q.device)
+    own = key[num_keys - q.shape[0] :]  # beside each query
+    last = own if causal else torch.full_like(own, num_keys - 1)  # that it sees
+    block = torch.arange(-(-num_keys // block_size), device=q.device)
     # A block is visible to the compressed branch once its last token is.
-    complete = (block + 1) * block_size <= token[:, None] + 1  # (L, C)
+    complete = (block + 1) * block_size <= last[:, None] + 1  # (L, C)
     k_mean, v_mean = _block_means(k, block_size), _block_means(v, block_size)
     weights = _weights(q, k_mean, complete, scale)  # (Hq, L, C)
     compressed = _mix(weights, v_mean)
 
     # The group's heads read the same tokens, so they choose their blocks together.
     favour = weights.detach().unflatten(0, (-1, group)).sum(1)  # (Hkv, L, C)
-    chosen = _choose_blocks(favour, token // block_size, num_selected)  # (Hkv, L, C)
-    causal = token <= token[:, None]
-    of_chosen = chosen.repeat_interleave(block_size, -1)[..., : q.shape[0]] & causal
+    chosen = _choose_blocks(favour, own // block_size, last // block_size, num_selected)
+    seen = key <= last[:, None]
+    of_chosen = chosen.repeat_interleave(block_size, -1)[..., :num_keys] & seen  # (Hkv, L, K)
     selected = _mix(_weights(q, k, of_chosen.repeat_interleave(group, 0), scale), v)
 
-    recent = causal & (token > token[:, None] - window)
+    recent = seen & ((key - own[:, None]).abs() < window)
     last = _mix(_weights(q, k, recent, scale), v)
 
     by_compressed, by_selected, by_window = gates.unsqueeze(-1).unbind(2)
@@ -176,16 +199,17 @@ def _mix(weights: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("hqk,khd->qhd", weights, v)
 
 
-def _choose_blocks(favour: Tensor, own: Tensor, num_selected: int) -> Tensor:
-    """(Hkv, L, C), the block of each token (L,) -> (Hkv, L, C) bool, at most num_selected each."""
+def _choose_blocks(favour: Tensor, own: Tensor, last: Tensor, num_selected: int) -> Tensor:
+    """(Hkv, L, C), the block of each token and the last it sees (L,) -> (Hkv, L, C) bool, at most
+    num_selected each."""
     block = torch.arange(favour.shape[-1], device=favour.device)
-    own = own[:, None]
+    own, last = own[:, None], last[:, None]
     forced = (block == 0) | (block == own - 1) | (block == own)
-    favour = favour.masked_fill(forced & (block <= own), torch.inf)
-    favour = favour.masked_fill(block > own, -torch.inf)
+    favour = favour.masked_fill(forced, torch.inf)
+    favour = favour.masked_fill(block > last, -torch.inf)
     best = favour.topk(min(num_selected, favour.shape[-1]), dim=-1).indices
     chosen = torch.zeros_like(favour, dtype=torch.bool).scatter(-1, best, True)
-    return chosen & (block <= own)
+    return chosen & (block <= last)
 
 
 def _call_fla(
@@ -232,11 +256,18 @@ def _beyond_fla(q: Tensor, k: Tensor, v: Tensor, block_size: int, num_selected: 
 
 
 def _check_shapes(
-    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, block_size: int, num_selected: int, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    block_size: int,
+    num_selected: int,
+    window: int,
+    same_length: bool,
 ) -> None:
     fits = (
         q.dim() == k.dim() == v.dim() == 3
-        and q.shape[0] == k.shape[0]
+        and (q.shape[0] == k.shape[0] or not same_length)
         and k.shape[:2] == v.shape[:2]
         and q.shape[2] == k.shape[2]
         and q.shape[1] % k.shape[1] == 0
@@ -263,14 +294,16 @@ def _native_sparse_attention(
     v: Tensor,
     gates: Tensor,
     cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
     block_size: int,
     num_selected: int,
     window: int,
     scale: float,
     name: str,
 ) -> Tensor:
-    settings = (block_size, num_selected, window, scale, name)
-    return _run(q, k, v, gates, cu_seqlens, *settings).contiguous()
+    settings = (causal, block_size, num_selected, window, scale, name)
+    return _run(q, k, v, gates, cu_seqlens, cu_seqlens_k, *settings).contiguous()
 
 
 @_native_sparse_attention.register_fake
@@ -286,6 +319,8 @@ def _native_sparse_attention_backward(
     v: Tensor,
     gates: Tensor,
     cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
     block_size: int,
     num_selected: int,
     window: int,
@@ -293,9 +328,10 @@ def _native_sparse_attention_backward(
     name: str,
 ) -> list[Tensor]:
     """-> dq, dk, dv, dgates."""
+    bounds = (cu_seqlens, cu_seqlens_k, causal)
 
     def forward(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
-        return _run(q, k, v, gates, cu_seqlens, block_size, num_selected, window, scale, name)
+        return _run(q, k, v, gates, *bounds, block_size, num_selected, window, scale, name)
 
     return recomputed_gradients(forward, (q, k, v, gates), [dy])
 
@@ -306,13 +342,13 @@ def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *settings: Any
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.settings = inputs[5:]
+    ctx.save_for_backward(*inputs[:6])
+    ctx.settings = inputs[6:]
 
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     gradients = _native_sparse_attention_backward(dy, *ctx.saved_tensors, *ctx.settings)
-    return (*gradients, *[None] * 6)
+    return (*gradients, *[None] * 8)
 
 
 _native_sparse_attention.register_autograd(_differentiate, setup_context=_save)

@@ -6,7 +6,7 @@ of a `with` block and keeps what rank 0 wrote into them; every rank runs the sam
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ def load_weights(hf: PreTrainedModel, directory: Path, gather: Gather = whole) -
     """
     files = weight_files(directory)
     prefixes = stored_prefixes(hf.config, files)
-    modules = [
+    modules: list[tuple[Any, dict[str, nn.Parameter]]] = [
         (module, {stored_name(name, prefixes): p for name, p in own.items()})
         for module, own in own_parameters(hf)
     ]
@@ -149,6 +149,7 @@ def load_weights(hf: PreTrainedModel, directory: Path, gather: Gather = whole) -
         each
         for module, own in modules
         for name in own
+        if not is_left_out(module, name, files)
         for each in stored_names(module, name, files)
     }
     misfits = []
@@ -172,6 +173,9 @@ def load_weights(hf: PreTrainedModel, directory: Path, gather: Gather = whole) -
         for module, own in modules:
             with gather(list(own.values())):
                 for name, parameter in own.items():
+                    if is_left_out(module, name, files):
+                        parameter.copy_(module.first_value(name.rpartition(".")[2]))
+                        continue
                     for piece in stored_pieces(module, name, parameter, files, shape_of):
                         fill(*piece)
         for name, bias in biases.items():  # on every rank whole
@@ -181,6 +185,11 @@ def load_weights(hf: PreTrainedModel, directory: Path, gather: Gather = whole) -
             f"{directory}: shapes in the files must equal the model's, got {', '.join(misfits)}; "
             "check that config.json belongs to these weights"
         )
+
+
+def is_left_out(module: nn.Module, name: str, files: Collection[str]) -> bool:
+    """Whether a folder lacks a weight that it may lack, which then begins as at random."""
+    return name not in files and getattr(module, "is_optional", False)
 
 
 def weight_files(directory: Path) -> dict[str, Path]:

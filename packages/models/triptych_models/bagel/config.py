@@ -9,7 +9,8 @@ class BagelConfig(PretrainedConfig):
     """A Qwen2 with two sets of weights, a SigLIP tower, and latents of an autoencoder.
 
     `vit_config` says how many blocks the tower's origin had; those behind `vit_select_layer`, -1
-    for the last, are not there.
+    for the last, are not there. `sparse_attention`: settings of native sparse attention, in which
+    published models have none (block_size, num_selected, window).
     """
 
     model_type = "bagel"
@@ -27,6 +28,7 @@ class BagelConfig(PretrainedConfig):
         vit_select_layer: int = -2,
         connector_act: str = "gelu_pytorch_tanh",
         timestep_shift: float = 1.0,
+        sparse_attention: dict[str, int] | None = None,
         text_start_token_id: int = 151644,
         text_end_token_id: int = 151645,
         image_token_id: int = 151655,
@@ -44,6 +46,7 @@ class BagelConfig(PretrainedConfig):
         self.vit_select_layer = vit_select_layer
         self.connector_act = connector_act
         self.timestep_shift = timestep_shift
+        self.sparse_attention = sparse_attention
         self.text_start_token_id = text_start_token_id
         self.text_end_token_id = text_end_token_id
         self.image_token_id = image_token_id

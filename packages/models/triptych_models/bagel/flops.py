@@ -4,6 +4,8 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from ..diffusion.sit import FREQUENCIES
 from ..flops import Work, tower_blocks, with_backward
 from ..layout import head_dim
@@ -13,7 +15,8 @@ from .config import BagelConfig
 def bagel_flops(config: BagelConfig, batch: Mapping[str, Any], trainable: Collection[str]) -> float:
     """Forward + backward FLOPs of a batch, its shapes on the host; see flops.qwen3_vl_flops.
 
-    Attention counts the pairs of the row's segments; without them, those of causal documents.
+    Attention counts the pairs of the row's segments; without them, those of causal documents. Of
+    sparse attention those of its three branches, to within a block, whatever a backend computes.
     """
     grids: list[tuple[int, ...]] = [
         (int(t), int(h), int(w)) for t, h, w in _rows(batch.get("image_grid_thw"))
@@ -40,7 +43,7 @@ def bagel_flops(config: BagelConfig, batch: Mapping[str, Any], trainable: Collec
     latents = Work(_layer_weights(config) * 2.0 * drawn, 0.0)
     q_dim = config.llm_config.num_attention_heads * head_dim(config.llm_config)
     layers = config.llm_config.num_hidden_layers
-    pairs = Work(0.0, 4.0 * q_dim * layers * _pairs(batch, bounds))
+    pairs = Work(0.0, 4.0 * q_dim * layers * _pairs(batch, bounds, config.sparse_attention))
     head = Work(2.0 * wide * config.llm_config.vocab_size * int(batch["num_targets"]), 0.0)
     return (
         with_backward(embed, weight=sees, inputs=False)
@@ -62,22 +65,26 @@ def _layer_weights(config: BagelConfig) -> float:
     text = config.llm_config
     size = head_dim(text)
     heads = 2 * (text.num_attention_heads + text.num_key_value_heads) * size
+    heads += 0 if config.sparse_attention is None else 3 * text.num_attention_heads
     per_layer = text.hidden_size * (heads + 3 * text.intermediate_size)
     return float(text.num_hidden_layers * per_layer)
 
 
-def _pairs(batch: Mapping[str, Any], bounds: Sequence[int]) -> int:
-    """Of a query and a key that it sees."""
-    if "causal_bounds" not in batch:
-        return _causal(bounds, bounds)
-    causal, mutual = (batch[f"{kind}_bounds"].tolist() for kind in ("causal", "mutual"))
-    wholes = zip(_lengths(mutual[0]), _lengths(mutual[1]), strict=True)
-    return _causal(*causal) + sum(n * seen for n, seen in wholes)
-
-
-def _causal(queries: Sequence[int], keys: Sequence[int]) -> int:
-    lengths = zip(_lengths(queries), _lengths(keys), strict=True)
-    return sum(n * (seen - n) + n * (n + 1) // 2 for n, seen in lengths)
+def _pairs(
+    batch: Mapping[str, Any], bounds: Sequence[int], sparse: Mapping[str, int] | None
+) -> int:
+    """Of a query and a key that it sees, or is to look at."""
+    causal, mutual = [bounds, bounds], [[0], [0]]
+    if "causal_bounds" in batch:
+        causal, mutual = (batch[f"{kind}_bounds"].tolist() for kind in ("causal", "mutual"))
+    counts = [np.arange(seen - n, seen) + 1 for n, seen in zip(*map(_lengths, causal), strict=True)]
+    counts += [np.full(n, seen) for n, seen in zip(*map(_lengths, mutual), strict=True)]
+    seen = np.concatenate([np.zeros(0, dtype=np.int64), *counts])
+    if sparse is None:
+        return int(seen.sum())
+    block, chosen = sparse["block_size"], sparse["block_size"] * sparse["num_selected"]
+    reach = np.minimum(seen, sparse["window"])
+    return int((seen // block + np.minimum(seen, chosen) + reach).sum())
 
 
 def _lengths(bounds: Sequence[int]) -> list[int]:

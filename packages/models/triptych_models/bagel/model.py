@@ -289,9 +289,16 @@ def check_config(config: Any) -> None:
         ),
     )
     check_values("a Bagel", values, "take BAGEL-7B-MoT's files")
+    sparse = config.sparse_attention
+    if sparse is not None and sparse.keys() != SPARSE:
+        raise ValueError(
+            f"model.path: config.json's sparse_attention must say {', '.join(sorted(SPARSE))}, got "
+            f"{sparse}; correct it, or leave it out"
+        )
 
 
 MOT = "Qwen2MoTDecoderLayer"
+SPARSE = {"block_size", "num_selected", "window"}
 
 
 def _segments(layout: Mapping[str, Any]) -> list[Any]:

@@ -21,7 +21,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
 )
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
-from triptych_kernels import attention
+from triptych_kernels import attention, native_sparse_attention
 
 from ..diffusion.sit import TimeEmbedder, position_table
 from ..layout import STORED_PREFIXES, head_dim
@@ -54,19 +54,46 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     if pattern.causal is None or pattern.mutual is None or pattern.order is None:
         return attention(q, k, v, pattern.cu_seqlens, pattern.max_seqlen, causal=True)
     parts = []
-    for segments, causal in ((pattern.causal, True), (pattern.mutual, False)):
-        bounds = segments.bounds
+    for (queries, keys, bounds, longest), causal in (
+        (pattern.causal, True),
+        (pattern.mutual, False),
+    ):
         out = attention(
-            q[segments.queries],
-            k[segments.keys],
-            v[segments.keys],
+            q[queries],
+            k[keys],
+            v[keys],
             bounds[0],
-            segments.longest,
+            longest,
             causal=causal,
             cu_seqlens_k=bounds[1],
-            max_seqlen_k=segments.longest,
+            max_seqlen_k=longest,
         )
         parts.append(out)
+    return torch.cat(parts)[pattern.order]
+
+
+def attend_sparsely(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, pattern: Pattern, settings: dict[str, Any]
+) -> Tensor:
+    """As `attend`, each token to parts of what it sees, by gates (T, Hq, 3)."""
+    if pattern.causal is None or pattern.mutual is None or pattern.order is None:
+        return native_sparse_attention(q, k, v, gates, pattern.cu_seqlens, **settings)
+    parts = [
+        native_sparse_attention(
+            q[queries],
+            k[keys],
+            v[keys],
+            gates[queries],
+            bounds[0],
+            cu_seqlens_k=bounds[1],
+            causal=causal,
+            **settings,
+        )
+        for (queries, keys, bounds, _), causal in (
+            (pattern.causal, True),
+            (pattern.mutual, False),
+        )
+    ]
     return torch.cat(parts)[pattern.order]
 
 
@@ -76,12 +103,23 @@ def by_expert(x: Tensor, reading: Expert, drawing: Expert, num_latents: int) -> 
     return torch.cat([reading(text), drawing(latents)], dim=1)
 
 
+class Gates(nn.Linear):
+    """What weighs the branches of native sparse attention: at first all alike."""
+
+    is_optional = True  # in a folder, as that of a model that was dense
+
+    def first_value(self, name: str) -> Tensor:
+        """What a parameter begins with, or has where a folder has none."""
+        return torch.zeros_like(self.get_parameter(name), dtype=torch.float32, device="cpu")
+
+
 class MixedAttention(nn.Module):
     """Attention that all tokens share, by projections and norms of two experts."""
 
     def __init__(self, config: BagelConfig) -> None:
         super().__init__()
         text = config.llm_config
+        self.sparse = config.sparse_attention
         self.head_dim = head_dim(text)
         width, heads, kv_heads = (
             text.hidden_size,
@@ -95,6 +133,8 @@ class MixedAttention(nn.Module):
             self.add_module(f"o_proj{end}", nn.Linear(heads, width, bias=False))
             self.add_module(f"q_norm{end}", Qwen2RMSNorm(self.head_dim, text.rms_norm_eps))
             self.add_module(f"k_norm{end}", Qwen2RMSNorm(self.head_dim, text.rms_norm_eps))
+            if config.sparse_attention is not None:  # of a head its three branches
+                self.add_module(f"g_proj{end}", Gates(width, 3 * text.num_attention_heads))
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], pattern: Pattern, num_latents: int
@@ -108,7 +148,11 @@ class MixedAttention(nn.Module):
         q, k, v = (run(f"{n}_proj", x).unflatten(-1, (-1, self.head_dim)) for n in "qkv")
         q, k = run("q_norm", q), run("k_norm", k)  # (1, T, heads, D)
         q, k = apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=2)
-        out = attend(q[0], k[0], v[0], pattern)
+        if self.sparse is None:
+            out = attend(q[0], k[0], v[0], pattern)
+        else:
+            gates = run("g_proj", x)[0].sigmoid().unflatten(-1, (-1, 3))
+            out = attend_sparsely(q[0], k[0], v[0], gates, pattern, self.sparse)
         return run("o_proj", out.flatten(1)[None])
 
 
