@@ -130,12 +130,7 @@ def page(results: Results, mutated: Mutations, seconds: float) -> str:
         *(_line(row, outcome) for row, outcome in results),
     ]
     for row, outcome in results:
-        if not outcome.is_green:
-            first = " ".join((outcome.what_is_wrong or ["no trial was made"])[0].split())
-            lines += [
-                "",
-                f"`{row.key}` is red: {len(outcome.what_is_wrong)} times, first: {first[-500:]}",
-            ]
+        lines += _why_red(row, outcome)
     if mutated:
         green = {row.key for row, outcome in results if outcome.is_green}
         lines += [
@@ -170,7 +165,9 @@ def _why_red(row: Row, outcome: Outcome) -> list[str]:
     if outcome.is_green:
         return []
     wrong = outcome.what_is_wrong or ["no trial was made"]
-    first = " ".join(wrong[0].split())[-500:]
+    first = " ".join(wrong[0].split())
+    if len(first) > 700:  # what was found stands before, what the processes said behind
+        first = f"{first[:300]} … {first[-400:]}"
     return ["", f"`{row.key}` is red, for {len(wrong)} reasons; the first: {first}"]
 
 

@@ -3,6 +3,7 @@
     python tools/make_tiny_model.py [OUT_DIR]        (default: stages/configs/qwen3_vl_tiny)
     python tools/make_tiny_model.py --kind text      (default: stages/configs/qwen3_tiny)
     python tools/make_tiny_model.py --kind llava     (default: stages/configs/llava_tiny)
+    python tools/make_tiny_model.py --kind mixtral   (default: runs/tiny_models/mixtral)
 
 The directory is what `model.path` names: stock transformers loads its config, tokenizer and
 processor, and builds the model with random weights. Sizes that differ in the real models differ
@@ -11,6 +12,8 @@ a mix-up shows. The same versions give the same bytes; nothing is downloaded.
 """
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ import tiny_omni
 import tiny_vlms
 from assemble_vlm import CHATML
 from make_digits import WORDINGS
+from tiny_languages import LANGUAGES, language_config
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
@@ -36,6 +40,7 @@ KINDS = {
     "bagel": "bagel_tiny",
     "qwen3_omni": "qwen3_omni_tiny",
 }
+"""Kinds whose folders are shipped."""
 SIGLIP_SIDE = 32  # pixels: 16 tokens an image
 PATCH_SIZE, MERGE_SIZE, TEMPORAL_PATCH_SIZE = 8, 2, 2
 SPECIAL_TOKENS = [
@@ -84,12 +89,14 @@ CHAT_TEMPLATE = """\
 @click.option(
     "--kind",
     default="vision",
-    type=click.Choice([*KINDS]),
-    help="A Qwen3-VL, a Qwen3 before any chat, a LLaVA (SigLIP's tower before that Qwen3), …",
+    type=click.Choice([*KINDS, *LANGUAGES]),
+    help="A Qwen3-VL, a Qwen3 before any chat, a LLaVA (SigLIP's tower before that Qwen3), …; a "
+    "family of language models, named by its model_type.",
 )
 def main(out_dir: Path | None, kind: str) -> None:
     """Write the model directory, then load it with transformers and run it once."""
-    out_dir = out_dir or CONFIGS / KINDS[kind]
+    shipped = CONFIGS / KINDS[kind] if kind in KINDS else Path("runs/tiny_models") / kind
+    out_dir = out_dir or shipped
     out_dir.mkdir(parents=True, exist_ok=True)
     special = {
         "qwen2_5_omni": tiny_omni.SPECIAL_TOKENS,
@@ -98,7 +105,7 @@ def main(out_dir: Path | None, kind: str) -> None:
     tokenizer = train_tokenizer(special.get(kind, SPECIAL_TOKENS))
     tokenizer.save(str(out_dir / "tokenizer.json"))
     ids = tokenizer.get_vocab()
-    files = {
+    files: Callable[[dict[str, int]], dict[str, Any]] = {
         "vision": vision_files,
         "text": text_files,
         "llava": llava_files,
@@ -108,10 +115,10 @@ def main(out_dir: Path | None, kind: str) -> None:
         "qwen2_5_omni": qwen2_5_omni_files,
         "bagel": bagel_files,
         "qwen3_omni": qwen3_omni_files,
-    }[kind]
+    }.get(kind, partial(language_files, kind))
     for name, content in files(ids).items():
         (out_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if kind == "text":
+    if kind == "text" or kind in LANGUAGES:
         check_text(out_dir)
     elif kind in special:
         template = tiny_omni.TEMPLATE if kind == "qwen2_5_omni" else tiny_omni.qwen3_template()
@@ -146,6 +153,11 @@ def text_files(ids: dict[str, int]) -> dict[str, Any]:
         "generation_config.json": generation_config(ids),
         "tokenizer_config.json": tokenizer_config() | {"eos_token": "<|endoftext|>"},
     }
+
+
+def language_files(kind: str, ids: dict[str, int]) -> dict[str, Any]:
+    """The small files of another family's base model."""
+    return text_files(ids) | {"config.json": language_config(kind, text_config(ids))}
 
 
 def llava_files(ids: dict[str, int]) -> dict[str, Any]:
@@ -411,10 +423,10 @@ def video_config() -> dict[str, Any]:
 def check_text(path: Path) -> None:
     """Load the directory as a user would, run one forward pass, print the parameter count."""
     import torch
-    from transformers import AutoConfig, AutoTokenizer, Qwen3ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(AutoConfig.from_pretrained(path))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     tokenizer = AutoTokenizer.from_pretrained(path)
     with torch.no_grad():
         logits = model(**tokenizer(["Which digit is this?"], return_tensors="pt")).logits

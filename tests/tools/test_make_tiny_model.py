@@ -6,9 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 
+from triptych_models.catalogue import FAMILIES
+from triptych_models.families import family_class
+
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+from tiny_languages import LANGUAGES, language_config  # noqa: E402
+
 SHIPPED = ROOT / "stages/configs/qwen3_vl_tiny"
 SHIPPED_TEXT = ROOT / "stages/configs/qwen3_tiny"
 
@@ -43,6 +50,16 @@ def test_shipped_directory_is_what_the_maker_writes(
             assert made.get_vocab() == kept.get_vocab()
         else:
             assert path.read_text() == (shipped / path.name).read_text(), path.name
+
+
+def test_every_language_family_has_a_tiny_model(tmp_path: Path) -> None:
+    wanted = {name for name, family in FAMILIES.items() if "vision" not in family.parts}
+    assert {*LANGUAGES, "qwen3"} == {name for name in wanted if "audio" not in FAMILIES[name].parts}
+    qwen3 = json.loads((SHIPPED_TEXT / "config.json").read_text())
+    for kind in LANGUAGES:
+        (tmp_path / "config.json").write_text(json.dumps(language_config(kind, qwen3)))
+        model = family_class(kind).from_directory(tmp_path, dtype=torch.float32)
+        assert 1e6 < sum(p.numel() for p in model.parameters()) < 4e6, kind
 
 
 def test_special_tokens_have_the_ids_of_the_config() -> None:
