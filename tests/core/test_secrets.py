@@ -84,7 +84,7 @@ def test_names_of_no_secrets(name):
     assert not is_secret_name(name) and not data_secrets.is_secret_name(name)
 
 
-@pytest.mark.parametrize("stage", ["align", "pretrain", "sft", "diffusion"])
+@pytest.mark.parametrize("stage", ["align", "pretrain", "sft", "diffusion", "rae"])
 def test_no_setting_of_a_stage_is_taken_for_one(stage):
     """Else a run's own config.yaml would not be read again."""
     sft_stage()

@@ -20,6 +20,7 @@ from triptych_core.readout import StepRecord
 
 Batch = dict[str, Any]
 Part = Callable[[Batch], Batch]  # of a row, what this rank computes
+OnWindow = Callable[[int, Sequence[Batch]], None]
 AfterUpdate = Callable[[Mapping[str, torch.Tensor], torch.Tensor], None]
 
 # Grids and lengths describe shapes: on the device every look at one would stall the step.
@@ -50,6 +51,7 @@ def train(
     start_step: int = 0,
     last_step: int | None = None,
     on_step: Sequence[Callable[[int], None]] = (),
+    on_window: OnWindow | None = None,
     after_update: AfterUpdate | None = None,
     oversight: Oversight | None = None,
 ) -> None:
@@ -58,10 +60,12 @@ def train(
     The loss of a step is the sum over its target tokens divided by their number, over the whole
     accumulation window and all data ranks: never a mean of means. Where batches count the targets
     of a second objective (`num_second_targets`), models are told its `second_weight`: times that,
-    its sum becomes the same mean when both are divided by the first's targets. `on_step` functions
-    are called with the step just taken, in order, on every rank; before them `after_update`, with
-    the model's figures of the step over all ranks, if it has any, and () fp32 on the device, 1 if
-    its update was taken, else 0.
+    its sum becomes the same mean when both are divided by the first's targets.
+
+    `on_window` is called with a step and its batches, on the host, before their first forward.
+    `on_step` functions are called with the step just taken, in order, on every rank; before them
+    `after_update`, with the model's figures of the step over all ranks, if it has any, and () fp32
+    on the device, 1 if its update was taken, else 0.
 
     Where `parallel.sequence` ranks hold a row between them, all of them are given that row, and
     each computes `part(row)`. `parallel.tensor` ranks compute the same with a part of the weights.
@@ -78,11 +82,14 @@ def train(
         started = time.perf_counter()
         watch.heart.begin(step)
         scale = lr_scale(config.schedule, step, config.run.steps)
-        set_learning_rate(engine.optimizer, scale)
+        set_learning_rate(engine.optimizer, config.schedule, step, config.run.steps)
         # The whole window first: every pack is divided by the same global number of targets, or
         # targets in sparse packs would weigh more than others.
         window = [next(batches) for _ in range(config.engine.gradient_accumulation_steps)]
         waited = time.perf_counter() - started
+        if on_window is not None:
+            watch.heart.mark("forward", window)
+            on_window(step, window)
         watch.heart.mark("count", window)
         *rows, second, stops = count_window(window, flops, engine.device, asks=watch.asks)
         watch.send(stops)

@@ -2,13 +2,13 @@
 
 import sys
 
-from .catalogue import DENOISERS, FAMILIES, Denoiser, Family
+from .catalogue import AUTOENCODERS, DENOISERS, FAMILIES, Family, GenerativeFamily
 
 
 def main() -> None:
     """Print a paragraph for each family."""
     out = sys.stdout
-    families: dict[str, Family | Denoiser] = {**FAMILIES, **DENOISERS}
+    families: dict[str, Family | GenerativeFamily] = {**FAMILIES, **DENOISERS, **AUTOENCODERS}
     for name, family in families.items():
         out.write(f"{name}\n")
         for key, value in (

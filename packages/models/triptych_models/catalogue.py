@@ -177,30 +177,41 @@ THINKER_OF: dict[str, str] = {
 }
 
 
-class Denoiser(NamedTuple):
-    """What there is to know of a diffusion family before its class is imported."""
+class GenerativeFamily(NamedTuple):
+    """What there is to know of a family of images or videos before its class is imported."""
 
     implementation: str
-    """module:class, of a `diffusion.model.DiffusionModel`"""
+    """module:class"""
     parts: tuple[str, ...]
     stages: tuple[str, ...]
     sizes: str
     ran: str
 
 
-DENOISERS: dict[str, Denoiser] = {
-    "sit": Denoiser(
+# Each a `diffusion.model.DiffusionModel`.
+DENOISERS: dict[str, GenerativeFamily] = {
+    "sit": GenerativeFamily(
         "triptych_models.diffusion.sit_model:SiTModel",
         ("embedders", "blocks", "head"),
         ("diffusion",),
         "S, B, L, XL, with patches of 1, 2, 4, 8",
         "XL/2 at 256² on one H200",
     ),
-    "wan": Denoiser(
+    "wan": GenerativeFamily(
         "triptych_models.diffusion.wan_model:WanModel",
         ("embedders", "blocks", "head"),
         ("diffusion",),
         "2.1 1.3B and 14B (T2V, I2V), 2.2 5B (TI2V)",
+        "tiny on CPUs",
+    ),
+}
+
+AUTOENCODERS: dict[str, GenerativeFamily] = {
+    "rae": GenerativeFamily(
+        "triptych_models.autoencoder.rae:RAE",
+        ("embedders", "blocks", "head", "discriminator"),
+        ("rae",),
+        "decoders B, L, XL on DINOv2 with registers (S, B, L), SigLIP2-B, MAE-B",
         "tiny on CPUs",
     ),
 }

@@ -1,15 +1,38 @@
 """Parts of a model by name: which parameters they hold, and switching their training off."""
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 from torch import nn
+
+
+class Holder(Protocol):
+    """A module, or what else holds parameters."""
+
+    def parameters(self) -> Iterable[nn.Parameter]: ...
+    def requires_grad_(self, requires_grad: bool) -> Any: ...
 
 
 class HasParts(Protocol):
     """A family: an nn.Module that names its parts."""
 
-    def parts(self) -> dict[str, list[nn.Module]]: ...
+    def parts(self) -> Mapping[str, Sequence[Holder]]: ...
+
+
+class OwnParameters:
+    """The parameters that a module holds itself, where those of modules are asked for."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Without those of its children."""
+        return list(self._module.parameters(recurse=False))
+
+    def requires_grad_(self, requires_grad: bool) -> None:
+        """As of a module."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(requires_grad)
 
 
 def freeze(model: HasParts, parts: Iterable[str]) -> None:

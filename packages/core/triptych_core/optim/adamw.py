@@ -75,6 +75,8 @@ class AdamW(torch.optim.Optimizer):
     ) -> Any:
         """Update the masters that have a gradient in all groups that are in `param_groups` now.
 
+        Groups that rest (`groups.set_learning_rate`) stay as they are and count no step.
+
         Args:
             closure: computes the loss, which is returned.
             gradients: by master, fp32 or bf16; a master that is not in it has its `grad`.
@@ -87,6 +89,8 @@ class AdamW(torch.optim.Optimizer):
         if self.ask is not None:
             grad_scale = self.ask(grad_scale)
         for group in self.param_groups:
+            if group.get("rests", False):
+                continue
             if self._ema is not None:
                 self._ema.begin(self.state, group["params"])
             self._step_group(group, gradients or {}, grad_scale)

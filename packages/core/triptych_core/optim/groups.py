@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from triptych_core.config import OptimConfig, did_you_mean
+from triptych_core.config import OptimConfig, ScheduleConfig, did_you_mean
 from triptych_core.optim.adamw import AdamW
 from triptych_core.optim.ema import Ema
 from triptych_core.optim.muon import Muon
+from triptych_core.optim.schedule import lr_scale
 from triptych_core.optim.shards import Shape
 from triptych_kernels import newton_schulz
 
@@ -100,7 +101,13 @@ def build_optimizer(
     return Muon(groups, lambda stack: orthogonalise(stack, steps), **options)
 
 
-def set_learning_rate(optimizer: Any, scale: float) -> None:
-    """Set every group's rate to its own peak times `scale`."""
+def set_learning_rate(optimizer: Any, schedule: ScheduleConfig, step: int, num_steps: int) -> None:
+    """Set every group's rate for a step in 1..num_steps: its own peak times the schedule's factor.
+
+    A group with `first_step` rests before that step, and its schedule begins with it.
+    """
     for group in optimizer.param_groups:
+        late = group.get("first_step", 1) - 1
+        group["rests"] = step <= late
+        scale = 0.0 if group["rests"] else lr_scale(schedule, step - late, num_steps - late)
         group["lr"] = group["peak_lr"] * scale

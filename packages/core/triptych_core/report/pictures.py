@@ -22,7 +22,7 @@ def draw_pictures(evaluations: Sequence[dict[str, Any]]) -> Iterator[str]:
         return
     count = min(MOST, len(held))
     chosen = [held[round(i * (len(held) - 1) / max(1, count - 1))] for i in range(count)]
-    yield "<h2>Samples</h2><p>From the same noise each time.</p>"
+    yield "<h2>Samples</h2><p>Of the same noise, or the same images, each time.</p>"
     figures = [
         f'<figure class="card chart"><header><h3>step {e["step"]:,}</h3></header>'
         f'<img src="{e["picture"]}" alt="samples at step {e["step"]}" width="100%"></figure>'

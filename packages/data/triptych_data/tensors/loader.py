@@ -20,7 +20,7 @@ from triptych_data.tensors.record import (
     decode,
     load_tensors,
 )
-from triptych_data.tensors.stream import HELDOUT, TensorBatches, TensorStream
+from triptych_data.tensors.stream import SampleStream, TensorBatches, heldout
 from triptych_data.workers.pool import start_server
 
 
@@ -49,7 +49,7 @@ class TensorLoader(RankLoader):
             "num_classes": num_classes,
             "given_frames": config.given_frames,
         } | ({"text_field": config.text_field} if config.text_field else {})
-        stream = TensorStream(self.batches, rank, world_size)
+        stream = SampleStream(self.batches, rank, world_size)
         super().__init__(config, self.batches.shards, stream)
 
     def describe(self) -> dict[str, int]:
@@ -72,15 +72,7 @@ def heldout_batches(
 
     Noise and times are the same each time. Raises ValueError for a bad sample.
     """
-    batches = open_batches(config, shards, num_classes)
-    total, n = batches.shards.num_samples, batches.batch_size
-    for begin in range(0, total, n * world_size):
-        first = begin + rank * n
-        ids = range(min(first, total), min(first + n, total))
-        batch = batches.build(ids, [HELDOUT] * len(ids), _nobody)
-        for hole in batch["holes"]:
-            raise ValueError(hole.message)
-        yield batch
+    return heldout(open_batches(config, shards, num_classes), rank, world_size)
 
 
 def open_batches(
@@ -154,7 +146,3 @@ def _channels(values: list[float], name: str, shape: Shape) -> Tensor:
             f"{len(values)}; correct it"
         )
     return torch.tensor(values).view(-1, *[1] * (len(shape) - 1))
-
-
-def _nobody(sample: int) -> None:
-    """Nobody watches an evaluation's reading."""

@@ -1,8 +1,9 @@
 """Batches of latents, noise and times: what runs in data workers, or inline without any."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,6 +19,18 @@ from triptych_data.workers.server import Note
 
 HELDOUT = -1
 """The epoch of held-out samples: their noise and times are the same in every evaluation."""
+
+
+class Batches(Protocol):
+    """Samples by number, and what is random of them, by seed, sample and epoch."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def num_samples(self) -> int: ...
+    def build(self, ids: Sequence[int], epochs: Sequence[int], note: Note) -> Batch: ...
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,11 @@ class TensorBatches:
     given_frames: int = 0
     empty_text: Tensor | None = None
     """(rows, width)"""
+
+    @property
+    def num_samples(self) -> int:
+        """Of an epoch."""
+        return self.shards.num_samples
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -128,14 +146,14 @@ class TensorBatches:
 
 
 @dataclass(frozen=True)
-class TensorStream:
+class SampleStream:
     """The batches of one rank, without end; callable as the work of `workers.pool`.
 
     Of each next world_size * N samples of the order rank r takes the r-th N. Every epoch is an
     order of its own of all samples; a batch may hold the end of one and the begin of the next.
     """
 
-    batches: TensorBatches
+    batches: Batches
     rank: int
     world_size: int
 
@@ -154,7 +172,7 @@ class TensorStream:
                 }
 
     def _build(self, position: int, note: Note) -> Batch:
-        batches, size = self.batches, self.batches.shards.num_samples
+        batches, size = self.batches, self.batches.num_samples
         key = stream_key(batches.seed, "order")
         places = np.arange(position, position + batches.batch_size)
         epochs = places // size
@@ -162,7 +180,26 @@ class TensorStream:
         return batches.build(ids.tolist(), epochs.tolist(), note)
 
     def _epoch(self, position: int) -> int:
-        return position // self.batches.shards.num_samples
+        return position // self.batches.num_samples
+
+
+def heldout(batches: Batches, rank: int, world_size: int) -> Iterator[Batch]:
+    """This rank's share of all samples, each once; equally many batches on every rank.
+
+    Raises ValueError for a bad sample.
+    """
+    total, n = batches.num_samples, batches.batch_size
+    for begin in range(0, total, n * world_size):
+        first = begin + rank * n
+        ids = range(min(first, total), min(first + n, total))
+        batch = batches.build(ids, [HELDOUT] * len(ids), _nobody)
+        for hole in batch["holes"]:
+            raise ValueError(hole.message)
+        yield batch
+
+
+def _nobody(sample: int) -> None:
+    """Nobody watches an evaluation's reading."""
 
 
 def _generator(seed: int, sample: int, epoch: int) -> np.random.Generator:

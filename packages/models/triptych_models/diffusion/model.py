@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpointing import Checkpointing, run_layer
+from ..freeze import Holder
 from ..offload import InputStore
 from ..output import LossOutput
 from ..packed import compile_forward
@@ -70,7 +71,7 @@ class DiffusionModel(nn.Module):
         """The condition, without what it says where drop (N,) is true."""
         raise NotImplementedError
 
-    def parts(self) -> dict[str, list[nn.Module]]:
+    def parts(self) -> dict[str, list[Holder]]:
         """Modules of each part; every parameter is in exactly one."""
         raise NotImplementedError
 

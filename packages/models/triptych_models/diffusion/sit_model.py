@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ..freeze import Holder
 from ..weights import Gather, constant, own_parameters, whole
 from .config import DiffusionModelConfig, ObjectiveConfig, SiTConfig
 from .model import Condition, DiffusionModel, default_dtype
@@ -75,7 +76,7 @@ class SiTModel(DiffusionModel):
         labels = condition["labels"]
         return {"labels": labels.masked_fill(drop, self.net.config.num_classes)}
 
-    def parts(self) -> dict[str, list[nn.Module]]:
+    def parts(self) -> dict[str, list[Holder]]:
         net = self.net
         return {
             "embedders": [net.x_embedder, net.t_embedder, net.y_embedder],

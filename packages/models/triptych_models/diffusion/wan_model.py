@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpointing import Checkpointing
 from ..foreign_config import read_foreign
+from ..freeze import Holder, OwnParameters
 from ..weights import Gather, constant, own_parameters, whole
 from .config import DiffusionModelConfig, ObjectiveConfig
 from .model import Condition, DiffusionModel, default_dtype
@@ -122,13 +123,13 @@ class WanModel(DiffusionModel):
                     "in data.features, or set data.text_len for texts"
                 )
 
-    def parts(self) -> dict[str, list[nn.Module]]:
+    def parts(self) -> dict[str, list[Holder]]:
         net: Any = self.net
         # The root's own table shifts and scales before the head.
         return {
             "embedders": [net.patch_embedding, net.condition_embedder],
             "blocks": [net.blocks],
-            "head": [net.proj_out, _Own(net)],
+            "head": [net.proj_out, OwnParameters(net)],
         }
 
     def layers(self) -> list[nn.Module]:
@@ -177,20 +178,6 @@ class WanModel(DiffusionModel):
         is_main: bool = True,
     ) -> None:
         export_wan(self.net, out_dir, dtype=dtype, gather=gather, is_main=is_main)
-
-
-class _Own:
-    """The parameters that a module holds itself, where those of modules are asked for."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self._module.parameters(recurse=False))
-
-    def requires_grad_(self, requires_grad: bool) -> None:
-        for parameter in self.parameters():
-            parameter.requires_grad_(requires_grad)
 
 
 class _Bound:

@@ -1,0 +1,1 @@
+"""Representation autoencoders: a frozen encoder of images, and the decoder that is learnt to it."""

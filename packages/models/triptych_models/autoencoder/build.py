@@ -1,0 +1,55 @@
+"""The one call that builds an autoencoder ready to train."""
+
+import torch
+from torch import Tensor
+
+from ..diffusion.model import default_dtype
+from ..freeze import freeze
+from ..weights import Gather, whole
+from .config import AdversaryConfig, PerceptualConfig, RAEModelConfig
+from .encoder import load_encoder, make_decoder
+from .features import load_vit
+from .perceptual import load_perceptual
+from .rae import RAE, Judges, SumOverRanks
+from .weights import initialize, load_decoder
+
+
+def nothing(tensor: Tensor) -> None:
+    """The sum over the ranks of one."""
+
+
+def build_rae(
+    config: RAEModelConfig,
+    perceptual: PerceptualConfig,
+    adversary: AdversaryConfig,
+    *,
+    dtype: torch.dtype,
+    gather: Gather = whole,
+    sum_over_ranks: SumOverRanks = nothing,
+) -> RAE:
+    """Build the model, fill its weights and freeze what the config says.
+
+    Frozen networks are of dtype, as is the decoder; the discriminator is fp32. gather is as in
+    `families.build_model`. Raises ValueError for folders that do not hold what they must.
+    """
+    encoder = load_encoder(config, dtype)
+    latents = (config.input_size // encoder.net.config.patch_size) ** 2
+    with default_dtype(dtype):
+        decoder = make_decoder(config, encoder.net.config.hidden_size, latents)
+    judges = Judges(
+        load_perceptual(perceptual, config.seed, dtype) if perceptual.is_on else None,
+        perceptual.weight,
+        load_vit(adversary, "adversary", [-1, *adversary.depths], config.seed, dtype)
+        if adversary.is_on
+        else None,
+        adversary,
+    )
+    model = RAE(encoder, decoder, config, judges, sum_over_ranks)
+    initialize(model, config.seed, gather)
+    if config.init == "pretrained":
+        assert config.path is not None
+        load_decoder(model, config.path, gather)
+    freeze(model, config.freeze if adversary.is_on else [*{*config.freeze} - {"discriminator"}])
+    if config.compile == "layers":
+        model.compile_layers()
+    return model
