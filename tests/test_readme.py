@@ -36,6 +36,15 @@ def test_the_tree_names_every_tool_and_package():
         assert f"packages/{path.name}/" in readme
 
 
+def test_the_families_are_those_of_the_catalogue():
+    """Written by python -m triptych_models --table."""
+    from triptych_models.__main__ import table
+
+    readme = (ROOT / "README.md").read_text()
+    written = re.search(r"<!-- families: .*? -->\n(.*?)<!-- /families -->", readme, flags=re.S)
+    assert written and written[1] == table()
+
+
 def test_make_targets_named_in_the_readme_exist():
     makefile, readme = ((ROOT / name).read_text() for name in ("Makefile", "README.md"))
     for target in set(re.findall(r"(?:^|`)make (\w+)", readme, flags=re.M)):
