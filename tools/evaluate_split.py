@@ -162,7 +162,7 @@ def open_processor(loaded: Loaded, settings: Settings) -> Any:
     processor = Processor.from_directory(loaded.path, min_pixels=low, max_pixels=high)
     bounds = {"--min-pixels": low, "--max-pixels": high}
     given = [name for name, value in bounds.items() if value is not None]
-    if given and processor.position_axes == 1:
+    if given and not processor.patch_size:
         raise ValueError(
             f"{given[0]}: must be left out for a model of text alone, got {loaded.path}"
         )

@@ -36,6 +36,7 @@ KINDS = {
     "qwen2_5_vl": "qwen2_5_vl_tiny",
     "internvl": "internvl_tiny",
     "llava_onevision": "llava_onevision_tiny",
+    "llavaonevision1_5": "llavaonevision1_5_tiny",
     "qwen2_5_omni": "qwen2_5_omni_tiny",
     "bagel": "bagel_tiny",
     "qwen3_omni": "qwen3_omni_tiny",
@@ -112,6 +113,7 @@ def main(out_dir: Path | None, kind: str) -> None:
         "qwen2_5_vl": qwen2_5_vl_files,
         "internvl": internvl_files,
         "llava_onevision": onevision_files,
+        "llavaonevision1_5": onevision1_5_files,
         "qwen2_5_omni": qwen2_5_omni_files,
         "bagel": bagel_files,
         "qwen3_omni": qwen3_omni_files,
@@ -261,6 +263,22 @@ def qwen3_omni_files(ids: dict[str, int]) -> dict[str, Any]:
         "tokenizer_config.json": tokenizer | {"extra_special_tokens": tiny_omni.qwen3_tokens()},
         "preprocessor_config.json": tiny_omni.preprocessor(image_config() | processor),
         "video_preprocessor_config.json": videos,
+    }
+
+
+def onevision1_5_files(ids: dict[str, int]) -> dict[str, Any]:
+    """The small files of a LLaVA-OneVision-1.5 with that Qwen3; patches of one frame."""
+    import triptych_models.llava_onevision1_5  # noqa: F401 - transformers does not know it
+
+    text = text_config(ids)
+    del text["architectures"]
+    images, one_frame = tiny_vlms.qwen2_5_vl_images(image_config()), {"temporal_patch_size": 1}
+    return {
+        "config.json": tiny_vlms.onevision1_5_config(ids, text),
+        "generation_config.json": generation_config(ids),
+        "tokenizer_config.json": with_processor(tokenizer_config(), "Qwen2_5_VLProcessor"),
+        "preprocessor_config.json": images | one_frame,
+        "video_preprocessor_config.json": tiny_vlms.qwen2_5_vl_videos(video_config()) | one_frame,
     }
 
 

@@ -1,5 +1,5 @@
-"""Small files of tiny Qwen2.5-VL, InternVL and LLaVA-OneVision folders, which make_tiny_model.py
-writes."""
+"""Small files of tiny Qwen2.5-VL, InternVL, LLaVA-OneVision and LLaVA-OneVision-1.5 folders, which
+make_tiny_model.py writes."""
 
 from typing import Any
 
@@ -144,6 +144,40 @@ def internvl_tokens() -> dict[str, str]:
         "end_image_token": "<|vision_end|>",
         "context_image_token": "<|image_pad|>",
         "video_token": "<|video_pad|>",
+    }
+
+
+def onevision1_5_config(ids: dict[str, int], text: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a LLaVA-OneVision-1.5 as published; text is a Qwen3's."""
+    rope = text.pop("rope_parameters")
+    return {
+        "architectures": ["LLaVAOneVision1_5_ForConditionalGeneration"],
+        "model_type": "llavaonevision1_5",
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "tie_word_embeddings": True,
+        "text_config": text
+        | {
+            "model_type": "LLaVAOneVision1_5_text",
+            "eos_token_id": ids["<|im_end|>"],
+            "rope_theta": rope["rope_theta"],
+            "rope_scaling": None,
+        },
+        "vision_config": {
+            "model_type": "rice_vit",
+            "depth": 4,
+            "embed_dim": 128,
+            "hidden_size": 128,
+            "hidden_act": "gelu",
+            "intermediate_size": 512,
+            "num_heads": 2,
+            "in_channels": 3,
+            "patch_size": 8,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 1,
+            "layer_norm_eps": 1e-05,
+            "text_hidden_size": 192,
+        },
     }
 
 

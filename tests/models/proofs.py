@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.models import tiny, tiny_audio, tiny_onevision
+from tests.models import straight_rice, tiny, tiny_audio, tiny_onevision
 from tests.models.stock import stock_logits
 from tests.models.straight_bagel import (
     bagel_documents,
@@ -154,6 +154,12 @@ PROOFS: dict[str, Proof] = {
         tiny_onevision.pack,
         logits=tiny_onevision.logits,
         idle=("post_layernorm",),
+    ),
+    "llavaonevision1_5": Proof(
+        straight_rice.write_model_dir,
+        straight_rice.documents,
+        tiny.pack_llava,
+        logits=straight_rice.logits,
     ),
     "llava_projector": Proof(
         write_unshuffled,

@@ -29,6 +29,7 @@ SHIPPED_TEXT = ROOT / "stages/configs/qwen3_tiny"
         (["--kind=qwen2_5_vl"], SHIPPED.with_name("qwen2_5_vl_tiny")),
         (["--kind=internvl"], SHIPPED.with_name("internvl_tiny")),
         (["--kind=llava_onevision"], SHIPPED.with_name("llava_onevision_tiny")),
+        (["--kind=llavaonevision1_5"], SHIPPED.with_name("llavaonevision1_5_tiny")),
         (["--kind=qwen2_5_omni"], SHIPPED.with_name("qwen2_5_omni_tiny")),
         (["--kind=qwen3_omni"], SHIPPED.with_name("qwen3_omni_tiny")),
     ],

@@ -30,6 +30,7 @@ from triptych_data.media.probe import MediaInfo
 from triptych_data.media.rules import (
     IMAGE_FILE,
     has_images,
+    has_mrope,
     read_audio_rules,
     read_bytes,
     read_frame_rules,
@@ -94,8 +95,8 @@ class Processor:
     """Samples to model inputs by the rules of a Hugging Face model folder (Qwen3-VL's layout).
 
     A folder without preprocessor files is one of text alone, and one without a chat template takes
-    documents alone. `position_axes` is 3 for M-RoPE; 1 for text alone, and for towers that see all
-    images in one size, their `image_side`.
+    documents alone. `position_axes` is 3 for M-RoPE; 1 for text alone, for language models without
+    it, and for towers that see all images in one size, their `image_side`.
 
     Pickling stores the folder's path, not the tokenizer; unpickling reads it again and raises
     ValueError if the folder has changed meanwhile.
@@ -136,7 +137,8 @@ class Processor:
         self.tiling = rules.tiling if rules else None
         self.num_mels = audio_rules.num_mels if audio_rules else 0  # 0: takes no sound
         self.audio_chunk = audio_rules.chunk if audio_rules else None
-        self.position_axes = 3 if rules and rules.side is None else 1  # M-RoPE's, or plain
+        is_turned = rules is not None and rules.side is None and has_mrope(directory)
+        self.position_axes = 3 if is_turned else 1  # M-RoPE's, or plain
         self.image_mean = _statistics(directory, settings, "image_mean")
         self.image_std = _statistics(directory, settings, "image_std")
         self.eos_token_id = self._find_end()
@@ -186,6 +188,8 @@ class Processor:
             rules, settings = read_image_rules(directory, **bounds)
             if rules.side is None:
                 video_rules = read_video_rules(directory, video or VideoConfig())
+                if video_rules and video_rules[:3] != rules[:3] and not has_mrope(directory):
+                    video_rules = None  # LLaVA-OneVision-1.5's: of patches its tower has not
             elif rules.tiling is not None:  # of other towers of one size no videos are taken
                 video_rules = read_frame_rules(directory, video or VideoConfig(), rules)
             _check_alike(directory, rules, video_rules)

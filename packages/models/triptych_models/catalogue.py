@@ -69,6 +69,13 @@ FAMILIES: dict[str, Family] = {
         "LLaVA-OneVision: 0.5B, 7B, 72B (folders ending in -hf)",
         "tiny on CPUs",
     ),
+    "llavaonevision1_5": Family(
+        "triptych_models.llava_onevision1_5:LlavaOnevision15",
+        _SEEING,
+        ("align", "pretrain", "sft"),
+        "LLaVA-OneVision-1.5: 4B, 8B (images)",
+        "tiny on CPUs",
+    ),
     "llava_projector": Family(
         "triptych_models.llava_projector:LlavaProjector",
         _SEEING,

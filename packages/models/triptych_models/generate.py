@@ -148,7 +148,8 @@ def image_inputs(
         patches = torch.cat(pixels).to(device)
         inputs["image_grid_thw"] = torch.cat(grids)
         inputs["pixel_values"] = normalize_pixels(patches, model.image_mean, model.image_std)
-    if any(bool((grid[:, 0] > 1).any()) for grid in grids):
+    has_axes = any(len(prompt.position_ids) == 3 for prompt in prompts)
+    if has_axes and any(bool((grid[:, 0] > 1).any()) for grid in grids):
         inputs["position_ids"] = padded_positions(prompts, input_ids.shape[1])
     return inputs
 

@@ -133,6 +133,11 @@ STORED_PREFIXES: dict[str, Prefixes] = {
         ("model.vision_tower.", "vision_tower."),
         ("model.image_newline", "image_newline"),
     ),
+    "llavaonevision1_5": (
+        ("model.visual.class_token.embedding", "visual.class_embedding"),
+        ("model.visual.class_token.angles", "visual.class_pos_emb"),
+        *_QWEN,
+    ),
     "qwen2_5_omni_thinker": _OMNI,
     "qwen2_5_vl": _QWEN,
     "qwen3_omni_moe_thinker": _OMNI,

@@ -19,6 +19,7 @@ from .config import ModelConfig
 from .experts import EVERY_EXPERT, ExpertGroup
 from .families import build_shell
 from .freeze import freeze
+from .image_model import ImageModel
 from .layout import tower
 from .llava import Llava
 from .llava_onevision import LlavaOnevision
@@ -184,7 +185,9 @@ def pretend_batch(
     labels = [-100] * seq_len
     for target in range(num_targets):
         labels[free[len(free) * target // num_targets]] = 0
-    axes = (3,) if images and not isinstance(model, Llava) else ()  # of M-RoPE
+    axes: tuple[int, ...] = ()
+    if isinstance(model, ImageModel) and model.image_rules().get("position_axes") != 1:
+        axes = (3,)  # of M-RoPE
     batch = {
         "input_ids": torch.zeros(1, seq_len, dtype=torch.int64),
         "shift_labels": _known([labels]),

@@ -33,6 +33,7 @@ _TILED_PROCESSOR = "LlavaOnevisionProcessor"
 _TILED_SAMPLING = {"fps": 1, "min_frames": 1, "max_frames": 32}
 _RATIO = re.compile(r"anyres_max_([1-9]\d{0,3})")
 _MOST_TILES_A_SIDE = 64
+_PLAIN_POSITIONS = ("llavaonevision1_5",)  # by config.json; the processor is Qwen2.5-VL's
 _HEARS = "WhisperFeatureExtractor"
 _CHUNKS = {"Qwen3OmniMoeProcessor": 100}  # frames, by the processor's class; it knows no other
 _MOST_SECONDS = 3600
@@ -171,6 +172,12 @@ def _sampling(path: Path, settings: Mapping[str, Any], config: VideoConfig) -> d
         if not isinstance(value, int | float) or value <= 0:
             raise ValueError(f"{path}: {name} must be positive, got {value!r}; fix it")
     return sampling
+
+
+def has_mrope(directory: Path) -> bool:
+    """Whether tokens of a model with images of many sizes have places in time, height and width."""
+    path = directory / CONFIG_FILE
+    return not path.exists() or read_json(path).get("model_type") not in _PLAIN_POSITIONS
 
 
 def read_json(path: Path) -> dict[str, Any]:
