@@ -16,6 +16,10 @@ from tests.tiny import ROOT, sft_stage
 SECONDS = 2.0  # of one core, within which a mistake is refused
 NONSENSE = "{no: [such, thing]}"  # of no key's type
 GOOD = ("model.path=somewhere", "data.shards=[somewhere]", "data.seq_len=256")
+DRAWS = tuple(
+    f"generation.data.{word}" for word in ("shards=[somewhere]", "text_field=txt", "batch_size=1")
+)
+"""What a section asks for that stands in few configurations."""
 
 
 def mistakes(cls: type) -> Iterator[tuple[str, str]]:
@@ -45,11 +49,11 @@ def wrong_settings(folder: Path, short: bool) -> Outcome:
     from triptych_core.config import load_config
 
     outcome, cls = Outcome(), sft_stage().SftConfig
-    load_config(cls, None, GOOD)
+    load_config(cls, None, (*GOOD, *DRAWS))
     for number, (word, key) in enumerate(mistakes(cls)):
         began = time.process_time()
         try:
-            load_config(cls, None, (*GOOD, word))
+            load_config(cls, None, (*_good(key), word))
             said = ""
         except ValueError as error:
             said = str(error)
@@ -59,12 +63,16 @@ def wrong_settings(folder: Path, short: bool) -> Outcome:
         outcome.add(f"{word}: {said!r}", detected=is_refused, recovered=is_refused)
         outcome.named_after(seconds, SECONDS)
         if number % 100 == 0 and not (short and number):
-            _as_a_command(outcome, word)
+            _as_a_command(outcome, word, key)
     return outcome
 
 
-def _as_a_command(outcome: Outcome, word: str) -> None:
-    command = [sys.executable, "-X", "importtime", "stages/sft.py", *GOOD, word]
+def _good(key: str) -> tuple[str, ...]:
+    return (*GOOD, *DRAWS) if key.startswith("generation.") else GOOD
+
+
+def _as_a_command(outcome: Outcome, word: str, key: str) -> None:
+    command = [sys.executable, "-X", "importtime", "stages/sft.py", *_good(key), word]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done: Any = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
