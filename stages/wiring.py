@@ -19,6 +19,8 @@ from triptych_models.catalogue import FAMILIES, Part
 from triptych_models.config import ModelConfig
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from triptych_core.launch import Runtime
     from triptych_core.loop import Part as RowPart
     from triptych_core.metrics import Metrics
@@ -412,10 +414,43 @@ def run(config: PackedConfig) -> None:
 
 def _test(job: Job, heldout: "Heldout | None", metrics: "Metrics", step: int) -> None:
     """Evaluate if the step is due; every rank takes part."""
+    from triptych_core.evaluation.drawings import draw_if_due
     from triptych_core.evaluation.evaluate import evaluate_if_due
 
+    generation = job.config.generation
+    draw = partial(_draw, job, generation) if generation and generation.prompts else None
+    if heldout is None and draw is not None:
+        draw_if_due(job.engine, job.config, None, draw, metrics, step)
+        return
     answer = partial(_answer, job, heldout)
-    evaluate_if_due(job.engine, job.config, heldout, answer, metrics, step, part=job.part)
+    evaluate_if_due(
+        job.engine, job.config, heldout, answer, metrics, step, part=job.part, draw=draw
+    )
+
+
+def _draw(job: Job, generation: GenerationConfig) -> "np.ndarray":
+    """What the model draws of the prompts, from the same noise each time, on every rank alike."""
+    import torch
+
+    from triptych_data.tensors.joined import JoinedLoader
+    from triptych_models.bagel.drawing import draw
+    from triptych_models.bagel.model import Bagel
+    from triptych_models.diffusion.picture import grid
+
+    assert isinstance(job.batches, JoinedLoader) and isinstance(job.model, Bagel)
+    words = [job.processor.encode_words(prompt) for prompt in generation.prompts]
+    generator = torch.Generator().manual_seed(0)
+    shape = job.batches.tensors.batches.shape
+    noise = torch.randn(len(words), *shape, generator=generator).to(job.engine.device)
+    drawn = draw(
+        job.model,
+        words,
+        noise,
+        steps=generation.steps,
+        guidance=generation.guidance,
+        shift=job.model.hf.config.timestep_shift,
+    )
+    return grid(drawn, min(len(words), 10), generation.reach)
 
 
 def _answer(job: Job, heldout: "Heldout | None", questions: list[int]) -> list[str]:

@@ -19,6 +19,7 @@ from tests.models import tiny
 from triptych_models.bagel.layout import lay_out
 
 PATCH, SIDE, LATENT_SIDE, CHANNELS = 4, 5, 6, 4
+WORDS_BEGIN, WORDS_END = 296, 297
 TEXT, SEEN, DRAWN = 0, 1, 2
 
 
@@ -53,6 +54,8 @@ def write_bagel_model_dir(directory: Path, **fields: Any) -> Path:
         "vae_config": {"downsample": 8, "z_channels": CHANNELS},
         "max_latent_size": LATENT_SIDE,
         "vit_max_num_patch_per_side": SIDE,
+        "text_start_token_id": WORDS_BEGIN,
+        "text_end_token_id": WORDS_END,
         "image_token_id": tiny.IMAGE,
         "vision_start_token_id": tiny.START,
         "vision_end_token_id": tiny.END,

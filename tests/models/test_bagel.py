@@ -13,6 +13,8 @@ from tests.models.stock import stock_twin
 from tests.models.straight_bagel import (
     CONFIG,
     SIDE,
+    WORDS_BEGIN,
+    WORDS_END,
     bagel_document,
     bagel_documents,
     pack_bagel,
@@ -21,6 +23,8 @@ from tests.models.straight_bagel import (
     write_bagel_model_dir,
 )
 from tests.models.test_text import shake
+from triptych_models.bagel.drawing import draw
+from triptych_models.bagel.join import patches_of
 from triptych_models.bagel.layout import find_blocks, lay_out
 from triptych_models.config import ModelConfig
 from triptych_models.export import export, stored_tensors
@@ -190,3 +194,33 @@ def test_a_dense_folder_begins_sparse(build: Callable[..., Any], tmp_path: Path)
     (tmp_path / "dense/config.json").write_text(json.dumps(config | {"sparse_attention": {}}))
     with pytest.raises(ValueError, match="sparse_attention must say block_size, num_selected"):
         build_shell(ModelConfig(path=tmp_path / "dense"), dtype=torch.float32)
+
+
+def test_drawings_are_eulers_steps_of_the_straight_model(build: Callable[..., Any]) -> None:
+    """Guided, shifted, several prompts in a row; and without guidance by half the row."""
+    model = build()
+    stock = stock_twin(model)
+    words, noise = [[5, 6, 7], [8]], torch.randn(2, 4, 4, 6)
+    model.eval()
+    for guidance, shift in ((2.5, 3.0), (1.0, 1.0)):
+        found = draw(model, words, noise, steps=2, guidance=guidance, shift=shift)
+        for drawn, ids, start in zip(found, words, noise, strict=True):
+            x = patches_of(start[None], model.hf.config)[0]
+            for time, following in ((1.0, shift / (1 + shift)), (shift / (1 + shift), 0.0)):
+                told, free = (
+                    straight(stock, model, drawn_document(said, x, time))[1] for said in (ids, [])
+                )
+                x = x + (following - time) * (free + guidance * (told - free))
+            wanted = patches_of(drawn[None], model.hf.config)[0]
+            torch.testing.assert_close(wanted, x, rtol=1e-4, atol=1e-5)
+    assert not model.training
+
+
+def drawn_document(words: list[int], x: torch.Tensor, time: float) -> Any:
+    """A document of words and latents x (2 x 3 patches) at a time, as `draw` asks for it."""
+    doc = bagel_document(0, (2, 3, time))
+    ids = torch.tensor([WORDS_BEGIN, *words, WORDS_END] if words else [], dtype=torch.int64)
+    doc.input_ids = torch.cat([ids, doc.input_ids])
+    doc.kinds = torch.cat([torch.zeros_like(ids), doc.kinds])
+    doc.latents = doc.latent_noise = x
+    return doc

@@ -63,6 +63,8 @@ def words(workspace: Path, run_dir: Path, accumulation: int, stage: int, *more: 
         "generation.text_len=5",
         "generation.text_dropout=0.3",
         "generation.weight=0.5",
+        "generation.prompts=[a digit, two]",
+        "generation.steps=2",
         "engine.precision=fp32",
         f"engine.gradient_accumulation_steps={accumulation}",
         f"engine.zero.stage={stage}",
@@ -129,6 +131,18 @@ def test_each_loss_is_a_mean_over_its_own_targets(workspace: Path, trained: Any)
         assert first["text_loss"] == pytest.approx(text, rel=1e-5)
         assert first["image_loss"] == pytest.approx(image, rel=1e-5)
         assert first["loss"] == pytest.approx(text + 0.5 * image, rel=1e-5)
+
+
+def test_evaluations_draw_the_prompts(trained: Any) -> None:
+    """The same picture on one rank and on two, another after the training."""
+    pictures = [
+        [json.loads(line)["picture"] for line in (run / "evaluation.jsonl").open()]
+        for run in trained.values()
+    ]
+    assert len(pictures[0]) == 2 and pictures[0][0] != pictures[0][1]
+    assert all(picture.startswith("data:image/png;base64,") for picture in pictures[0])
+    assert pictures[0][0] == pictures[1][0]
+    assert pictures[0][0] in (trained[1] / "report.html").read_text()
 
 
 def test_two_ranks_under_zero_3_are_one(trained: Any) -> None:

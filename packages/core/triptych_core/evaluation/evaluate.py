@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -17,6 +18,7 @@ from triptych_core.evaluation.answers import METRICS, check_question, exact_matc
 from triptych_core.lines import read_lines, write_lines
 from triptych_core.loop import Batch, Part, to_device, whole_row
 from triptych_core.metrics import Metrics
+from triptych_core.report.pictures import png_uri
 
 
 class Question(Protocol):
@@ -120,12 +122,14 @@ def evaluate_if_due(
     step: int,
     *,
     part: Part = whole_row,
+    draw: Callable[[], np.ndarray] | None = None,
 ) -> None:
     """Evaluate before the first step, every `evaluation.every` steps and after the last.
 
     `answer` turns numbers of questions into the model's answers; a rank computes `part` of its
-    rows, as in training. Weights are their averages under `optim.ema_decay`. Every rank takes part;
-    the main one adds a line to `evaluation.jsonl`.
+    rows, as in training; `draw` makes a picture (H, W, 3) uint8, the same on every rank. Weights
+    are their averages under `optim.ema_decay`. Every rank takes part; the main one adds a line to
+    `evaluation.jsonl`.
     """
     if heldout is None or not (
         step == 0 or is_due(step, config.evaluation.every, config.run.steps)
@@ -137,6 +141,8 @@ def evaluate_if_due(
         evaluation = evaluate(
             engine, config.evaluation, heldout, answer, step, part=part, tensor=tensor
         )
+        if draw is not None:
+            evaluation.picture = png_uri(draw())
     if dist.get_rank() == 0:
         append_evaluation(config.run.dir, evaluation)
     metrics.record_evaluation(step, figures(evaluation), evaluation.examples)

@@ -41,17 +41,18 @@ class JoinImages:
 
         Raises ValueError for latents that are not of this model's autoencoder.
         """
-        latents, noise = (self._patches(images[name]) for name in ("latents", "noise"))
+        latents, noise = (patches_of(images[name], self.config) for name in ("latents", "noise"))
         there = images["weights"].nonzero().flatten().tolist()
         height, width = (n // self.config.latent_patch_size for n in images["latents"].shape[2:])
+        count = height * width
+        drops = (images["drops"][there] < self.settings.text_dropout).tolist()
         documents = [
-            self._tokens(text, drop < self.settings.text_dropout, height * width)
-            for drop, text in zip(images["drops"][there].tolist(), images["texts"], strict=True)
+            image_document(self.config, [] if drop else self._words(text), count)
+            for drop, text in zip(drops, images["texts"], strict=True)
         ]
-        joined = self._before(row, documents, len(images["weights"]), height * width)
+        joined = self._before(row, documents, len(images["weights"]), count)
         if not there:
             return lay_out(joined, self.config)
-        count = height * width
         ends = torch.tensor([len(ids) for ids in documents]).cumsum(0) - 1  # of images, their last
         starts = ends - count
         times = 1 - draw_times(
@@ -69,25 +70,8 @@ class JoinImages:
         }
         return lay_out(joined, self.config)
 
-    def _patches(self, latents: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, patches, latent_dim), row by row, each value with its channels."""
-        patch, channels = self.config.latent_patch_size, self.config.vae_config["z_channels"]
-        n, found, *sides = latents.shape
-        if found != channels or len(sides) != 2 or any(side % patch for side in sides):
-            raise ValueError(
-                f"generation.data: latents must have {channels} channels and sides that are "
-                f"multiples of {patch}, as config.json says, got {(found, *sides)}; encode images "
-                "with the model's autoencoder"
-            )
-        cut = latents.view(n, channels, sides[0] // patch, patch, sides[1] // patch, patch)
-        return cut.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, self.config.latent_dim)
-
-    def _tokens(self, text: str, is_dropped: bool, count: int) -> list[int]:
-        config = self.config
-        words = [] if is_dropped else list(self.encode(text))[: self.settings.text_len]
-        said = [config.text_start_token_id, *words, config.text_end_token_id] if words else []
-        image = [config.image_token_id] * count
-        return [*said, config.vision_start_token_id, *image, config.vision_end_token_id]
+    def _words(self, text: str) -> list[int]:
+        return list(self.encode(text))[: self.settings.text_len]
 
     def _before(
         self, row: Mapping[str, Any], documents: Sequence[list[int]], slots: int, count: int
@@ -114,3 +98,27 @@ class JoinImages:
         if "image_positions" in row:
             joined["image_positions"] = row["image_positions"] + drawn
         return joined
+
+
+def image_document(config: BagelConfig, words: Sequence[int], count: int) -> list[int]:
+    """Token ids of words, if there are any, and of an image of count latents."""
+    said = [config.text_start_token_id, *words, config.text_end_token_id] if words else []
+    image = [config.image_token_id] * count
+    return [*said, config.vision_start_token_id, *image, config.vision_end_token_id]
+
+
+def patches_of(latents: Tensor, config: BagelConfig) -> Tensor:
+    """(N, C, H, W) → (N, patches, latent_dim), row by row, each value with its channels.
+
+    Raises ValueError for latents that are not of this model's autoencoder.
+    """
+    patch, channels = config.latent_patch_size, config.vae_config["z_channels"]
+    n, found, *sides = latents.shape
+    if found != channels or len(sides) != 2 or any(side % patch for side in sides):
+        raise ValueError(
+            f"generation.data: latents must have {channels} channels and sides that are "
+            f"multiples of {patch}, as config.json says, got {(found, *sides)}; encode images "
+            "with the model's autoencoder"
+        )
+    cut = latents.view(n, channels, sides[0] // patch, patch, sides[1] // patch, patch)
+    return cut.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, config.latent_dim)

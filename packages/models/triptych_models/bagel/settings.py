@@ -12,6 +12,12 @@ class DrawConfig(BaseModel):
     text_dropout: float = Field(
         default=0.1, ge=0, le=1, description="how often the words are left out, for guidance"
     )
+    prompts: list[str] = Field(
+        default_factory=list, description="words of what every evaluation draws, for the report"
+    )
+    steps: int = Field(default=25, ge=1, description="from noise to such an image")
+    guidance: float = Field(default=4.0, ge=0, description="of such an image by its words; 1: none")
+    reach: float = Field(default=2.0, gt=0, description="the latent value that is shown as white")
     weight: float = Field(
         default=1.0, ge=0, description="of the latents' mean loss beside that of tokens"
     )
