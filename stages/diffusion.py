@@ -110,11 +110,15 @@ class DiffusionConfig(StageConfig):
 
     @model_validator(mode="after")
     def _check_sampler(self) -> Self:
-        if self.data.given_frames and self.sampler.method.startswith("sde"):
-            raise ValueError(
-                "sampler.method: must be euler, heun or dopri5 with data.given_frames, got "
-                f"{self.sampler.method}; an SDE would put noise on what is given"
-            )
+        for key, is_given in (
+            ("data.given_frames", self.data.given_frames > 0),
+            ("sampler.strength below 1", self.sampler.strength < 1),
+        ):
+            if is_given and self.sampler.method.startswith("sde"):
+                raise ValueError(
+                    f"sampler.method: must be euler, heun or dopri5 with {key}, got "
+                    f"{self.sampler.method}; an SDE would put noise on what is given"
+                )
         return self
 
     @model_validator(mode="after")
@@ -230,14 +234,16 @@ def _draw(config: DiffusionConfig, job: Job) -> "np.ndarray":
     batch = next(heldout_batches(config.data, shards, 0, 1, config.model.num_classes))
     generator = torch.Generator().manual_seed(config.samples.seed)
     noise = torch.randn(count, *job.batches.batches.shape, generator=generator)
-    frames, given = config.data.given_frames, None
+    rows = torch.arange(count) % batch["num_tokens"]
+    frames, given, source = config.data.given_frames, None, None
     if frames:
-        rows = torch.arange(count) % batch["num_tokens"]
         given = batch["latents"][rows, :, :frames].to(job.engine.device)
+    if config.sampler.strength < 1:
+        source = batch.get("source_latents", batch["latents"])[rows].to(job.engine.device)
     asked = job.model.drawn_condition(batch, count)
     condition = {name: value.to(job.engine.device) for name, value in asked.items()}
     noise = noise.to(job.engine.device)
-    drawn = sample(job.model, noise, condition, config.sampler, generator, given)
+    drawn = sample(job.model, noise, condition, config.sampler, generator, given, source)
     return grid(drawn, config.samples.columns, config.samples.reach)
 
 

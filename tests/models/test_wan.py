@@ -33,6 +33,8 @@ TINY = {
     "qk_norm": "rms_norm_across_heads",
 }
 IMAGES = {"in_channels": 12, "image_dim": 10, "added_kv_proj_dim": 24}
+VIDEO = {"in_channels": 8}  # a source beside the latents
+CONTROL = {"in_channels": 12}  # and room for a first frame, as Wan2.1-Fun-Control
 # The config.json of the published models.
 PUBLISHED = {
     "2.1 T2V 1.3B": ({"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}, 1.42e9),
@@ -86,6 +88,8 @@ def batch(model: WanModel, *, given_frames: int = 0) -> dict:
     }
     if model.shape.image_dim is not None:
         made |= {"image_latents": draw(3, 4, 3, 4, 4), "image_features": draw(3, 7, 10)}
+    elif model.shape.in_channels > 4:
+        made |= {"source_latents": draw(3, 4, 3, 4, 4)}
     return made | ({"given_frames": given_frames} if given_frames else {})
 
 
@@ -104,7 +108,11 @@ def straight(model: WanModel, b: dict) -> Tensor:
             timestep = torch.cat([torch.zeros(4 * given), timestep.expand(4 * (3 - given))])[None]
         text = b["empty_text"] if b["drops"][i] < 0.1 else b["text_features"][i : i + 1]
         more = {}
-        if "image_latents" in b:
+        if "source_latents" in b:
+            beside = [b[n][i : i + 1] for n in ("source_latents", "image_latents") if n in b]
+            x = torch.cat([x, *beside], 1)
+            x = torch.nn.functional.pad(x, (0,) * 7 + (model.shape.in_channels - x.shape[1],))
+        elif "image_latents" in b:
             mask = torch.zeros(1, 4, 3, 4, 4)
             mask[:, :, 0] = 1
             x = torch.cat([x, mask, b["image_latents"][i : i + 1]], 1)
@@ -116,11 +124,15 @@ def straight(model: WanModel, b: dict) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("fields", "given"), [({}, 0), ({}, 1), (IMAGES, 0)], ids=["t2v", "ti2v", "i2v"]
+    ("fields", "given", "framed"),
+    [({}, 0, 0), ({}, 1, 0), (IMAGES, 0, 0), (VIDEO, 0, 0), (CONTROL, 0, 0), (CONTROL, 0, 1)],
+    ids=["t2v", "ti2v", "i2v", "v2v", "control", "control-framed"],
 )
-def test_loss_and_gradients_are_those_of_stock_calls(tmp_path, fields, given):
+def test_loss_and_gradients_are_those_of_stock_calls(tmp_path, fields, given, framed):
     model = tiny(tmp_path / "wan", **fields).train()
     b = batch(model, given_frames=given)
+    if framed:
+        b["image_latents"] = 2 * b["source_latents"].flip(0)
     model.check_data({k: tuple(v.shape[1:]) for k, v in b.items() if isinstance(v, Tensor)})
     output = model(**b)
     output.loss_sum.backward()
@@ -149,7 +161,7 @@ def test_what_is_computed_again_changes_no_gradient(tmp_path, way):
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("fields", [{}, IMAGES], ids=["t2v", "i2v"])
+@pytest.mark.parametrize("fields", [{}, IMAGES, VIDEO], ids=["t2v", "i2v", "v2v"])
 def test_flops_are_those_a_profiler_counts(tmp_path, fields):
     model = tiny(tmp_path / "wan", **fields).train()
     b = batch(model)
@@ -213,6 +225,12 @@ def test_what_does_not_fit_is_refused(tmp_path):
             model.check_data(good | {name: shape})
     with pytest.raises(ValueError, match="data: image_latents must be read"):
         model.check_data({k: v for k, v in good.items() if k != "image_latents"})
+    source = {k: v for k, v in good.items() if k != "image_latents"} | {"source_latents": (4, 3, 4)}
+    odd = tiny(tmp_path / "odd", in_channels=10)
+    with pytest.raises(ValueError, match=r"must have 4 or twice so many channels more .* got 6"):
+        odd.check_data(source)
+    with pytest.raises(ValueError, match="data: source_latents must be read, of width 4, got"):
+        tiny(tmp_path / "v2v", **VIDEO).check_data(source | {"source_latents": (4, 3, 4, 5)})
     with pytest.raises(ValueError, match=r"objective.path: must be linear"):
         tiny(tmp_path / "wan", objective=ObjectiveConfig(path="gvp"))
     with pytest.raises(ValueError, match="must be of WanTransformer3DModel, got Flux"):
@@ -237,4 +255,46 @@ def test_given_frames_stay_and_steps_are_shifted(tmp_path):
             free = model.net(x, time, b["empty_text"].expand(2, -1, -1)).sample
             moved = x + (after - now) * (free + 2.0 * (cond - free))
             x = torch.cat([given, moved[:, :, 1:]], 2)
+    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fields", [VIDEO, CONTROL], ids=["v2v", "control"])
+def test_room_for_a_source_changes_nothing_at_first(tmp_path, fields):
+    """Weights of T2V are read; the channels that are new begin at 0."""
+    narrow = tiny(tmp_path / "t2v")
+    narrow.export(tmp_path / "export")
+    folder(tmp_path / "export", **fields)
+    config = DiffusionModelConfig(family="wan", path=tmp_path / "export", init="pretrained")
+    wide = build_diffusion(config, ObjectiveConfig(shift=5.0), dtype=torch.float32)
+    b = batch(wide)
+    found = wide.eval()(**b).loss_sum
+    expected = narrow.eval()(**{k: v for k, v in b.items() if k != "source_latents"}).loss_sum
+    torch.testing.assert_close(found, expected)
+    wide.export(tmp_path / "again")
+    stock = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "again")
+    assert stock.config.in_channels == fields["in_channels"]
+    folder(tmp_path / "export", in_channels=10)
+    with pytest.raises(ValueError, match=r"patch_embedding.weight must be \[24, 10"):
+        build_diffusion(config, ObjectiveConfig(), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("fields", [{}, VIDEO], ids=["t2v", "v2v"])
+def test_samples_begin_with_a_source_as_in_the_pipeline_of_diffusers(tmp_path, fields):
+    """Half of six steps, from noise and source mixed by the scheduler that Wan's pipelines take."""
+    model = tiny(tmp_path / "wan", **fields).eval()
+    b = batch(model) | {"num_tokens": 3}
+    condition = model.drawn_condition(b, 2)
+    noise, source = torch.randn(2, 4, 3, 4, 4), b["latents"][:2]
+    config = SamplerConfig(method="euler", steps=6, shift=5.0, strength=0.5)
+    found = sample(model, noise, condition, config, source=source)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / 6, 6).tolist())
+    timesteps = scheduler.timesteps[3:]
+    scheduler.set_begin_index(3)
+    x = scheduler.scale_noise(source, timesteps[:1], noise)
+    with torch.no_grad():
+        for time in timesteps:
+            seen = torch.cat([x, *(condition[n] for n in ("source_latents",) if n in condition)], 1)
+            out = model.net(seen, time.expand(2), condition["text_features"]).sample
+            x = scheduler.step(out, time, x).prev_sample
     torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)

@@ -153,6 +153,7 @@ def test_a_handful_of_latents_is_memorised(workspace: Path):
         ("model.sit.sise=XL", r"model.sit.sise: .* did you mean 'size'"),
         ("model.freeze=[vision]", r"model.freeze: must name parts of the model \(embedders"),
         ("objective.weighting=velocity", r"objective.weighting: must be none"),
+        ("sampler.strength=0.5", r"euler, heun or dopri5 with sampler.strength below 1, got sde"),
     ],
 )
 def test_what_the_stage_cannot_do_is_refused(workspace: Path, word: str, message: str):
@@ -168,7 +169,9 @@ def test_latents_of_another_shape_are_refused(workspace: Path):
         run_ranks(train, 1, bad)
 
 
-@pytest.mark.parametrize("name", ["diffusion_sit_tiny", "diffusion_sit_xl_2"])
+@pytest.mark.parametrize(
+    "name", ["diffusion_sit_tiny", "diffusion_sit_xl_2", "diffusion_wan_2.1_v2v_1.3b"]
+)
 def test_the_shipped_configurations_are_valid(name: str):
     from triptych_core.config import load_config
 
@@ -177,7 +180,8 @@ def test_the_shipped_configurations_are_valid(name: str):
     assert config.optim.weight_decay == 0.0
 
 
-def test_a_wan_with_a_given_frame_is_the_same_on_two_ranks(workspace: Path):
+@pytest.mark.parametrize("way", ["ti2v", "v2v"])
+def test_a_wan_with_a_given_frame_or_source_is_the_same_on_two_ranks(workspace: Path, way: str):
     pytest.importorskip("diffusers")
     from tests.models.test_wan import folder
     from triptych_data.tensors.write import write_tensor_shards
@@ -189,22 +193,35 @@ def test_a_wan_with_a_given_frame_is_the_same_on_two_ranks(workspace: Path):
             {
                 "latents": torch.randn(4, 3, 4, 4, generator=generator),
                 "text_features": torch.randn(2 + i % 3, 6, generator=generator),
+                "source_latents": torch.randn(4, 3, 4, 4, generator=generator),
             },
         )
         for i in range(9)
     ]
-    write_tensor_shards(samples, workspace / "videos")
-    more = [f"model={{family: wan, path: {folder(workspace / 'wan')}}}", "run.steps=2"]
-    more += [f"data.shards=[{workspace / 'videos'}]", "evaluation.shards=[]", "data.batch_size=1"]
-    more += ["data.text_len=5", "data.given_frames=1", "objective.shift=5.0"]
-    more += ["sampler={method: euler, steps: 2, guidance: 2.0, shift: 5.0}", "samples.count=2"]
-    one, two = workspace / "wan-1", workspace / "wan-2"
+    write_tensor_shards(samples, workspace / f"videos-{way}")
+    channels = 8 if way == "v2v" else 4
+    wan = folder(workspace / f"wan-{way}", in_channels=channels)
+    more = [f"model={{family: wan, path: {wan}}}", "run.steps=2"]
+    more += [
+        f"data.shards=[{workspace / f'videos-{way}'}]",
+        "evaluation.shards=[]",
+        "data.batch_size=1",
+    ]
+    more += ["data.text_len=5", "objective.shift=5.0", "samples.count=2"]
+    sampler = "method: euler, steps: 2, guidance: 2.0, shift: 5.0"
+    if way == "v2v":
+        more += ["data.features=[source_latents]", f"sampler={{{sampler}, strength: 0.5}}"]
+    else:
+        more += ["data.given_frames=1", f"sampler={{{sampler}}}"]
+    one, two = workspace / f"wan-1-{way}", workspace / f"wan-2-{way}"
     run_ranks(
         train, 1, words(workspace, one, *more, "engine.gradient_accumulation_steps=2"), timeout=600
     )
     run_ranks(train, 2, words(workspace, two, *more, "engine.zero.stage=3"), timeout=600)
     for ours, theirs in zip(lines(two), lines(one), strict=True):
-        assert ours["num_targets"] == theirs["num_targets"] == 2 * 4 * 2 * 16
+        assert (
+            ours["num_targets"] == theirs["num_targets"] == 2 * 4 * (2 if way == "ti2v" else 3) * 16
+        )
         for name in ("loss", "grad_norm"):
             assert abs(ours[name] / theirs[name] - 1) < 1e-4, name
     from safetensors.torch import load_file

@@ -208,7 +208,7 @@ DENOISERS: dict[str, GenerativeFamily] = {
         "triptych_models.diffusion.wan_model:WanModel",
         ("embedders", "blocks", "head"),
         ("diffusion",),
-        "2.1 1.3B and 14B (T2V, I2V), 2.2 5B (TI2V)",
+        "2.1 1.3B and 14B (T2V, I2V, V2V), 2.2 5B (TI2V)",
         "tiny on CPUs",
     ),
 }

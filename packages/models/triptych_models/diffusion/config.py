@@ -119,6 +119,13 @@ class SamplerConfig(BaseModel):
     shift: float = Field(
         default=1.0, gt=0, description="of the steps' times, as objective.shift; ODE alone"
     )
+    strength: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of the steps that are taken, by the ODE alone: below 1 they begin with "
+        "the samples' source_latents, else their latents, as noisy as then (arXiv 2108.01073)",
+    )
     guidance: float = Field(
         default=1.0, ge=0, description="w: uncond + w (cond - uncond); 1: the condition alone"
     )

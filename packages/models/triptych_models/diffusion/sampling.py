@@ -14,6 +14,7 @@ from torch import Tensor
 from .config import SamplerConfig
 from .interpolant import Point, data_of, noise_of, point, shifted, time_bounds
 from .model import Condition, DiffusionModel
+from .objective import mix
 
 Velocity = Callable[[Tensor, float], Tensor]
 
@@ -53,15 +54,24 @@ def sample(
     config: SamplerConfig,
     generator: torch.Generator | None = None,
     given: Tensor | None = None,
+    source: Tensor | None = None,
 ) -> Tensor:
     """Data (N, C, ...) from noise of its shape, fp32.
 
     generator: on the host, for the noise of an SDE. given: first frames (N, C, f, ...) of videos,
-    which stay as they are; by the ODE alone.
+    which stay as they are; source: (N, C, ...), of which a `strength` below 1 begins; both by the
+    ODE alone.
     """
     path, prediction = model.objective.path, model.objective.prediction
     low, high = time_bounds(path, prediction)
     frames = 0 if given is None else given.shape[2]
+    even = torch.linspace(0, 1, config.steps + 1, dtype=torch.float64)
+    times = (low + (high - low) * shifted(even, config.shift)).tolist()
+    if config.strength < 1:
+        assert source is not None and config.method in METHODS
+        times = times[config.steps - max(1, int(config.steps * config.strength)) :]
+        at_first = point(path, noise.new_full((1,), times[0]), noise.ndim)
+        noise = mix(source, noise, at_first)
     if given is not None:
         noise = torch.cat([given, noise[:, :, frames:]], dim=2)
 
@@ -69,8 +79,6 @@ def sample(
         return model.velocity(x, time, config.guidance, condition, frames)
 
     if config.method in METHODS:
-        even = torch.linspace(0, 1, config.steps + 1, dtype=torch.float64)
-        times = (low + (high - low) * shifted(even, config.shift)).tolist()
         return integrate(velocity, noise, times, METHODS[config.method])
     assert given is None
     if config.diffusion == "sbdm":

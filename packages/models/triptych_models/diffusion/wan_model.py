@@ -1,4 +1,4 @@
-"""Wan's video transformer, of diffusers, as a family: conditioned by texts, images, first frames.
+"""Wan's video transformer, of diffusers, as a family: conditioned by texts, images, videos.
 
 Wan 2.1 and 2.2 (arXiv 2503.20314). The net is told 1000 times the noise level u = 1 - t and gives
 noise - data: the velocity towards noise, so its negative is what our paths call velocity.
@@ -22,7 +22,8 @@ from .wan_flops import wan_flops
 from .wan_weights import export_wan, load_wan
 
 MASK = 4  # channels that say which frames of image_latents are there; a latent frame has 4 pictures
-KEPT = ("image_latents", "image_features")  # of a condition, whatever is dropped
+# Of a condition, whatever is dropped.
+KEPT = ("image_latents", "image_features", "source_latents")
 TEXT_ROWS = 512  # diffusers' blocks tell texts from images by it
 IGNORED = {"_class_name", "_diffusers_version", "_name_or_path"}
 
@@ -31,7 +32,10 @@ class WanModel(DiffusionModel):
     """Wan, conditioned by `text_features` (N, L, D) and `empty_text` (1, L, D).
 
     Of a model for images also by `image_latents` (N, C, F, H, W), the first frame before zeros,
-    and, where it has an image embedder, `image_features` (N, 257, D).
+    and, where it has an image embedder, `image_features` (N, 257, D). Of a model from video to
+    video by `source_latents` (N, C, F, H, W): its input has C channels more for them, or 2 C as
+    Wan2.1-Fun-Control, then of image_latents, or zeros. A model without such channels learns as if
+    there were no source, from which samples may begin (`sampler.strength`).
     """
 
     def __init__(self, net: nn.Module, objective: ObjectiveConfig) -> None:
@@ -66,9 +70,16 @@ class WanModel(DiffusionModel):
         return -out
 
     def _seen(self, x: Tensor, condition: Condition) -> Tensor:
-        """x, for a model of images with what is known of the frames beside it."""
-        if self.shape.in_channels == x.shape[1]:
+        """x, with a source or what is known of its frames beside it, where channels are for it."""
+        more = self.shape.in_channels - x.shape[1]
+        if not more:
             return x
+        if "source_latents" in condition:
+            source = condition["source_latents"].to(x.dtype)
+            if more == x.shape[1]:
+                return torch.cat([x, source], dim=1)
+            beside = condition.get("image_latents", torch.zeros_like(x))
+            return torch.cat([x, source, beside.to(x.dtype)], dim=1)
         mask = torch.zeros_like(x[:, :1]).expand(-1, MASK, -1, -1, -1).clone()
         mask[:, :, 0] = 1
         return torch.cat([x, mask, condition["image_latents"].to(x.dtype)], dim=1)
@@ -107,7 +118,15 @@ class WanModel(DiffusionModel):
                 f"of {patch}, got {latents}; encode videos for this model"
             )
         wanted = {"text_features": config.text_dim}
-        if config.in_channels != config.out_channels:
+        more = config.in_channels - config.out_channels
+        if "source_latents" in shapes:
+            if more not in (0, config.out_channels, 2 * config.out_channels):
+                raise ValueError(
+                    f"model.path: must have {config.out_channels} or twice so many channels more "
+                    f"for source_latents, or none, got {more}; widen in_channels in its config.json"
+                )
+            wanted["source_latents"] = latents[-1]
+        if "image_latents" in shapes or (more and "source_latents" not in shapes):
             wanted["image_latents"] = latents[-1]
         if config.image_dim is not None:
             wanted["image_features"] = config.image_dim

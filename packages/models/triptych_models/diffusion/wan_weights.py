@@ -20,11 +20,15 @@ from ..weights import (
 )
 
 NAME = "diffusion_pytorch_model"
+FIRST = "patch_embedding.weight"
 
 
 @torch.no_grad()
 def load_wan(net: nn.Module, folder: Path, gather: Gather = whole) -> None:
     """Read a folder's tensors into the net, a module at a time.
+
+    Of a net with room for a source video beside latents, weights may be those of one without: new
+    channels are 0, so that it begins as that.
 
     Raises ValueError that lists tensors missing, unexpected or of another shape.
     """
@@ -46,7 +50,7 @@ def load_wan(net: nn.Module, folder: Path, gather: Gather = whole) -> None:
 
         def read(name: str) -> Tensor:
             tensor: Tensor = found[name].get_tensor(name)
-            return tensor
+            return _widened(tensor, net) if name == FIRST else tensor
 
         fill_modules(modules, read, gather, where=folder, remedy="check its config.json")
 
@@ -77,3 +81,12 @@ def export_wan(
         writer.finish()
         shutil.rmtree(out_dir, ignore_errors=True)
         partial.rename(out_dir)
+
+
+def _widened(weight: Tensor, net: Any) -> Tensor:
+    """The first convolution's (W, C, ...), filled up with zeros for C or 2 C channels more."""
+    channels = net.config.out_channels
+    more = net.config.in_channels - weight.shape[1]
+    if weight.shape[1] != channels or more not in (channels, 2 * channels):
+        return weight
+    return torch.cat([weight, weight.new_zeros(len(weight), more, *weight.shape[2:])], 1)
