@@ -26,10 +26,11 @@ from tests.models.test_text import shake
 from triptych_models.bagel.drawing import draw
 from triptych_models.bagel.join import patches_of
 from triptych_models.bagel.layout import find_blocks, lay_out
-from triptych_models.config import ModelConfig
+from triptych_models.config import LoraConfig, ModelConfig
 from triptych_models.export import export, stored_tensors
 from triptych_models.families import build_model, build_shell
 from triptych_models.generate import generate
+from triptych_models.lora import add_adapters
 from triptych_models.sequence import SequenceGroup
 from triptych_models.weights import whole
 
@@ -224,3 +225,30 @@ def drawn_document(words: list[int], x: torch.Tensor, time: float) -> Any:
     doc.kinds = torch.cat([torch.zeros_like(ids), doc.kinds])
     doc.latents = doc.latent_noise = x
     return doc
+
+
+@pytest.mark.parametrize("way", ["full", "selective", "offload"])
+def test_recomputed_layers_give_the_same_gradients(build: Callable[..., Any], way: str) -> None:
+    batch = pack_bagel(bagel_documents(), SEQ_LEN)
+    found = []
+    for checkpointing in ("none", way):
+        model = build()
+        model.set_checkpointing(checkpointing)
+        model(**batch).loss_sum.backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(plain, again, rtol=1e-5, atol=1e-6)
+
+
+def test_adapters_stand_beside_either_experts(build: Callable[..., Any]) -> None:
+    """The loss is the base's at first, and both of their FLOPs count a token once."""
+    batch, model = pack_bagel(bagel_documents(), SEQ_LEN), build()
+    base, frozen = model(**batch).loss_sum, model.flops(batch) / 3
+    add_adapters(model, LoraConfig(rank=2, targets=["language", "generation"]), 0)
+    adapted = model(**batch).loss_sum
+    torch.testing.assert_close(adapted, base)
+    adapted.backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert any("q_proj_moe_gen" in name for name in trained)
+    assert all("lora_" in name and p.grad is not None for name, p in trained.items())
+    assert frozen < model.flops(batch) < 3 * frozen

@@ -176,7 +176,9 @@ def adapter_flops(model: PackedModel, batch: Mapping[str, Any]) -> float:
         return 0.0
     grid = batch.get("image_grid_thw")
     patches = 0 if grid is None else sum(int(t) * int(h) * int(w) for t, h, w in grid)
-    tokens = {"language": int(batch["cu_seqlens"][-1]), "vision": patches, "projector": 0}
+    drawn = sum(int(h) * int(w) for h, w in batch.get("latent_grids", ()))
+    text = int(batch["cu_seqlens"][-1]) - drawn
+    tokens = {"language": text, "generation": drawn, "vision": patches, "projector": 0}
     if isinstance(model, ImageModel):
         tokens["projector"] = model.projector_tokens(patches)
     part_of = {

@@ -12,7 +12,13 @@ from ..layout import head_dim
 from .config import BagelConfig
 
 
-def bagel_flops(config: BagelConfig, batch: Mapping[str, Any], trainable: Collection[str]) -> float:
+def bagel_flops(
+    config: BagelConfig,
+    batch: Mapping[str, Any],
+    trainable: Collection[str],
+    *,
+    adapted: bool = False,
+) -> float:
     """Forward + backward FLOPs of a batch, its shapes on the host; see flops.qwen3_vl_flops.
 
     Attention counts the pairs of the row's segments; without them, those of causal documents. Of
@@ -46,17 +52,17 @@ def bagel_flops(config: BagelConfig, batch: Mapping[str, Any], trainable: Collec
     pairs = Work(0.0, 4.0 * q_dim * layers * _pairs(batch, bounds, config.sparse_attention))
     head = Work(2.0 * wide * config.llm_config.vocab_size * int(batch["num_targets"]), 0.0)
     return (
-        with_backward(embed, weight=sees, inputs=False)
-        + with_backward(blocks, weight=sees, inputs=sees)
-        + with_backward(first, weight=projects, inputs=sees)
-        + with_backward(second, weight=projects, inputs=sees or projects)
-        + with_backward(entry, weight=draws, inputs=False)
-        + with_backward(times, weight=draws, inputs=draws)
-        + with_backward(exit_, weight=draws, inputs=anything)
-        + with_backward(text, weight=reads, inputs=anything)
-        + with_backward(latents, weight=draws, inputs=anything)
+        with_backward(embed, weight=sees and not adapted, inputs=False)
+        + with_backward(blocks, weight=sees and not adapted, inputs=sees)
+        + with_backward(first, weight=projects and not adapted, inputs=sees)
+        + with_backward(second, weight=projects and not adapted, inputs=sees or projects)
+        + with_backward(entry, weight=draws and not adapted, inputs=False)
+        + with_backward(times, weight=draws and not adapted, inputs=draws)
+        + with_backward(exit_, weight=draws and not adapted, inputs=anything)
+        + with_backward(text, weight=reads and not adapted, inputs=anything)
+        + with_backward(latents, weight=draws and not adapted, inputs=anything)
         + with_backward(pairs, weight=anything, inputs=anything)
-        + with_backward(head, weight=reads, inputs=anything)
+        + with_backward(head, weight=reads and not adapted, inputs=anything)
     )
 
 

@@ -178,9 +178,9 @@ class Bagel(ImageModel):
 
     def flops(self, batch: Mapping[str, Any]) -> float:
         """Forward and backward FLOPs of one packed row; see triptych_models.flops."""
-        return bagel_flops(self.hf.config, batch, self.trainable_parts()) + adapter_flops(
-            self, batch
-        )
+        parts, adapted = self.trainable_parts(), self.lora is not None
+        base = bagel_flops(self.hf.config, batch, parts, adapted=adapted)
+        return base + adapter_flops(self, batch)
 
     def set_sequence(self, group: SequenceGroup) -> None:
         """Refused for more than one rank: segments of a row are not dealt out."""
