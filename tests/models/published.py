@@ -29,6 +29,8 @@ _TOWER = {
     "deepstack_visual_indexes": [8, 16, 24],
 }
 
+_QWEN3_5_ROPE = ROPE | {"partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10]}
+
 PUBLISHED: dict[str, Published] = {
     "bagel": Published(
         "BAGEL-7B-MoT",
@@ -404,9 +406,35 @@ PUBLISHED: dict[str, Published] = {
             "model.layers.0.mlp.shared_expert_gate.weight",
         ),
     ),
+    "qwen3_5": Published(
+        "Qwen3.5-9B",
+        {
+            "text_config": {"model_type": "qwen3_5_text", "rope_parameters": _QWEN3_5_ROPE},
+            "vision_config": {"model_type": "qwen3_5_vision", "out_hidden_size": 4096},
+        },
+        9_409_813_744,
+        (
+            "model.visual.merger.linear_fc2.weight",
+            "model.language_model.layers.0.linear_attn.in_proj_qkv.weight",
+            "model.language_model.layers.31.self_attn.o_proj.weight",
+            "lm_head.weight",
+        ),
+    ),
+    "qwen3_5_moe": Published(
+        "Qwen3.5-35B-A3B",
+        {
+            "text_config": {"model_type": "qwen3_5_moe_text", "rope_parameters": _QWEN3_5_ROPE},
+            "vision_config": {"model_type": "qwen3_5_moe_vision", "out_hidden_size": 2048},
+        },
+        35_107_181_936,
+        (
+            "model.language_model.layers.0.mlp.experts.gate_up_proj",
+            "model.language_model.layers.39.mlp.shared_expert.up_proj.weight",
+        ),
+    ),
     "qwen3_5_text": Published(
         "Qwen3.5-9B, its language model",
-        {"rope_parameters": ROPE | {"partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10]}},
+        {"rope_parameters": _QWEN3_5_ROPE},
         8_953_803_264,
         (
             "model.layers.0.linear_attn.in_proj_qkv.weight",
@@ -415,7 +443,7 @@ PUBLISHED: dict[str, Published] = {
     ),
     "qwen3_5_moe_text": Published(
         "Qwen3.5-35B-A3B, its language model",
-        {"rope_parameters": ROPE | {"partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10]}},
+        {"rope_parameters": _QWEN3_5_ROPE},
         34_660_610_688,
         ("model.layers.0.linear_attn.A_log", "model.layers.39.mlp.shared_expert.up_proj.weight"),
     ),

@@ -100,7 +100,7 @@ def test_loss_and_gradients_are_stocks(build: Build, family: str, dtype: torch.d
             continue
         difference = (found[name].grad - parameter.grad).norm()
         # Biases of keys have no gradient but rounding.
-        assert difference <= 1e-5 * parameter.grad.norm() + 1e-7 * whole, name
+        assert difference <= proof.rounding * parameter.grad.norm() + 1e-7 * whole, name
 
 
 @each_family
@@ -226,6 +226,8 @@ def test_weights_of_a_published_size_are_stocks(tmp_path: Path, family: str) -> 
     shapes = {n: tuple(p.shape) for n, p in stored_tensors(model.hf, whole)}
     assert {*stored} <= shapes.keys()
     published = revert_weight_conversion(stock, stock.state_dict())
+    if family == "qwen3_5_moe":  # its folder has stacks, which stock reads but would write apart
+        published = stock.state_dict()
     if stock.config.tie_word_embeddings:  # stored once
         published = {n: p for n, p in published.items() if not n.endswith("lm_head.weight")}
     found = {n: tuple(p.shape) for n, p in published.items()}

@@ -299,6 +299,41 @@ def write_vl_moe_model_dir(directory: Path, *, tied: bool = False, **fields: Any
     return directory
 
 
+def write_qwen3_5_vl_model_dir(directory: Path, *, tied: bool = False, **fields: Any) -> Path:
+    """A Qwen3.5 as published: the tower of `write_model_dir`, which no layer taps, before the
+    language model of `write_qwen3_5_model_dir`, or with fields of its mixture."""
+    write_qwen3_5_model_dir(directory, tied=tied)
+    text = json.loads((directory / "config.json").read_text())
+    write_model_dir(directory, tied=tied)
+    config = json.loads((directory / "config.json").read_text())
+    del config["vision_config"]["deepstack_visual_indexes"], text["architectures"]
+    config |= {
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "model_type": "qwen3_5",
+        "text_config": text | fields,
+    }
+    config["vision_config"]["model_type"] = "qwen3_5_vision"
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def write_qwen3_5_vl_moe_model_dir(directory: Path, *, tied: bool = False, **fields: Any) -> Path:
+    """As `write_qwen3_5_vl_model_dir`, with the experts of `write_qwen3_5_moe_model_dir`."""
+    write_qwen3_5_moe_model_dir(directory, tied=tied)
+    text = json.loads((directory / "config.json").read_text())
+    write_qwen3_5_vl_model_dir(directory, tied=tied)
+    config = json.loads((directory / "config.json").read_text())
+    del text["architectures"]
+    config |= {
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "model_type": "qwen3_5_moe",
+        "text_config": text | fields,
+    }
+    config["vision_config"]["model_type"] = "qwen3_5_moe_vision"
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
 @dataclass
 class Document:
     """One sample as the data package would encode it; labels shifted, -100 = no target."""

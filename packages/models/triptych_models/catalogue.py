@@ -125,6 +125,20 @@ FAMILIES: dict[str, Family] = {
         "0.6B, 1.7B, 4B, 8B, 14B, 32B",
         "0.6B, 1.7B and 4B on one H100; 1.7B on two H200",
     ),
+    "qwen3_5": Family(
+        "triptych_models.qwen3_5_vl:Qwen35VL",
+        _SEEING,
+        ("align", "pretrain", "sft"),
+        "0.8B, 9B, 27B, as published",
+        "tiny on CPUs",
+    ),
+    "qwen3_5_moe": Family(
+        "triptych_models.qwen3_5_vl:Qwen35VLMoE",
+        _SEEING_MIXTURE,
+        ("align", "pretrain", "sft", "moe"),
+        "35B-A3B, 397B-A17B, as published",
+        "tiny on CPUs",
+    ),
     "qwen3_5_moe_text": Family(
         "triptych_models.qwen3_5_moe:Qwen35MoE",
         _MIXTURE,

@@ -60,7 +60,7 @@ def tensors_to_store(
         elif module.stored.is_stacked:
             whole = torch.cat(_from_all(parameter.detach(), module.group))
             squares = has_squares(module.hidden_size, module.width)
-            yield name, whole if squares else whole.mT
+            yield name, whole.mT if module.stored.is_transposed and not squares else whole
         else:
             for index, matrix in enumerate(parameter.detach()):
                 for rank, theirs in enumerate(_from_all(matrix, module.group)):

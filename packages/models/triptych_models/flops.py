@@ -281,7 +281,8 @@ def patch_embedding(vision: PretrainedConfig, grids: list[tuple[int, ...]]) -> f
 
 def mergers(vision: PretrainedConfig, grids: list[tuple[int, ...]]) -> float:
     """The merger after the tower and one per tapped block."""
-    return (1 + len(vision.deepstack_visual_indexes)) * patch_merger(vision, grids)
+    taps = len(getattr(vision, "deepstack_visual_indexes", ()))  # Qwen3.5 has none
+    return (1 + taps) * patch_merger(vision, grids)
 
 
 def patch_merger(vision: PretrainedConfig, grids: list[tuple[int, ...]]) -> float:

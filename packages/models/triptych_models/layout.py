@@ -89,7 +89,7 @@ class StoredExperts(NamedTuple):
     """How a family's directories hold a layer's experts.
 
     block is the sparse block's name in a layer. Experts are one by one, under these names, or all
-    stacked in one tensor of transposed matrices: (E, H, 2F) and (E, F, H).
+    stacked in one tensor, (E, 2F, H) and (E, H, F), or of transposed matrices.
     """
 
     block: str = "mlp"
@@ -97,6 +97,7 @@ class StoredExperts(NamedTuple):
     up: str = "up_proj"
     down: str = "down_proj"
     is_stacked: bool = False
+    is_transposed: bool = False
 
 
 Prefixes = tuple[tuple[str, str], ...]

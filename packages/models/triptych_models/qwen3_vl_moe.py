@@ -12,4 +12,4 @@ class Qwen3VLMoE(Mixture, Qwen3VL):
 
     hf_class = Qwen3VLMoeForConditionalGeneration
     model_type = "qwen3_vl_moe"
-    stored = StoredExperts(is_stacked=True)
+    stored = StoredExperts(is_stacked=True, is_transposed=True)

@@ -56,7 +56,7 @@ def vision_features(
     hidden_states = hidden_states + positions.sum(1).to(hidden_states.dtype)
     rotary = rotary_tables(tables.coordinates, visual.rotary_pos_emb.inv_freq)
 
-    taps = list(visual.deepstack_visual_indexes)
+    taps = list(getattr(visual, "deepstack_visual_indexes", ()))  # Qwen3.5 has none
     deepstack = []
     for index, block in enumerate(visual.blocks):
         hidden_states = run_layer(
