@@ -204,3 +204,13 @@ def test_a_model_that_does_not_draw_is_refused(workspace: Path) -> None:
     config = read([*settings, f"model.path={ROOT / 'stages/configs/qwen3_vl_tiny'}"])
     with pytest.raises(ValueError, match=r"model\.path: must hold a model that draws"):
         sft_stage().main(config)
+
+
+def test_it_is_verified(workspace: Path) -> None:
+    """On two ranks: documents apart, packed as alone, resumed, and the step of one rank."""
+    run_dir = workspace / "verified"
+    more = ["verify.only=true", "verify.samples=0", f"run.steps={STEPS}"]
+    run_ranks(sft, 2, words(workspace, run_dir, 1, 1, *more))
+    checks = json.loads((run_dir / "verify.json").read_text())
+    found = [each["status"] for each in checks]
+    assert found == ["pass"] * 3 + ["skipped"] + ["pass"] * 2, checks  # there is no stock
