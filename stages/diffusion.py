@@ -95,7 +95,6 @@ class DiffusionConfig(StageConfig):
     def _check_what_is_not_there(self) -> Self:
         for key, value, wanted in (
             ("plan.show", self.plan.show, "no"),
-            ("verify.only", self.verify.only, False),
             ("replay.step", self.replay.step, "no"),
             ("parallel.sequence", self.parallel.sequence, 1),
             ("parallel.tensor", self.parallel.tensor, 1),
@@ -188,6 +187,11 @@ def main(config: DiffusionConfig) -> None:
     runtime = launch(config.run)
     if config.model.compile == "auto":
         config.model.compile = "layers" if runtime.on_cuda else "none"
+    if config.verify.only:
+        from rehearsing import verify
+
+        verify(config, runtime, build_job, _loop)
+        return
     job = build_job(config, runtime)
     export = partial(_export, config, job.model, is_main=runtime.is_main)
     carry_out(
@@ -202,9 +206,14 @@ def main(config: DiffusionConfig) -> None:
         test=partial(_test, config, job, runtime),
         export=export if config.export else None,
         compiles=config.model.compile == "layers",
-        capacity=lambda batch: len(batch["latents"]),
         unit="images",
+        **_loop(job),
     )
+
+
+def _loop(job: Job) -> dict[str, Any]:
+    """What the loop is told of these batches."""
+    return {"capacity": lambda batch: len(batch["latents"])}
 
 
 def _test(

@@ -93,7 +93,6 @@ class RaeConfig(StageConfig):
     def _check_what_is_not_there(self) -> Self:
         for key, value, wanted in (
             ("plan.show", self.plan.show, "no"),
-            ("verify.only", self.verify.only, False),
             ("replay.step", self.replay.step, "no"),
             ("parallel.sequence", self.parallel.sequence, 1),
             ("parallel.tensor", self.parallel.tensor, 1),
@@ -195,6 +194,12 @@ def main(config: RaeConfig) -> None:
     runtime = launch(config.run)
     if config.model.compile == "auto":
         config.model.compile = "layers" if runtime.on_cuda else "none"
+    if config.verify.only:
+        from rehearsing import verify
+
+        config.adversary.discriminator_start = config.adversary.start = 1
+        verify(config, runtime, build_job, _loop)
+        return
     job = build_job(config, runtime)
     if runtime.is_main:
         sys.stdout.write(f"loss: {config.loss_in_words()}\n")
@@ -211,10 +216,14 @@ def main(config: RaeConfig) -> None:
         test=partial(_test, config, job, runtime),
         export=export if config.export else None,
         compiles=config.model.compile == "layers",
-        on_window=job.begin_step,
-        capacity=lambda batch: len(batch["pixels"]),
         unit="images",
+        **_loop(job),
     )
+
+
+def _loop(job: Job) -> dict[str, Any]:
+    """What the loop is told of these batches."""
+    return {"capacity": lambda batch: len(batch["pixels"]), "on_window": job.begin_step}
 
 
 def _test(config: RaeConfig, job: Job, runtime: "Runtime", metrics: "Metrics", step: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from functools import partialmethod
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -230,3 +231,43 @@ def test_a_wan_with_a_given_frame_or_source_is_the_same_on_two_ranks(workspace: 
     expected = load_file(one / file)
     for name, value in load_file(two / file).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_verify_passes_and_turns_red_where_ranks_or_resumes_are_wrong(workspace: Path):
+    """A loader that gives every rank the first one's samples; a resume without moments."""
+    run_dir = workspace / "verify"
+    sound, broken = run_ranks(verify_twice, 2, words(workspace, run_dir, "verify.only=true"))[0]
+    assert [check["status"] for check in sound] == ["pass"] * 3
+    assert [check["status"] for check in broken] == ["pass", "fail", "fail"]
+    assert not (run_dir / "verify").exists() and (run_dir / "verify.html").is_file()
+
+
+def _first_ranks(self: Any, build_of: Any, at: int, note: Any) -> Any:
+    return build_of(self, at - self.rank * self.batches.batch_size, note)
+
+
+def verify_twice(overrides: list[str]) -> list[Any]:
+    """A sound verification, then one of a stage in which two things are wrong."""
+    import torch.distributed as dist
+
+    from triptych_core.checkpoint import load
+    from triptych_core.config import load_config
+    from triptych_core.launch import launch
+    from triptych_data.tensors.stream import SampleStream
+
+    config = load_config(stage().DiffusionConfig, None, overrides)
+    config.model.compile = "none"
+    import rehearsing
+
+    rehearsing.shutdown = dist.barrier
+    runtime, found = launch(config.run), []
+    for breaks in (False, True):
+        if breaks:
+            SampleStream._build = partialmethod(_first_ranks, SampleStream._build)
+            load.load_stretches = lambda *_: None
+        try:
+            rehearsing.verify(config, runtime, stage().build_job, stage()._loop)
+        except SystemExit:
+            assert breaks
+        found.append(json.loads((config.run.dir / "verify.json").read_text()))
+    return found

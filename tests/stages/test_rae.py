@@ -291,3 +291,12 @@ def test_the_shipped_configurations_are_valid(name: str):
 
     config = load_config(stage().RaeConfig, ROOT / f"stages/configs/{name}.yaml")
     assert config.optim.weight_decay == 0.0
+
+
+def test_verify_passes(workspace: Path):
+    """With both judges from the first step on."""
+    run_dir = workspace / "verify"
+    run_ranks(train, 2, words(workspace, run_dir, "verify.only=true", "engine.zero.stage=3"))
+    checks = json.loads((run_dir / "verify.json").read_text())
+    assert [check["status"] for check in checks] == ["pass"] * 3
+    assert not (run_dir / "verify").exists() and not (run_dir / "checkpoints").exists()

@@ -36,9 +36,13 @@ class Fragment:
     first: int = 0  # of the parameter's elements here, where ranks hold parts of stacked experts
 
     def stretches(self) -> Iterator[Stretch]:
-        """Its elements in the master and in each state of the master's shape."""
+        """Its elements in the master and in each state of the master's shape.
+
+        By the states' names: a resume makes them in another order, and ranks share out what is
+        alike in this one.
+        """
         yield self._of(MASTER, self.master)
-        for key, value in self.state.items():
+        for key, value in sorted(self.state.items()):
             if _is_like(value, self.master, key):
                 yield self._of(key, value)
 
