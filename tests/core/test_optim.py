@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from triptych_core.config import OptimConfig, StageConfig, load_config
+from triptych_core.config import OptimConfig, ScheduleConfig, StageConfig, load_config
 from triptych_core.optim.groups import build_optimizer, parameter_groups, set_learning_rate
 
 
@@ -33,19 +33,48 @@ def test_norms_and_biases_never_decay():
     assert groups["language/decay"]["weight_decay"] == 0.1
 
 
-def test_each_part_has_its_own_peak_and_the_scale_multiplies_it():
+HALF = ScheduleConfig(kind="linear", warmup_steps=2)  # the first of two steps of warm-up
+
+
+def test_each_part_has_its_own_peak_and_the_schedule_multiplies_it():
     optimizer = build_optimizer(
         parameter_groups(
             model().named_parameters(), OptimConfig(lr=1.0, lr_by_part={"vision": 0.1}), part
         ),
         OptimConfig(lr=1.0),
     )
-    set_learning_rate(optimizer, 0.5)
+    set_learning_rate(optimizer, HALF, 1, 10)
     assert {g["name"]: g["lr"] for g in optimizer.param_groups} == {
         "vision/decay": 0.05,
         "vision/no_decay": 0.05,
         "language/decay": 0.5,
     }
+
+
+def test_a_group_rests_until_its_first_step_and_is_then_as_new():
+    """Nothing of it moves, decays or is counted; its schedule begins with that step."""
+    twins = [model(), model()]
+    twins[1].load_state_dict(twins[0].state_dict())
+    config = OptimConfig(lr=0.1, weight_decay=0.5)
+
+    def optimizer_of(net, first_step):
+        groups = parameter_groups(net.named_parameters(), config, part)
+        for group in groups:
+            group["first_step"] = first_step
+        return build_optimizer(groups, config)
+
+    late, new = (optimizer_of(net, first) for net, first in zip(twins, (4, 1), strict=True))
+    for step in range(1, 8):
+        for optimizer, net, at, last in ((late, twins[0], step, 10), (new, twins[1], step - 3, 7)):
+            if at < 1:
+                continue
+            for parameter in net.parameters():
+                parameter.grad = torch.full_like(parameter, float(step))
+            set_learning_rate(optimizer, HALF, at, last)
+            optimizer.step()
+        for ours, theirs in zip(*(net.parameters() for net in twins), strict=True):
+            assert torch.equal(ours, theirs), step
+        assert bool(late.state) == (step > 3)
 
 
 def test_frozen_parameters_are_in_no_group():
