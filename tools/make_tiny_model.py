@@ -40,6 +40,7 @@ KINDS = {
     "qwen2_5_omni": "qwen2_5_omni_tiny",
     "bagel": "bagel_tiny",
     "qwen3_omni": "qwen3_omni_tiny",
+    "aero": "aero_tiny",
 }
 """Kinds whose folders are shipped."""
 SIGLIP_SIDE = 32  # pixels: 16 tokens an image
@@ -101,6 +102,7 @@ def main(out_dir: Path | None, kind: str) -> None:
     out_dir.mkdir(parents=True, exist_ok=True)
     special = {
         "qwen2_5_omni": tiny_omni.SPECIAL_TOKENS,
+        "aero": tiny_omni.SPECIAL_TOKENS,
         "qwen3_omni": [*SPECIAL_TOKENS, *tiny_omni.MORE_TOKENS],
     }
     tokenizer = train_tokenizer(special.get(kind, SPECIAL_TOKENS))
@@ -117,15 +119,20 @@ def main(out_dir: Path | None, kind: str) -> None:
         "qwen2_5_omni": qwen2_5_omni_files,
         "bagel": bagel_files,
         "qwen3_omni": qwen3_omni_files,
+        "aero": aero_files,
     }.get(kind, partial(language_files, kind))
     for name, content in files(ids).items():
         (out_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if kind == "text" or kind in LANGUAGES:
         check_text(out_dir)
     elif kind in special:
-        template = tiny_omni.TEMPLATE if kind == "qwen2_5_omni" else tiny_omni.qwen3_template()
+        template = {
+            "qwen2_5_omni": tiny_omni.TEMPLATE,
+            "qwen3_omni": tiny_omni.qwen3_template(),
+            "aero": tiny_omni.aero_template(),
+        }[kind]
         (out_dir / "chat_template.jinja").write_text(template, encoding="utf-8")
-        click.echo(tiny_omni.check(out_dir))
+        click.echo((tiny_omni.check_aero if kind == "aero" else tiny_omni.check)(out_dir))
     else:
         templates = {
             "llava": CHATML,
@@ -279,6 +286,17 @@ def onevision1_5_files(ids: dict[str, int]) -> dict[str, Any]:
         "tokenizer_config.json": with_processor(tokenizer_config(), "Qwen2_5_VLProcessor"),
         "preprocessor_config.json": images | one_frame,
         "video_preprocessor_config.json": tiny_vlms.qwen2_5_vl_videos(video_config()) | one_frame,
+    }
+
+
+def aero_files(ids: dict[str, int]) -> dict[str, Any]:
+    """The small files of an Aero: its tokenizer does not name the token of a recording."""
+    processor = {"processor_class": "AeroProcessor"}
+    return {
+        "config.json": tiny_omni.aero_config(qwen2_5_omni_files(ids)["config.json"]),
+        "generation_config.json": generation_config(ids),
+        "tokenizer_config.json": with_processor(tokenizer_config(), processor["processor_class"]),
+        "preprocessor_config.json": tiny_omni.preprocessor(processor, seconds=3),
     }
 
 

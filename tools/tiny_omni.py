@@ -1,4 +1,4 @@
-"""Small files of tiny omni thinkers' folders, which make_tiny_model.py writes."""
+"""Small files of tiny omni thinkers' and Aero's folders, which make_tiny_model.py writes."""
 
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,46 @@ def qwen3_config(ids: dict[str, int], qwen3_vl: dict[str, Any]) -> dict[str, Any
     }
 
 
-def preprocessor(images: dict[str, Any]) -> dict[str, Any]:
+def aero_config(omni: dict[str, Any]) -> dict[str, Any]:
+    """config.json: the text of a tiny Qwen2.5-Omni, and a tower of four layers over 3 seconds."""
+    audio = {k: v for k, v in omni["audio_config"].items() if k not in ("n_window", "output_dim")}
+    text = {k: v for k, v in omni["text_config"].items() if k != "rope_scaling"}
+    own = {"model_type": "qwen2_audio_encoder", "max_source_positions": 150}
+    return {
+        "architectures": ["AeroForConditionalGeneration"],
+        "model_type": "aero",
+        "audio_token_index": omni["audio_token_index"],
+        "text_config": text | {"model_type": "qwen2"},
+        "audio_config": audio | own,
+    }
+
+
+def aero_template() -> str:
+    """The same template without the tokens around a recording, which an Aero's has not."""
+    return TEMPLATE.replace("<|audio_bos|><|AUDIO|><|audio_eos|>", "<|AUDIO|>\\n")
+
+
+def check_aero(path: Path) -> str:
+    """Load the directory as a user would and run one forward pass; what was found."""
+    import torch
+    from transformers import AutoConfig, AutoModelForMultimodalLM, AutoTokenizer
+
+    import triptych_models.aero  # noqa: F401  which makes it known
+
+    torch.manual_seed(0)
+    model = AutoModelForMultimodalLM.from_config(AutoConfig.from_pretrained(path))
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    frames, mask = torch.zeros(1, NUM_MELS, 300), torch.zeros(1, 300, dtype=torch.int64)
+    mask[:, :40] = 1
+    ids = tokenizer("<|AUDIO|>" * 10 + "Which digit?", return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**ids, input_features=frames, feature_attention_mask=mask).logits
+    total = sum(p.numel() for p in model.parameters())
+    shape = tuple(logits.shape)
+    return f"{path}: {total:,} parameters, {len(tokenizer)} tokens, logits {shape}"
+
+
+def preprocessor(images: dict[str, Any], seconds: int = 30) -> dict[str, Any]:
     """preprocessor_config.json as published: Whisper's settings and those of images in one."""
     return images | {
         "feature_extractor_type": "WhisperFeatureExtractor",
@@ -138,9 +177,9 @@ def preprocessor(images: dict[str, Any]) -> dict[str, Any]:
         "sampling_rate": 16000,
         "hop_length": 160,
         "n_fft": 400,
-        "chunk_length": 30,
-        "n_samples": 480000,
-        "nb_max_frames": 3000,
+        "chunk_length": seconds,
+        "n_samples": 16000 * seconds,
+        "nb_max_frames": 100 * seconds,
         "padding_side": "right",
         "padding_value": 0.0,
         "dither": 0.0,

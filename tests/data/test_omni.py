@@ -1,6 +1,7 @@
 """Qwen2.5-Omni's sound: frames, tokens and positions of stock's processor, logits it computes."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor, WhisperFeatureExtractor
+from transformers import AutoProcessor, AutoTokenizer, WhisperFeatureExtractor
 from transformers.models.qwen3_omni_moe.processing_qwen3_omni_moe import (
     _get_feat_extract_output_lengths as qwen3_tokens,
 )
@@ -88,6 +89,63 @@ def test_packed_samples_are_stocks_one_by_one(version: str) -> None:
         logits = model.logits(**{k: v for k, v in batch.items() if k not in NO_INPUT})[0]
         alone = torch.cat([twin(**inputs).logits[0] for inputs in expected])
     torch.testing.assert_close(logits[: len(alone)], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_what_aero_hears_is_whispers_with_the_silence_behind() -> None:
+    """Of each recording two frames more; tokens where the template has one; stock's logits."""
+    folder = MODEL.with_name("aero_tiny")
+    model: Any = build_model(ModelConfig(path=folder, init="random"), dtype=torch.float32)
+    processor, twin = Processor.from_directory(folder), stock_twin(model)
+    model.check_processor(processor)
+    raws = [sample(), sample(0.31), sample(0.505, 0.07)]
+    encoded = [processor.encode(raw) for raw in raws]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    whisper = WhisperFeatureExtractor.from_pretrained(folder)
+    alone = []
+    for ours, raw in zip(encoded, raws, strict=True):
+        counts = iter([int(n - 1) // 4 + (int(n - 1) % 4 > 1) for n in ours.audio_lengths])
+        text = tokenizer.apply_chat_template(
+            [bare(message) for message in raw.json["messages"]], tokenize=False
+        )
+        text = re.sub(r"<\|AUDIO\|>", lambda _, c=counts: "<|AUDIO|>" * next(c), text)
+        assert ours.input_ids.tolist() == tokenizer(text)["input_ids"]
+        inputs = {"input_ids": ours.input_ids[None]}
+        if ours.audio_features is not None:
+            waves = [load_wave(data, 16_000).numpy() for data in raw.media]
+            options = {"sampling_rate": 16_000, "return_tensors": "pt"}
+            found = whisper(waves, return_attention_mask=True, **options)
+            lengths = found["attention_mask"].sum(1)
+            assert ours.audio_lengths.tolist() == lengths.tolist()
+            rows = [f.T[: n + 2] for f, n in zip(found["input_features"], lengths, strict=True)]
+            torch.testing.assert_close(ours.audio_features, torch.cat(rows), rtol=0, atol=2e-5)
+            inputs["input_features"] = found["input_features"]
+            inputs["feature_attention_mask"] = found["attention_mask"]
+        with torch.no_grad():
+            alone.append(twin(**inputs, attention_mask=torch.ones_like(inputs["input_ids"])))
+    seq_len = sum(len(each.input_ids) for each in encoded) + 9
+    batch = collate(encoded, seq_len, pad_token_id=processor.pad_token_id, position_axes=1)
+    with torch.no_grad():
+        logits = model.logits(**{k: v for k, v in batch.items() if k not in NO_INPUT})[0]
+    wanted = torch.cat([each.logits[0] for each in alone])
+    torch.testing.assert_close(logits[: len(wanted)], wanted, rtol=1e-4, atol=1e-4)
+
+
+def bare(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose recordings have no index."""
+    content = message["content"]
+    if isinstance(content, str):
+        return message
+    return message | {"content": [{k: v for k, v in p.items() if k != "index"} for p in content]}
+
+
+@pytest.mark.parametrize("seconds", [2.9999, 3.0, 3.4])
+def test_behind_the_longest_recording_there_is_nothing(seconds: float) -> None:
+    """Zeros, as the convolutions of stock's tower pad it."""
+    rules = AudioRules(num_mels=32, max_seconds=3.0)
+    with_more = heard(voice(seconds), rules._replace(behind=2))
+    plain = heard(voice(seconds), rules)
+    torch.testing.assert_close(with_more[:-2], plain, rtol=0, atol=0)
+    assert len(plain) == 300 and not with_more[300:].any()
 
 
 @pytest.mark.parametrize("seconds", [0.021, 0.5, 1.0 / 3, 2.9999, 3.0, 7.3])

@@ -47,6 +47,8 @@ class Proof(NamedTuple):
     wasted: Callable[[Any, list[int]], float] = lambda stock, lengths: 0.0
     """(stock, lengths of documents) -> FLOPs that stock spends otherwise than we count, beside
     what attention need not look at"""
+    is_all_counted: Callable[[Any], bool] = lambda document: True
+    """whether we count all that stock computes of a document's media: it may pad them"""
 
 
 def texts() -> list[tiny.Document]:
@@ -128,6 +130,14 @@ def write_unshuffled(directory: Path, **fields: Any) -> Path:
 SIGLIP_IDLE = ("encoder.layers.2.", "post_layernorm")
 
 PROOFS: dict[str, Proof] = {
+    "aero": Proof(
+        tiny_audio.write_aero_model_dir,
+        tiny_audio.heard_only,
+        tiny_audio.pack_heard,
+        logits=tiny_audio.aero_logits,
+        idle=("embed_positions.",),
+        is_all_counted=lambda doc: doc.audio_lengths.tolist() == [2 * tiny_audio.PLACES],
+    ),
     "bagel": Proof(
         write_bagel_model_dir,
         bagel_documents,

@@ -1,7 +1,7 @@
 """Published configurations of the families, as far as they say more than their class's defaults.
 
-Each with the number of parameters that the hub counts (those with layers of Gated DeltaNet, and
-parts of what the hub counts whole: that stock's configuration gives), and names it stores.
+Each with the number of parameters that the hub counts (those with layers of Gated DeltaNet, Aero,
+and parts of what the hub counts whole: that the configuration gives), and names it stores.
 """
 
 from typing import Any, NamedTuple
@@ -32,6 +32,29 @@ _TOWER = {
 _QWEN3_5_ROPE = ROPE | {"partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10]}
 
 PUBLISHED: dict[str, Published] = {
+    "aero": Published(
+        "Aero-1-Audio",
+        {
+            "text_config": {
+                "model_type": "qwen2",
+                "vocab_size": 151936,
+                "hidden_size": 1536,
+                "intermediate_size": 8960,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 12,
+                "num_key_value_heads": 2,
+                "tie_word_embeddings": True,
+            },
+            "audio_config": {"model_type": "qwen2_audio_encoder"},
+        },
+        2_182_650_880,
+        (
+            "audio_tower.embed_positions.weight",
+            "audio_tower.layers.31.self_attn.k_proj.weight",
+            "audio_modal_projector.linear.bias",
+            "language_model.model.layers.27.self_attn.q_proj.bias",
+        ),
+    ),
     "bagel": Published(
         "BAGEL-7B-MoT",
         {

@@ -14,6 +14,7 @@ from tests.models.tiny import END, IMAGE, MERGE, PATCH_DIM, START
 
 AUDIO, AUDIO_START, AUDIO_END = 296, 297, 298
 MELS, WINDOW = 8, 4  # of a window two make a chunk
+PLACES = 16  # of an Aero's tower, after a convolution of stride 2
 
 
 def write_qwen2_5_omni_model_dir(directory: Path, **fields: Any) -> Path:
@@ -152,6 +153,66 @@ def heard_in_chunks() -> list[Document]:
         document(i, words=n, media=media, tokens=tokens_of_chunks)
         for i, (n, media) in enumerate(shapes)
     ]
+
+
+def write_aero_model_dir(directory: Path, *, tied: bool = False, **fields: Any) -> Path:
+    """An Aero: a tower of sixteen places before a Qwen2."""
+    heard = written(write_qwen2_5_omni_model_dir(directory))
+    audio = heard["audio_config"] | {
+        "model_type": "qwen2_audio_encoder",
+        "max_source_positions": PLACES,
+    }
+    del audio["n_window"], audio["output_dim"]
+    config = {
+        "architectures": ["AeroForConditionalGeneration"],
+        "model_type": "aero",
+        "text_config": written(tiny.write_qwen2_model_dir(directory, tied=tied)),
+        "audio_config": audio,
+        "audio_token_index": AUDIO,
+    }
+    (directory / "preprocessor_config.json").unlink()
+    (directory / "config.json").write_text(json.dumps(config | fields))
+    return directory
+
+
+def heard_only() -> list[Document]:
+    """Text; a recording as long as the tower hears; two, of which one is odd; a short one."""
+    shapes = [(9, []), (3, [2 * PLACES]), (3, [13, 22]), (4, [9])]
+    made = [document(i, words=n, media=media) for i, (n, media) in enumerate(shapes)]
+    for doc in made:  # silence, but for what lies beyond the longest
+        rows = []
+        for frames in doc.audio_features.split(doc.audio_lengths.tolist()):
+            behind = torch.full((2, MELS), -0.7)
+            behind[max(0, 2 * PLACES - len(frames)) :] = 0
+            rows.append(torch.cat((frames, behind)))
+        doc.audio_features = torch.cat(rows) if rows else doc.audio_features
+    return made
+
+
+def pack_heard(documents: list[Document], seq_len: int) -> dict[str, Any]:
+    """One packed row with plain positions."""
+    batch = pack(documents, seq_len)
+    starts = batch["cu_seqlens"].long()
+    lengths = starts.diff()
+    positions = torch.arange(seq_len) - torch.repeat_interleave(starts[:-1], lengths)
+    return batch | {"position_ids": positions[None]}
+
+
+def aero_logits(stock: Any, model: Any, doc: Document) -> Tensor:
+    """Logits (n, V) of one document; stock pads recordings with silence."""
+    inputs: dict[str, Tensor] = {
+        "input_ids": doc.input_ids[None],
+        "attention_mask": torch.ones_like(doc.input_ids)[None],
+    }
+    if len(doc.audio_lengths):
+        rows = doc.audio_features.to(stock.dtype).split((doc.audio_lengths + 2).tolist())
+        padded = torch.full((len(rows), 2 * PLACES, MELS), -0.7, dtype=stock.dtype)
+        for place, frames in zip(padded, rows, strict=True):
+            place[: len(frames)] = frames[: 2 * PLACES]
+        is_frame = torch.arange(2 * PLACES) < doc.audio_lengths[:, None]
+        inputs |= {"input_features": padded.mT, "feature_attention_mask": is_frame.long()}
+    logits: Tensor = stock(**inputs).logits[0]
+    return logits
 
 
 def omni_logits(stock: Any, model: Any, doc: Document) -> Tensor:

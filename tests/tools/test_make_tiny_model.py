@@ -32,6 +32,7 @@ SHIPPED_TEXT = ROOT / "stages/configs/qwen3_tiny"
         (["--kind=llavaonevision1_5"], SHIPPED.with_name("llavaonevision1_5_tiny")),
         (["--kind=qwen2_5_omni"], SHIPPED.with_name("qwen2_5_omni_tiny")),
         (["--kind=qwen3_omni"], SHIPPED.with_name("qwen3_omni_tiny")),
+        (["--kind=aero"], SHIPPED.with_name("aero_tiny")),
     ],
 )
 def test_shipped_directory_is_what_the_maker_writes(

@@ -17,10 +17,10 @@ class EncodedSample:
     `input_ids (L,)`, `shift_labels (L,)`, `position_ids (3, L)`, of a processor without M-RoPE
     (1, L), `image_grid_thw (num_images, 3)`, `image_positions (num_image_tokens,)` into L: int64;
     `pixel_values (num_patches, patch_dim)` uint8, None without images; `audio_features (num_frames,
-    num_mels)` float32, None without sound, `audio_lengths (num_audios,)` frames of each recording
-    and `audio_positions (num_audio_tokens,)` into L: int64; `num_targets` counts the labels that
-    are not -100. A video counts as an image here, of one frame a temporal patch; in
-    Qwen3-VL's layout each temporal patch counts as one.
+    num_mels)` float32, None without sound, `audio_lengths (num_audios,)` frames of each recording,
+    beside the processor's `frames_behind`, and `audio_positions (num_audio_tokens,)` into L: int64;
+    `num_targets` counts the labels that are not -100. A video counts as an image here, of one frame
+    a temporal patch; in Qwen3-VL's layout each temporal patch counts as one.
     """
 
     key: str

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from triptych_data.encoded import EncodedSample, Measures
 from triptych_data.faults import BadSample
-from triptych_data.media.audio import AudioRules, audio_tokens, hear, heard_frames
+from triptych_data.media.audio import AudioRules, audio_tokens, hear, heard_frames, most_frames
 from triptych_data.media.augment import vary_jpeg
 from triptych_data.media.config import JpegConfig, VideoConfig
 from triptych_data.media.images import (
@@ -137,6 +137,8 @@ class Processor:
         self.tiling = rules.tiling if rules else None
         self.num_mels = audio_rules.num_mels if audio_rules else 0  # 0: takes no sound
         self.audio_chunk = audio_rules.chunk if audio_rules else None
+        self.frames_behind = audio_rules.behind if audio_rules else 0
+        self.most_frames = most_frames(audio_rules) if audio_rules else 0  # of a recording
         is_turned = rules is not None and rules.side is None and has_mrope(directory)
         self.position_axes = 3 if is_turned else 1  # M-RoPE's, or plain
         self.image_mean = _statistics(directory, settings, "image_mean")
@@ -338,7 +340,9 @@ class Processor:
             image_grid_thw=torch.from_numpy(grids),
             image_positions=torch.from_numpy(np.flatnonzero(is_image)),
             audio_features=torch.cat(heard) if heard else None,
-            audio_lengths=torch.tensor([len(frames) for frames in heard], dtype=torch.int64),
+            audio_lengths=torch.tensor(
+                [len(frames) - self.frames_behind for frames in heard], dtype=torch.int64
+            ),
             audio_positions=torch.from_numpy(
                 np.flatnonzero(tokens.input_ids == self.audio_token_id)
             ),
@@ -374,7 +378,7 @@ class Processor:
             return patches, self._image(grid), None
         if kind == "audio":
             frames = hear(data, self._rules_of_sound())
-            return frames, self._audio(len(frames)), None
+            return frames, self._audio(len(frames) - self.frames_behind), None
         patches, layout = encode_video(data, self._rules_for(kind))
         taps = frame_taps(*layout.grid[:2]) if self.tiling is not None else None
         return patches, self._video(layout), taps

@@ -13,10 +13,16 @@ from .flops import Work, with_backward
 from .qwen3_audio_tower import window_tokens
 
 
-def audio_flops(
-    audio: Any, batch: Mapping[str, Any], trainable: Collection[str], *, adapted: bool
+def whisper_flops(
+    audio: Any,
+    batch: Mapping[str, Any],
+    trainable: Collection[str],
+    *,
+    chunk: int,
+    output_dim: int,
 ) -> float:
-    """Forward + backward FLOPs of the tower and of what projects its features.
+    """Forward + backward FLOPs of a tower of Whisper's that attends within chunks of so many
+    frames, and of the linear that projects its features.
 
     The batch's audio_lengths are on the host. As triptych_models.flops.qwen3_vl_flops.
     """
@@ -24,20 +30,17 @@ def audio_flops(
     if lengths is None:
         return 0.0
     hears, projects = "audio" in trainable, "projector" in trainable
-    weights = set() if adapted else trainable
-    hidden = audio.d_model
-    chunks = cut(lengths, 2 * audio.n_window)
+    hidden, chunks = audio.d_model, cut(lengths, chunk)
     frames, halved, tokens = (int(x.sum()) for x in (lengths, halve(chunks), halve(lengths) // 2))
-    layers = tower_layers(audio, halved, int(halve(chunks).square().sum()))
     first = Work(2.0 * 3 * audio.num_mel_bins * hidden * frames, 0.0)
     second = Work(2.0 * 3 * hidden * hidden * halved, 0.0)
-    projector = Work(2.0 * hidden * audio.output_dim * tokens, 0.0)
-    weight = "audio" in weights
+    layers = tower_layers(audio, halved, int(halve(chunks).square().sum()))
+    projector = Work(2.0 * hidden * output_dim * tokens, 0.0)
     return (
-        with_backward(first, weight=weight, inputs=False)  # frames need no gradient
-        + with_backward(second, weight=weight, inputs=hears)
-        + with_backward(layers, weight=weight, inputs=hears)
-        + with_backward(projector, weight="projector" in weights, inputs=hears or projects)
+        with_backward(first, weight=hears, inputs=False)  # frames need no gradient
+        + with_backward(second, weight=hears, inputs=hears)
+        + with_backward(layers, weight=hears, inputs=hears)
+        + with_backward(projector, weight=projects, inputs=hears or projects)
     )
 
 

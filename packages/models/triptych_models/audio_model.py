@@ -1,7 +1,7 @@
 """What families that hear share: their features among the tokens, the processor they need."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,28 @@ class AudioModel(PackedModel):
     Every rank calls the tower on every batch, recordings or not: ZeRO-2 and ZeRO-3 need that.
     """
 
+    frames_behind: ClassVar[int] = 0  # of silence, that come with each recording
+    dummy_frames: ClassVar[int] = 4
+    dummy_tokens: ClassVar[int] = 1  # that those become
+
     def audio_features(self, frames: Tensor, lengths: Tensor) -> Tensor:
         """Features (audio tokens, H) of recordings: frames (N, num_mels), lengths on the host."""
         raise NotImplementedError
 
     def audio_rules(self) -> dict[str, Any]:
         """What the data's processor must say of recordings, by the name of its attribute."""
-        raise NotImplementedError
+        config = self.hf.config
+        return {
+            "num_mels": config.audio_config.num_mel_bins,
+            "audio_token_id": config.audio_token_id,
+            "audio_chunk": None,
+            "frames_behind": self.frames_behind,
+        }
+
+    @property
+    def stock_frames(self) -> int | None:
+        """To how many frames stock wants recordings padded; None: to the longest of a batch."""
+        return None
 
     def insert_audio(
         self,
@@ -36,7 +51,8 @@ class AudioModel(PackedModel):
         """Embedded tokens (1, T, H) with what was heard in the places of the audio tokens.
 
         audio_features (N, num_mels) float, audio_lengths (num_audios,) int64 on the host: frames of
-        each, audio_positions (audio tokens,) int64; None in a row without recordings.
+        each, beside `frames_behind`; audio_positions (audio tokens,) int64. None in a row without
+        recordings.
         """
         device = hidden_states.device
         if (
@@ -51,13 +67,13 @@ class AudioModel(PackedModel):
         return hidden_states.index_copy(1, positions, features.to(hidden_states.dtype)[None])
 
     def dummy_audio(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """Silence of a token: its frames (N, num_mels) on device, and their number (1,) on the
+        """Silence of few tokens: its frames (N, num_mels) on device, and their number (1,) on the
         host."""
-        frames = 4
+        frames = self.dummy_frames
         num_mels = self.hf.config.audio_config.num_mel_bins
         with unset_fake_temporarily():  # read on the host, also where a plan runs on fake tensors
             lengths = torch.tensor([frames])
-        return torch.zeros(frames, num_mels, device=device), lengths
+        return torch.zeros(frames + self.frames_behind, num_mels, device=device), lengths
 
     def audio_layers(self) -> Sequence[nn.Module]:
         """The layers of the audio tower."""

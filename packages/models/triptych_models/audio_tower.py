@@ -68,14 +68,18 @@ def lay_out(lengths: Tensor, size: int) -> Chunks:
     frames = torch.where(is_frame, starts[:, None] + places, int(lengths.sum()))
     halved = halve(chunk_lengths)
     kept = (torch.arange(size // 2) < halved[:, None]).flatten().nonzero().flatten()
-    whole = halve(lengths)  # chunks are even: no frame more or less than of a recording uncut
-    tokens = whole // 2
-    first = torch.repeat_interleave(whole.cumsum(0) - whole, tokens)
-    within = torch.arange(int(tokens.sum())) - torch.repeat_interleave(
-        tokens.cumsum(0) - tokens, tokens
-    )
+    # Chunks are even: no frame more or less than of a recording uncut.
+    pooled = first_of_pairs(halve(lengths))
     cu_seqlens = F.pad(halved.cumsum(0), (1, 0)).to(torch.int32)
-    return Chunks(frames, is_frame, kept, first + 2 * within, cu_seqlens)
+    return Chunks(frames, is_frame, kept, pooled, cu_seqlens)
+
+
+def first_of_pairs(lengths: Tensor) -> Tensor:
+    """Where each two frames of recordings, one after the other, begin; an odd last is left out."""
+    pairs = lengths // 2
+    starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, pairs)
+    before = torch.repeat_interleave(pairs.cumsum(0) - pairs, pairs)
+    return starts + 2 * (torch.arange(int(pairs.sum())) - before)
 
 
 def cut(lengths: Tensor, size: int) -> Tensor:

@@ -11,6 +11,7 @@ Stage = Literal["align", "pretrain", "sft", "moe"]
 _LANGUAGE: tuple[Part, ...] = ("language",)
 _MIXTURE: tuple[Part, ...] = ("language", "router", "experts")
 _SEEING: tuple[Part, ...] = ("vision", "projector", "language")
+_HEARING: tuple[Part, ...] = ("audio", "projector", "language")
 _OMNI: tuple[Part, ...] = ("vision", "audio", "projector", "language")
 _OMNI_MIXTURE: tuple[Part, ...] = (*_OMNI, "router", "experts")
 _SEEING_MIXTURE: tuple[Part, ...] = ("vision", "projector", "language", "router", "experts")
@@ -33,6 +34,13 @@ class Family(NamedTuple):
 
 
 FAMILIES: dict[str, Family] = {
+    "aero": Family(
+        "triptych_models.aero:Aero",
+        _HEARING,
+        ("pretrain", "sft"),
+        "Aero-1-Audio 1.5B (recordings of up to 30 seconds)",
+        "tiny on CPUs",
+    ),
     "bagel": Family(
         "triptych_models.bagel.model:Bagel",
         (*_SEEING, "generation"),

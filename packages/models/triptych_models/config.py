@@ -167,6 +167,11 @@ class ModelConfig(BaseModel):
                 f"model.lora: must be left out for a mixture of experts, got {self.path}; "
                 "take a dense model"
             )
+        if self.lora is not None and "audio" in parts:
+            raise ValueError(
+                f"model.lora: must be left out for a model that hears, got {self.path}; train its "
+                "parts themselves"
+            )
         if set(parts) <= set(self.freeze):
             raise ValueError("model.freeze: must leave a part to train, got all; name fewer")
 

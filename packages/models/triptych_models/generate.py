@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
@@ -98,7 +99,8 @@ def model_inputs(
     room = model.tokens_per_image if isinstance(model, Llava) else 1
     if isinstance(model, LlavaOnevision):
         return embedded_inputs(model, prompts, rows, pad_token_id)
-    room += isinstance(model, AudioModel)
+    if isinstance(model, AudioModel):
+        room += model.dummy_tokens
     inputs = left_padded(rows, pad_token_id, room=room if force_image else 0)
     if isinstance(model, Qwen3VL):
         inputs |= image_inputs(model, prompts, inputs["input_ids"], force=force_image)
@@ -163,11 +165,16 @@ def audio_inputs(
     if force and not any(len(each) for each in lengths):
         silence, length = model.dummy_audio()
         frames, lengths = [silence], [length]
-        input_ids[0, 1] = model.hf.config.audio_token_id  # in the padding, behind an image's
+        # In the padding, behind an image's.
+        input_ids[0, 1 : 1 + model.dummy_tokens] = model.hf.config.audio_token_id
     if not frames:
         return {}
     counts = torch.cat(lengths)
-    padded = pad_sequence(torch.cat(frames).split(counts.tolist()), batch_first=True)
+    rows = torch.cat(frames).split((counts + model.frames_behind).tolist())
+    padded = pad_sequence(rows, batch_first=True)
+    if model.stock_frames is not None:
+        padded = padded[:, : model.stock_frames]
+        padded = pad(padded, (0, 0, 0, model.stock_frames - padded.shape[1]))
     is_frame = torch.arange(padded.shape[1]) < counts[:, None]
     return {"input_features": padded.mT, "feature_attention_mask": is_frame.long()}
 

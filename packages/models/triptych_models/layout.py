@@ -128,6 +128,12 @@ STORED_PREFIXES: dict[str, Prefixes] = {
             )
         ),
     ),
+    "aero": (
+        ("model.language_model.", "language_model.model."),
+        ("model.audio_tower.", "audio_tower."),
+        ("model.multi_modal_projector.", "audio_modal_projector."),
+        ("lm_head.", "language_model.lm_head."),
+    ),
     "internvl": (*_LLAVA, ("model.vision_tower.", "vision_tower.")),
     "llava_onevision": (
         *_LLAVA,

@@ -33,12 +33,3 @@ class Omni(AudioModel, Qwen3VL):
         embedded = self.hf.model.language_model.embed_tokens(input_ids)
         heard = self.insert_audio(embedded, audio_features, audio_lengths, audio_positions)
         return super().hidden_states(input_ids=input_ids, embedded=heard, **batch)
-
-    def audio_rules(self) -> dict[str, Any]:
-        """What the data's processor must say of recordings, by the name of its attribute."""
-        config = self.hf.config
-        return {
-            "num_mels": config.audio_config.num_mel_bins,
-            "audio_token_id": config.audio_token_id,
-            "audio_chunk": None,
-        }

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
-from .audio_flops import audio_flops
+from .audio_flops import whisper_flops
 from .audio_tower import audio_features
 from .omni import Omni
 from .qwen2_5_vl import Qwen2_5VL
@@ -43,6 +43,11 @@ class Qwen2_5Omni(Omni, Qwen2_5VL):
 
     def flops(self, batch: Mapping[str, Any]) -> float:
         """Forward and backward FLOPs of one packed row; see triptych_models.flops."""
-        config, adapted = self.hf.config.audio_config, self.lora is not None
-        hears = audio_flops(config, batch, self.trainable_parts(), adapted=adapted)
-        return hears + super().flops(batch)
+        audio = self.hf.config.audio_config
+        return whisper_flops(
+            audio,
+            batch,
+            self.trainable_parts(),
+            chunk=2 * audio.n_window,
+            output_dim=audio.output_dim,
+        ) + super().flops(batch)

@@ -20,7 +20,7 @@ def restore_rotary(model: PreTrainedModel) -> None:
         decoder(model).rotary_emb,
         inverse_frequencies(turned, text.rope_parameters["rope_theta"]),
     )
-    if ear(model) is not None:
+    if hasattr(ear(model), "positional_embedding"):
         restore_sinusoids(ear(model).positional_embedding)
     if not hasattr(tower(model), "rotary_pos_emb"):
         return

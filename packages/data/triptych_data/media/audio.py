@@ -23,8 +23,8 @@ _EXACT = 1e-4  # samples; what floating point may have added to a whole number o
 class AudioRules(NamedTuple):
     """How a model hears: Hz, samples per window and from one to the next, mel bands, the seconds
     after which a recording is cut off, and the frames of the chunks that become tokens by
-    themselves, if there are such: then no silence follows a recording. The defaults are
-    Whisper's."""
+    themselves, if there are such: then no silence follows a recording; or how many frames of it
+    come with a recording. The defaults are Whisper's."""
 
     rate: int = 16_000
     window: int = 400
@@ -32,6 +32,7 @@ class AudioRules(NamedTuple):
     num_mels: int = 80
     max_seconds: float = 30.0
     chunk: int | None = None
+    behind: int = 0
 
 
 WHISPER = AudioRules()
@@ -60,21 +61,28 @@ def hear(data: bytes, rules: AudioRules) -> Tensor:
 
 def heard(wave: Tensor, rules: AudioRules) -> Tensor:
     """Log-mel frames (N, num_mels) float32 of a wave (n,), as the processors of Qwen's models make
-    them: those that begin in it, while silence follows up to `max_seconds`; or, of chunks, as many
-    as fit into it."""
+    them: those that begin in it, while silence follows up to `max_seconds`, and `behind` of that
+    (zeros beyond its end); or, of chunks, as many as fit into it."""
     wave = wave[: _most_samples(rules)]
     if rules.chunk is not None:
         return log_mel(wave, rules).T.contiguous()
     frames = _heard(len(wave), rules)
     # Of the silence, as much as windows that reach into the sound look at: the rest is the floor.
-    silence = min(2 * rules.window + rules.hop, _most_samples(rules) - len(wave))
-    return log_mel(functional.pad(wave, (0, silence)), rules)[:, :frames].T.contiguous()
+    needed = 2 * rules.window + (1 + rules.behind) * rules.hop
+    silence = min(needed, _most_samples(rules) - len(wave))
+    found = log_mel(functional.pad(wave, (0, silence)), rules)[:, : frames + rules.behind].T
+    return functional.pad(found, (0, 0, 0, frames + rules.behind - len(found)))
 
 
 def heard_frames(seconds: float, rules: AudioRules) -> int:
     """Frames that `hear` makes of what has `seconds` in the index. Raises ValueError as it does."""
     samples = math.ceil(seconds * rules.rate - _EXACT)
     return _heard(min(samples, _most_samples(rules)), rules)
+
+
+def most_frames(rules: AudioRules) -> int:
+    """Frames of a recording that is cut off."""
+    return -(-_most_samples(rules) // rules.hop)
 
 
 def _heard(samples: int, rules: AudioRules) -> int:

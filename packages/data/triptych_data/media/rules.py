@@ -36,6 +36,7 @@ _MOST_TILES_A_SIDE = 64
 _PLAIN_POSITIONS = ("llavaonevision1_5",)  # by config.json; the processor is Qwen2.5-VL's
 _HEARS = "WhisperFeatureExtractor"
 _CHUNKS = {"Qwen3OmniMoeProcessor": 100}  # frames, by the processor's class; it knows no other
+_BEHIND = {"AeroProcessor": 2}  # frames that Whisper's convolutions see of what follows
 _MOST_SECONDS = 3600
 _TOKENS_PER_SECOND = 4  # of transformers' Qwen2.5-VL, where config.json does not say
 
@@ -87,8 +88,8 @@ def read_audio_rules(directory: Path) -> AudioRules | None:
     for name in ("dither", "padding_value"):
         if settings.get(name):
             raise ValueError(f"{path}: {name} must be 0, got {settings[name]}; use a model's own")
-    chunk = _CHUNKS.get(str(settings.get("processor_class")))
-    return AudioRules(*numbers)._replace(chunk=chunk)
+    name = str(settings.get("processor_class"))
+    return AudioRules(*numbers)._replace(chunk=_CHUNKS.get(name), behind=_BEHIND.get(name, 0))
 
 
 def has_images(directory: Path) -> bool:

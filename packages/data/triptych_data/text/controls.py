@@ -16,6 +16,9 @@ _MEDIA = {
 }
 
 
+_OLDER_AUDIO = "<|AUDIO|>"  # Qwen2-Audio's, which Aero has and does not name
+
+
 class Controls:
     """A tokenizer's special tokens, and its other added ones that the template prints.
 
@@ -46,6 +49,8 @@ class Controls:
             )
             for kind, (attributes, default) in _MEDIA.items()
         }
+        if names["audio"] not in self.ids and _OLDER_AUDIO in self.ids:
+            names["audio"] = _OLDER_AUDIO
         self.media_ids = {kind: self.ids[name] for kind, name in names.items() if name in self.ids}
         self.placeholders = {name: kind for kind, name in names.items()}
         begin = getattr(tokenizer, "boi_token", None)

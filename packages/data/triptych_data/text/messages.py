@@ -154,6 +154,8 @@ def _bare(part: Mapping[str, Any]) -> dict[str, Any]:
     """A part without its index: templates ask for the type, or whether a key is there."""
     if part["type"] == "text":
         return {"type": "text", "text": part["text"]}
+    if part["type"] == "audio":  # Aero's asks for the key
+        return {"type": "audio", "audio": None}
     return {"type": part["type"]}
 
 
