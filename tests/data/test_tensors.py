@@ -258,3 +258,21 @@ def test_shards_of_chats_are_refused(tmp_path):
     with pytest.raises(ValueError, match="triptych-data latents"):
         loader(tmp_path / "chats")
     assert read_index(next((tmp_path / "chats").glob("*.tar"))).layout == "chat"
+
+
+def test_words_of_a_sample_are_kept_and_read(tmp_path):
+    """As .npz holds them; a sample without words is a hole, and no words are asked for unnamed."""
+    rows = {"latents": ROWS[:3].numpy(), "labels": np.arange(3)}
+    texts = np.array(["a red ball", " ", "zwei Bälle"])
+    np.savez(tmp_path / "a.npz", **rows, caption=texts)
+    done = CliRunner().invoke(main, ["latents", str(tmp_path / "a.npz"), str(tmp_path / "shards")])
+    assert done.exit_code == 0, done.output
+    fields = {"text_field": "caption", "max_bad_rate": 1.0, "batch_size": 3}
+    (batch,) = take(loader(tmp_path / "shards", **fields), 1)
+    assert batch["texts"] == [texts[sample] for sample in batch["sample_ids"]]
+    assert sorted(batch["sample_ids"]) == [0, 2] and batch["holes"][0].reason == "no text"
+    assert int(batch["weights"].sum()) == 2
+    assert "texts" not in take(loader(tmp_path / "shards"), 1)[0]
+    saved = loader(tmp_path / "shards").state_dict()
+    with pytest.raises(ValueError, match="text_field"):
+        loader(tmp_path / "shards", **fields).load_state_dict(saved)
