@@ -149,13 +149,14 @@ def settle_cost(config: PackedConfig) -> None:
     """Let `data.cost` be what this model computes on packs, unless something of it is named."""
     import torch
 
-    from triptych_models.layout import tower
+    from triptych_models.layout import ear, tower
     from triptych_models.pack_cost import pack_cost
     from triptych_models.pretend import build_pretend_model
 
     if "cost" not in config.data.model_fields_set:
         model = build_pretend_model(config.model, dtype=torch.float32)
-        ratios = pack_cost(model.flops, images=tower(model.hf) is not None)
+        sees, hears = tower(model.hf) is not None, ear(model.hf) is not None
+        ratios = pack_cost(model.flops, images=sees, sound=hears)
         config.data.cost = CostConfig.model_validate(ratios)
 
 

@@ -77,7 +77,7 @@ def reference_lengths(samples: int, share_long: float = 0.0, seed: int = 0) -> L
     tokens = np.where(is_long, long, text + image_tokens)
     patches = np.where(is_long, 0, image_tokens * 4)
     pairs = np.where(is_long, 0, 16 * (images.astype(np.int64) ** 2).sum(axis=1))
-    return Lengths(tokens, text, patches, np.where(is_long, 0, num_images), pairs)
+    return Lengths(tokens, text, patches, np.where(is_long, 0, num_images), pairs, 0 * tokens)
 
 
 def make_plan(

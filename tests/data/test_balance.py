@@ -10,19 +10,20 @@ COSTS = np.random.default_rng(0).lognormal(0, 1, 1000).astype(np.float64)
 
 
 def test_cost_counts_every_document_and_image():
-    cost = Cost(linear=24, vision=0.5, vision_linear=6, target=9)
+    cost = Cost(linear=24, vision=0.5, vision_linear=6, target=9, audio=11)
     tokens, images = np.array([100, 7], dtype=np.int32), [[40, 8], []]
     targets = np.array([30, 0], dtype=np.int32)
     patches = np.array([sum(row) for row in images], dtype=np.int32)
     pairs = np.array([sum(p * p for p in row) for row in images])
-    expected = [100 * 124 + 30 * 9 + (40 * 46 + 8 * 14) // 2, 7 * 31]
-    assert cost.of_samples(tokens, patches, pairs, targets).tolist() == expected
+    heard = np.array([0, 250], dtype=np.int32)
+    expected = [100 * 124 + 30 * 9 + (40 * 46 + 8 * 14) // 2, 7 * 31 + 250 * 11]
+    assert cost.of_samples(tokens, patches, pairs, targets, heard).tolist() == expected
 
 
 def test_costs_of_the_longest_documents_do_not_overflow():
     cost = Cost(linear=12 * 8192, vision=1000.0, vision_linear=0)
     tokens, pairs = np.array([2**21], dtype=np.int32), np.array([2**40])
-    got = cost.of_samples(tokens, np.array([2**20], dtype=np.int32), pairs, tokens)
+    got = cost.of_samples(tokens, np.array([2**20], dtype=np.int32), pairs, tokens, 0 * tokens)
     assert got.tolist() == [2**21 * (2**21 + 12 * 8192) + 1000 * 2**40]
 
 

@@ -172,7 +172,7 @@ def test_a_placeholder_without_files_is_text(tmp_path):
 
 def lengths_of(tokens, targets):
     columns = [np.array(column, dtype=np.int32) for column in (tokens, targets)]
-    rest = np.zeros((3, len(tokens)), dtype=np.int64)
+    rest = np.zeros((4, len(tokens)), dtype=np.int64)
     return Lengths(*columns, *rest)
 
 

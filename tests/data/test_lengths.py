@@ -28,11 +28,12 @@ def measured(shards):
         np.array(patches),
         np.array([len(grid) for grid in grids]),
         np.array([int((grid**2).sum()) for grid in grids]),
+        np.array([int(row.audio_lengths.sum()) for row in rows]),
     )
 
 
 def assert_same(got, expected):
-    assert [column.dtype for column in got] == [np.int32] * 4 + [np.int64]
+    assert [column.dtype for column in got] == [np.int32] * 4 + [np.int64, np.int32]
     for one, other in zip(got, expected, strict=True):
         np.testing.assert_array_equal(one, other)
 

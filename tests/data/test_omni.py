@@ -189,6 +189,7 @@ def test_measuring_from_the_index_is_encoding(seconds: float, kind: str) -> None
     )
     encoded, measured = processor.encode(raw), processor.measure(raw.json, columns)
     assert measured.num_tokens == len(encoded.input_ids)
+    assert measured.audio_frames == int(encoded.audio_lengths.sum())
     tokens = audio_tokens(int(encoded.audio_lengths[0]))
     assert processor.media_tokens(info) == len(encoded.audio_positions) == tokens
 

@@ -16,7 +16,8 @@ SIZES = [(200,), (100, 30, 77), (1,), (64,), (65, 1)]
 def make_lengths(count):
     rng = np.random.default_rng(0)
     tokens, patches = (rng.integers(1, 65, count, dtype=np.int32) for _ in range(2))
-    return Lengths(tokens, tokens, patches, patches // 20, patches.astype(np.int64) ** 2)
+    pairs = patches.astype(np.int64) ** 2
+    return Lengths(tokens, tokens, patches, patches // 20, pairs, 0 * tokens)
 
 
 def make_plan(sizes=(200,), sources=(), lengths=None, **settings):
@@ -105,7 +106,7 @@ def test_adding_a_source_keeps_the_order_of_the_others():
 
 
 def test_equal_lengths_of_different_sources_share_packs():
-    lengths = Lengths(*(np.full(2000, 16, dtype=np.int32) for _ in range(5)))
+    lengths = Lengths(*(np.full(2000, 16, dtype=np.int32) for _ in range(6)))
     plan = make_plan((1000, 1000), lengths=lengths, window=2000)
     share = [(pack.samples < 1000).mean() for pack in plan.window_packs(0)]
     assert np.std(share) < 0.25  # of 8 at random: 0.177

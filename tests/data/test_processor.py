@@ -44,6 +44,7 @@ def test_measure_agrees_with_encode(shards):
             patches,
             len(images),
             int((images**2).sum()),
+            0,
         )
 
 

@@ -266,7 +266,9 @@ def test_a_plan_can_trace_it_and_weigh_its_packs(tmp_path: Path, family: str) ->
         model(**batch).loss_sum.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     sees = "vision" in FAMILIES[family].parts
-    ratios = pack_cost(model.flops, images=sees)
+    hears = "audio" in FAMILIES[family].parts
+    ratios = pack_cost(model.flops, images=sees, sound=hears)
+    assert ("audio" in ratios) == hears and ratios.get("audio", 1) > 0
     assert ratios["linear"] > 0 and ratios["target"] > 0 and (ratios["vision"] > 0) == sees
 
 

@@ -1,6 +1,6 @@
 """The data part of a stage's configuration; it imports neither torch nor numpy."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -63,9 +63,10 @@ class CostConfig(BaseModel):
     """What packs cost relative to each other, so that ranks get packs that cost alike.
 
     A document of l tokens, m of them targets, costs l·(l + linear) + m·target, an image or video
-    frame of p patches vision·p·(p + vision_linear). Stages take what their model computes unless
-    something is named here. The defaults are those of a 2B model: Qwen3-VL-2B's decoder has 28
-    layers of width 2048, its vision tower 24 of width 1024 (see `balance.Cost`).
+    frame of p patches vision·p·(p + vision_linear), a frame of a recording audio. Stages take what
+    their model computes unless something is named here. The defaults are those of a 2B model:
+    Qwen3-VL-2B's decoder has 28 layers of width 2048, its vision tower 24 of width 1024 (see
+    `balance.Cost`).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -86,6 +87,11 @@ class CostConfig(BaseModel):
     target: int = Field(
         default=0, ge=0, description="Rows of the output layer / layers of the language model."
     )
+    audio: int = Field(default=0, ge=0, description="What a frame of a recording costs.")
+
+    def stated(self) -> dict[str, Any]:
+        """By name, as plans knew it before there was sound where there is none."""
+        return self.model_dump(mode="json", exclude=None if self.audio else {"audio"})
 
 
 class DataConfig(BaseModel):

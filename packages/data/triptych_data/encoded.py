@@ -70,8 +70,9 @@ def cut_piece(sample: EncodedSample, number: int, seq_len: int) -> EncodedSample
 class Measures(NamedTuple):
     """What a sample will take.
 
-    Tokens, targets among them, patches, images or pairs of video frames that they belong to, and
-    the sum of the squares of their patches: attention is over the pairs of patches of each.
+    Tokens, targets among them, patches, images or pairs of video frames that they belong to, the
+    sum of the squares of their patches: attention is over the pairs of patches of each; and frames
+    of recordings.
     """
 
     num_tokens: int
@@ -79,3 +80,4 @@ class Measures(NamedTuple):
     num_patches: int
     num_images: int
     patch_pairs: int
+    audio_frames: int

@@ -265,7 +265,9 @@ class Processor:
         num_targets = int(tokens.trained[1:].sum())
         images = [h * w for medium in media_ for t, h, w in medium.grids for _ in range(t)]
         pairs = sum(patches * patches for patches in images)
-        return Measures(len(tokens.input_ids), num_targets, sum(images), len(images), pairs)
+        frames = sum(medium.frames for medium in media_)
+        counts = len(tokens.input_ids), num_targets, sum(images), len(images), pairs, frames
+        return Measures(*counts)
 
     def media_tokens(self, info: MediaInfo) -> int:
         """Tokens of a medium, alone in its sample, that stand for its patches.

@@ -10,7 +10,8 @@ from triptych_data.plan.permutation import hashes
 class Cost(NamedTuple):
     """Compute per pack: sum of l·(l + linear) over documents of l tokens, plus `vision` times the
     sum of p·(p + vision_linear) over images and video frames of p patches, plus `target` for each
-    token that is learnt.
+    token that is learnt and `audio` for each frame of a recording, of which a tower looks at few
+    at a time.
 
     A decoder layer of width d spends 24·d²·l on its matrices and 2·d·l² on causal attention:
     l·(l + 12·d) in units of 2·d. A layer of a vision tower of width e: p·(p + 6·e) in units of
@@ -23,6 +24,7 @@ class Cost(NamedTuple):
     vision: float
     vision_linear: int
     target: int = 0
+    audio: int = 0
 
     def of_samples(
         self,
@@ -30,12 +32,14 @@ class Cost(NamedTuple):
         num_patches: np.ndarray,
         patch_pairs: np.ndarray,
         num_targets: np.ndarray,
+        audio_frames: np.ndarray,
     ) -> np.ndarray:
         """Return (N,) int64, exact on every machine; `patch_pairs` are sums of p²."""
         tokens, patches = num_tokens.astype(np.int64), num_patches.astype(np.int64)
         vision = patch_pairs.astype(np.int64) + patches * self.vision_linear
         language = tokens * (tokens + self.linear) + num_targets.astype(np.int64) * self.target
-        return language + (vision * round(self.vision * 1024) >> 10)
+        audio = audio_frames.astype(np.int64) * self.audio
+        return language + audio + (vision * round(self.vision * 1024) >> 10)
 
 
 def balanced_order(costs: np.ndarray, group: int, key: int) -> np.ndarray:

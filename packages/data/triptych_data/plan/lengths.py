@@ -28,7 +28,7 @@ _TIMEOUT = 600.0  # seconds for a chunk
 
 
 class Lengths(NamedTuple):
-    """Per sample, (N,) each, int32 but for the last, int64; as `Measures` of a processor.
+    """Per sample, (N,) each, int32 but for pairs, int64; as `Measures` of a processor.
 
     A sample that the processor refuses has no tokens.
     """
@@ -38,6 +38,7 @@ class Lengths(NamedTuple):
     num_patches: np.ndarray
     num_images: np.ndarray
     patch_pairs: np.ndarray
+    audio_frames: np.ndarray
 
 
 def sample_lengths(
@@ -160,7 +161,7 @@ class _Measuring:
     chunks: list[range]
 
     def __call__(self, note: Note, worker: int, num_workers: int) -> Generator[np.ndarray]:
-        """Yield (len(chunk), 5) int64, the columns of `Lengths`, for each chunk."""
+        """Yield (len(chunk), 6) int64, the columns of `Lengths`, for each chunk."""
         for chunk in self.chunks[worker::num_workers]:
             rows = np.zeros((len(chunk), len(Lengths._fields)), dtype=np.int64)
             for row, sample in enumerate(chunk):

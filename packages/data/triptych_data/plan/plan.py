@@ -147,6 +147,7 @@ class Plan:
             lengths.num_patches[samples],
             lengths.patch_pairs[samples],
             lengths.num_targets[samples],
+            lengths.audio_frames[samples],
         )
 
     def epoch(self, position: int) -> int:
@@ -173,7 +174,7 @@ class Plan:
             "data.window": config.window,  # null follows from the rest
             "data.max_patches": config.max_patches,
             "data.max_images": config.max_images,
-            "data.cost": config.cost.model_dump(mode="json"),
+            "data.cost": config.cost.stated(),
             "data.balance_group": config.balance_group,
         }
 
