@@ -38,7 +38,7 @@ def test_every_key_of_a_batch_is_taken_by_forward_or_dropped_by_the_loop(batches
     made = {key for batch in batches for key in batch}
     assert "pixel_values" in made
     assert made - taken == LABEL_KEYS
-    assert made >= HOST_KEYS
+    assert made >= HOST_KEYS - {"audio_lengths"}  # of recordings, of which these chats have none
 
 
 def test_a_model_of_text_alone_takes_every_key_of_a_batch_of_documents(tmp_path):
