@@ -64,10 +64,19 @@ def documents(images: bool = True) -> list[list[Document]]:
     return [several, first_only, text[:1], text, [], short, [silent], [one_target]]
 
 
-def heard_documents() -> list[list[tiny_audio.Document]]:
-    """Of four rows: of text, of recordings, of all and recordings, of nothing but padding."""
-    text, mixed, heard, both = tiny_audio.heard_and_seen()
-    return [[text], [heard], [both, text, mixed], []]
+HEARD = {
+    "aero": (tiny_audio.heard_only, tiny_audio.pack_heard),
+    "qwen2_5_omni_thinker": (tiny_audio.heard_and_seen, tiny_audio.pack),
+    "qwen3_omni_moe_thinker": (tiny_audio.heard_in_chunks, tiny_audio.pack),
+}
+"""Documents of models that hear, by model_type, and how they are packed."""
+
+
+def heard_rows(model_type: str) -> list[dict[str, Any]]:
+    """Four: of text, of recordings, of all media, of nothing but padding."""
+    documents, pack = HEARD[model_type]
+    text, mixed, heard, both = documents()
+    return packed([[text], [heard], [both, text, mixed], []], pack)
 
 
 def rows(images: bool = True) -> list[dict[str, Any]]:
@@ -88,7 +97,7 @@ def packed(chosen: list[list[Any]], pack: Callable[[list[Any], int], Any]) -> li
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """Rows for the model in a folder."""
     if "audio_config" in read(folder):
-        return packed(heard_documents(), tiny_audio.pack)
+        return heard_rows(read(folder)["model_type"])
     return rows(has_images(folder))
 
 
