@@ -215,6 +215,11 @@ def test_drawings_are_eulers_steps_of_the_straight_model(build: Callable[..., An
             wanted = patches_of(drawn[None], model.hf.config)[0]
             torch.testing.assert_close(wanted, x, rtol=1e-4, atol=1e-5)
     assert not model.training
+    # With no words at all a row has no text to be causal.
+    alone = draw(model, [[]], noise[:1], steps=1, guidance=1.0, shift=1.0)
+    x = patches_of(noise[:1], model.hf.config)[0]
+    x = x - straight(stock, model, drawn_document([], x, 1.0))[1]
+    torch.testing.assert_close(patches_of(alone, model.hf.config)[0], x, rtol=1e-4, atol=1e-5)
 
 
 def drawn_document(words: list[int], x: torch.Tensor, time: float) -> Any:

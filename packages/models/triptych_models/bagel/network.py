@@ -51,14 +51,10 @@ class Pattern(NamedTuple):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     """q (T, Hq, D), k and v (T, Hkv, D), in the row's token order → (T, Hq, D)."""
-    if pattern.causal is None or pattern.mutual is None or pattern.order is None:
+    if pattern.order is None:
         return attention(q, k, v, pattern.cu_seqlens, pattern.max_seqlen, causal=True)
-    parts = []
-    for (queries, keys, bounds, longest), causal in (
-        (pattern.causal, True),
-        (pattern.mutual, False),
-    ):
-        out = attention(
+    parts = [
+        attention(
             q[queries],
             k[keys],
             v[keys],
@@ -68,7 +64,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
             cu_seqlens_k=bounds[1],
             max_seqlen_k=longest,
         )
-        parts.append(out)
+        for (queries, keys, bounds, longest), causal in _calls(pattern)
+    ]
     return torch.cat(parts)[pattern.order]
 
 
@@ -76,7 +73,7 @@ def attend_sparsely(
     q: Tensor, k: Tensor, v: Tensor, gates: Tensor, pattern: Pattern, settings: dict[str, Any]
 ) -> Tensor:
     """As `attend`, each token to parts of what it sees, by gates (T, Hq, 3)."""
-    if pattern.causal is None or pattern.mutual is None or pattern.order is None:
+    if pattern.order is None:
         return native_sparse_attention(q, k, v, gates, pattern.cu_seqlens, **settings)
     parts = [
         native_sparse_attention(
@@ -89,12 +86,15 @@ def attend_sparsely(
             causal=causal,
             **settings,
         )
-        for (queries, keys, bounds, _), causal in (
-            (pattern.causal, True),
-            (pattern.mutual, False),
-        )
+        for (queries, keys, bounds, _), causal in _calls(pattern)
     ]
     return torch.cat(parts)[pattern.order]
+
+
+def _calls(pattern: Pattern) -> list[tuple[Segments, bool]]:
+    """Both kinds of segments, and whether they are causal; a row may have none of one."""
+    kinds = ((pattern.causal, True), (pattern.mutual, False))
+    return [(one, causal) for one, causal in kinds if one is not None and one.bounds.shape[1] > 1]
 
 
 def by_expert(x: Tensor, reading: Expert, drawing: Expert, num_latents: int) -> Tensor:
