@@ -71,15 +71,41 @@ def buckets_of(
 
 def gathered_elements(buckets: Sequence[Bucket], max_live: int) -> int:
     """The most that are whole at a time under ZeRO-3: what engine/gathering.py does."""
+    outside, layers = _by_gather(buckets)
+    kept = sum(layers[first_kept(outside, layers, max_live) :])
+    return outside + max([kept, *map(sum, pairwise(layers))])
+
+
+def received_elements(
+    trained: Sequence[Bucket], frozen: Sequence[Bucket], max_live: int, micro_steps: int
+) -> float:
+    """What a rank receives of the others' weights under ZeRO-3 in a step: engine/gathering.py.
+
+    What is in no layer comes once a step; a layer before its forward and its backward of every
+    micro-step, or before the forward alone if it is kept, or if nothing up to it trains.
+    """
+    buckets = [*trained, *frozen]
+    outside, layers = _by_gather(buckets)
+    kept = first_kept(outside, layers, max_live)
+    begins = min((b.layer for b in trained if b.layer is not None), default=len(layers))
+    received = 0.0
+    for bucket in buckets:
+        times = 1
+        if bucket.layer is not None:
+            times = micro_steps * (2 if begins <= bucket.layer < kept else 1)
+        received += times * bucket.numel * (bucket.ranks - 1) / bucket.ranks
+    return received
+
+
+def _by_gather(buckets: Sequence[Bucket]) -> tuple[int, list[int]]:
+    """Elements that are gathered in no layer, and with each."""
     whole: dict[int | None, int] = {}
     for bucket in buckets:
         if bucket.ranks > 1:
             whole[bucket.layer] = whole.get(bucket.layer, 0) + bucket.numel
     outside = whole.pop(None, 0)
     last = max((number for number in whole if number is not None), default=-1)
-    layers = [whole.get(number, 0) for number in range(last + 1)]
-    kept = sum(layers[first_kept(outside, layers, max_live) :])
-    return outside + max([kept, *map(sum, pairwise(layers))])
+    return outside, [whole.get(number, 0) for number in range(last + 1)]
 
 
 def _by_layer(sizes: Sizes, layers: Layers) -> dict[int | None, list[int]]:

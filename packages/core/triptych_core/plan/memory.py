@@ -19,6 +19,7 @@ from triptych_core.plan.divided import (
     buckets_of,
     gathered_elements,
     gradient_bytes,
+    received_elements,
     widths,
 )
 from triptych_core.plan.trace import MicroStep
@@ -162,6 +163,14 @@ def _resident_divided(
 def _gathered(weights: Weights, engine: EngineConfig, ranks: int) -> int:
     groups = [*weights.groups, *weights.frozen]
     return gathered_elements(_buckets(groups, engine, ranks, weights.layers), engine.zero.max_live)
+
+
+def received(weights: Weights, engine: EngineConfig, ranks: int) -> float:
+    """Elements of other ranks' weights that a rank receives in a step under our ZeRO-3."""
+    trained = _buckets(weights.groups, engine, ranks, weights.layers)
+    frozen = _buckets(weights.frozen, engine, ranks, weights.layers)
+    gas = engine.gradient_accumulation_steps
+    return received_elements(trained, frozen, engine.zero.max_live, gas)
 
 
 def _buckets(

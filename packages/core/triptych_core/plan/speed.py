@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from triptych_core.config import EngineConfig
-from triptych_core.plan.memory import Weights
+from triptych_core.plan.memory import Weights, received
 from triptych_core.plan.trace import MicroStep
 
 
@@ -93,7 +93,10 @@ def plan_speed(
     frozen = (weights.numel - weights.trained) * (ranks - 1) / ranks
     crossing = sum(group.numel * (n - 1) / n for group, n in alike)
     reduced = 4.0 * crossing * (1 if stage < 2 else gas)
-    gathered = width * (crossing + frozen) * (2 * gas if stage == 3 else 1)
+    if stage == 3 and not engine.zero.offloads:
+        gathered = width * received(weights, engine, ranks)
+    else:
+        gathered = width * (crossing + frozen) * (2 * gas if stage == 3 else 1)
     return SpeedPlan(
         products=flops * gas / ceilings.product_flops,
         recompute=recomputed * gas / ceilings.product_flops,
