@@ -9,7 +9,9 @@ from transformers import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from tests.data.chats import encoded_image
+from tests.tiny import ROOT
 from triptych_data.media.images import ImageRules, decode_image, encode_image, image_grid, patchify
+from triptych_data.media.rules import read_image_rules
 
 RULES = ImageRules(14, 2, 2, 56 * 56, 28 * 28 * 64)
 SMALL = ImageRules(8, 2, 2, 1024, 16384)
@@ -60,6 +62,22 @@ def test_grid_is_transformers_smart_resize():
             continue
         rows, cols = smart_resize(height, width, 28, RULES.min_pixels, RULES.max_pixels)
         assert image_grid(width, height, RULES) == (1, rows // 14, cols // 14)
+
+
+def test_a_bagels_images_are_no_longer_than_its_table():
+    """Of whatever shape: the area alone would let an image of 4 to 1 be 32 patches wide."""
+    rules, _ = read_image_rules(ROOT / "stages/configs/bagel_tiny")
+    assert image_grid(400, 400, rules) == (1, 16, 16)
+    assert image_grid(400, 100, rules) == (1, 4, 16)
+    assert image_grid(100, 133, rules) == (1, 16, 12)
+    assert image_grid(3, 600, rules) == (1, 16, 1)
+    for width, height in np.random.default_rng(0).integers(4, 700, (300, 2)).tolist():
+        _, rows, cols = image_grid(width, height, rules)
+        assert max(rows, cols) <= 16
+        if max(width, height) <= 128 and width * height >= 1024:  # as without a table
+            assert (rows, cols) == image_grid(width, height, rules._replace(most_side=None))[1:]
+    patches, grid = encode_image(save(photo(400, 100)), rules)
+    assert grid == (1, 4, 16) and len(patches) == 64
 
 
 def test_slim_image_is_refused():

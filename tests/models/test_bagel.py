@@ -32,6 +32,7 @@ from triptych_models.families import build_model, build_shell
 from triptych_models.generate import generate
 from triptych_models.lora import add_adapters
 from triptych_models.sequence import SequenceGroup
+from triptych_models.tensor import tensor_cuts
 from triptych_models.weights import whole
 
 SEQ_LEN = 112
@@ -85,15 +86,7 @@ def test_answers_are_the_straight_models(build: Callable[..., Any]) -> None:
     model = build()
     stock = stock_twin(model)
     prompts = [bagel_document(5, 3), bagel_document(6, 2, (2, 3), 2), bagel_document(7, 4)]
-    wanted = []
-    for prompt in prompts:
-        ids, kinds = prompt.input_ids, prompt.kinds
-        for _ in range(3):
-            token = straight(stock, model, prompt)[0][-1].argmax()
-            prompt.input_ids = torch.cat([prompt.input_ids, token[None]])
-            prompt.kinds = torch.cat([prompt.kinds, torch.zeros(1, dtype=torch.int64)])
-        wanted.append(prompt.input_ids[len(ids) :].tolist())
-        prompt.input_ids, prompt.kinds = ids, kinds
+    wanted = [straight_answer(stock, model, prompt) for prompt in prompts]
     for synced in (False, True):
         found = generate(
             model,
@@ -110,10 +103,37 @@ def test_answers_are_the_straight_models(build: Callable[..., Any]) -> None:
     assert model.training
 
 
+def test_an_answer_may_say_the_token_of_images(build: Callable[..., Any]) -> None:
+    """Which is no image there."""
+    model, prompt = build(), bagel_document(6, 2, (2, 3), 2)
+    (first, *_), head = straight_answer(stock_twin(model), model, prompt), model.hf.lm_head.weight
+    with torch.no_grad():
+        head[[first, tiny.IMAGE]] = head[[tiny.IMAGE, first]]
+    wanted = straight_answer(stock_twin(model), model, prompt)
+    assert wanted[0] == tiny.IMAGE
+    settings = {"max_new_tokens": 3, "eos_token_id": tiny.EOS, "pad_token_id": tiny.PAD}
+    assert generate(model, [prompt], **settings) == [wanted]
+
+
+def straight_answer(stock: Any, model: Any, prompt: Any) -> list[int]:
+    """The three tokens that come next."""
+    ids, kinds = prompt.input_ids, prompt.kinds
+    for _ in range(3):
+        token = straight(stock, model, prompt)[0][-1].argmax()
+        prompt.input_ids = torch.cat([prompt.input_ids, token[None]])
+        prompt.kinds = torch.cat([prompt.kinds, torch.zeros(1, dtype=torch.int64)])
+    found: list[int] = prompt.input_ids[len(ids) :].tolist()
+    prompt.input_ids, prompt.kinds = ids, kinds
+    return found
+
+
 def test_what_is_not_computed_is_refused(build: Callable[..., Any], tmp_path: Path) -> None:
     model = build()
     with pytest.raises(ValueError, match=r"parallel\.sequence: must be 1 for a Bagel"):
         model.set_sequence(SequenceGroup(size=2))
+    model.hf.config.llm_config.num_key_value_heads = 2
+    with pytest.raises(ValueError, match=r"parallel\.tensor: must be 1 for layers .* MixedLayer"):
+        tensor_cuts(model, 2)
     batch = pack_bagel([bagel_document(0, 2, (1, SIDE))], 16)
     wide = {k: v for k, v in batch.items() if k in INPUTS}
     wide["image_grid_thw"] = torch.tensor([[1, 1, SIDE + 1]])

@@ -52,7 +52,7 @@ def tensor_cuts(model: PackedModel, size: int, sequence: int = 1) -> dict[str, C
     for layer in decoder(model.hf).layers:
         modules = dict(layer.named_modules())
         missing = [path for path in _CUTS if path not in modules]
-        if missing or modules.keys() & {"mlp.experts", "mlp.gate"}:
+        if missing or modules.keys() & {"mlp.experts", "mlp.gate", "mlp_moe_gen"}:
             raise ValueError(
                 "parallel.tensor: must be 1 for layers other than attention and a gated MLP, got "
                 f"{size} for {type(layer).__name__}; share the row by parallel.sequence instead"

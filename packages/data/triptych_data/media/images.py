@@ -72,6 +72,8 @@ class ImageRules(NamedTuple):
     """Fewest and most squares of one size that an image is cut into; None is one, never cut."""
     tiling: "TilingRules | None" = None
     """How an image alone in its sample is tiled; several are one square each."""
+    most_side: int | None = None
+    """Pixels of a side that a model has positions for, a multiple of a token's; None is any."""
 
 
 def encode_image(
@@ -101,7 +103,8 @@ def image_grid(width: int, height: int, rules: ImageRules) -> tuple[int, int, in
     """Return the patch grid (t, h, w) of an image of `width` x `height` pixels.
 
     Both sides become multiples of `patch_size * merge_size`, the area stays within `min_pixels`
-    and `max_pixels`: `smart_resize` of transformers' Qwen2-VL. By rules with a `side` all images
+    and `max_pixels`: `smart_resize` of transformers' Qwen2-VL. What is longer than `most_side` then
+    shrinks to it. By rules with a `side` all images
     have one grid; t counts the tiles where an image is cut into them.
 
     Raises ValueError if one side is over 200 times the other.
@@ -122,6 +125,15 @@ def image_grid(width: int, height: int, rules: ImageRules) -> tuple[int, int, in
         enlarge = math.sqrt(rules.min_pixels / (height * width))
         new_height = math.ceil(height * enlarge / factor) * factor
         new_width = math.ceil(width * enlarge / factor) * factor
+    most = rules.most_side
+    if most is not None and max(new_height, new_width) > most:
+        shrink = max(height, width) / most
+        new_height, new_width = (
+            most
+            if side == max(height, width)
+            else max(factor, int(side / shrink) // factor * factor)
+            for side in (height, width)
+        )
     return 1, new_height // rules.patch_size, new_width // rules.patch_size
 
 

@@ -33,6 +33,7 @@ _TILED_PROCESSOR = "LlavaOnevisionProcessor"
 _TILED_SAMPLING = {"fps": 1, "min_frames": 1, "max_frames": 32}
 _RATIO = re.compile(r"anyres_max_([1-9]\d{0,3})")
 _MOST_TILES_A_SIDE = 64
+_PATCHES_A_SIDE = "vit_max_num_patch_per_side"
 _PLAIN_POSITIONS = ("llavaonevision1_5",)  # by config.json; the processor is Qwen2.5-VL's
 _HEARS = "WhisperFeatureExtractor"
 _CHUNKS = {"Qwen3OmniMoeProcessor": 100}  # frames, by the processor's class; it knows no other
@@ -54,9 +55,24 @@ def read_image_rules(
     if "height" in (settings.get("size") or {}):
         return _one_size(path, settings, bounds), settings
     numbers: dict[str, Any] = dict(_geometry(path, settings, bounds))
-    rules = ImageRules(**numbers)
+    rules = ImageRules(**numbers, most_side=_most_side(path.with_name(CONFIG_FILE), numbers))
     _check_bounds(path, rules, "data.min_pixels", "data.max_pixels")
     return rules, settings
+
+
+def _most_side(path: Path, numbers: Mapping[str, Any]) -> int | None:
+    """The longest side in pixels that a Bagel's table of positions has, by config.json."""
+    config = read_json(path) if path.exists() else {}
+    most: Any = config.get(_PATCHES_A_SIDE)
+    if most is None:
+        return None
+    if not isinstance(most, int) or most < numbers["merge_size"]:
+        raise ValueError(
+            f"{path}: {_PATCHES_A_SIDE} must be a number of patches, got {str(most)[:80]}; fetch "
+            "the file again"
+        )
+    factor = numbers["merge_size"]
+    return most // factor * factor * int(numbers["patch_size"])
 
 
 def read_audio_rules(directory: Path) -> AudioRules | None:

@@ -52,7 +52,7 @@ def _next_tokens(
     bounds = torch.tensor([0, *accumulate(map(len, documents))], dtype=torch.int32)
     input_ids = torch.cat(documents)
     row: dict[str, Any] = {"input_ids": input_ids[None], "cu_seqlens": bounds}
-    row |= _images(prompts, input_ids == model.hf.config.image_token_id)
+    row |= _images(prompts, torch.cat(_of_images(prompts, answers, model)))
     row |= model.lay_out(**row)
     moved: dict[str, Any] = {
         name: value.to(device) if isinstance(value, Tensor) else value
@@ -61,6 +61,17 @@ def _next_tokens(
     hidden_states = model.hidden_states(**moved, max_seqlen=len(input_ids))
     logits: Tensor = model.hf.lm_head(hidden_states[:, bounds[1:].to(device) - 1])
     return logits[0].argmax(-1).tolist()[: len(prompts)]
+
+
+def _of_images(
+    prompts: Sequence[Prompt], answers: Sequence[list[int]], model: Bagel
+) -> list[Tensor]:
+    """Which tokens of each document are images' (n,): none of an answer, whatever it says."""
+    token = model.hf.config.image_token_id
+    return [
+        torch.cat([prompt.input_ids.cpu() == token, torch.zeros(len(answer), dtype=torch.bool)])
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ] or [torch.zeros(1, dtype=torch.bool)]
 
 
 def _images(prompts: Sequence[Prompt], is_image: Tensor) -> dict[str, Any]:

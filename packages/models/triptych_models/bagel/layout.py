@@ -19,6 +19,10 @@ from torch import Tensor
 from .config import BagelConfig
 
 BUCKET = 256  # lengths are rounded up to multiples, so that compiled kernels see few of them
+_REMEDIES = {
+    "vit_max_num_patch_per_side": "lower data.max_pixels",
+    "max_latent_size": "encode smaller images for generation.data.shards",
+}
 
 
 class Block(NamedTuple):
@@ -129,8 +133,8 @@ def _places(sizes: Sequence[Sequence[int]], side: int, name: str) -> Tensor:
     for h, w in sizes:
         if max(h, w) > side:
             raise ValueError(
-                f"data.max_pixels: images must have at most {side} patches a side, config.json's "
-                f"{name}, got {h} x {w}; lower it"
+                f"model.path: images must have at most {side} patches a side, config.json's "
+                f"{name}, got {h} x {w}; {_REMEDIES[name]}"
             )
         found.append((np.arange(h)[:, None] * side + np.arange(w)).reshape(-1))
     return torch.from_numpy(np.concatenate(found))
