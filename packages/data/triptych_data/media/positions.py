@@ -16,7 +16,9 @@ def mrope_positions(
     `is_image (L,) bool` marks image tokens; `grids (num_images, 3)` are the patch grids of the
     images in order, `intervals` what lies on axis t between their frames, 1 where it is None. Text
     tokens have three equal positions; an image's begin at the next position on every axis, and text
-    goes on after the image's longer side, whatever t has reached: Qwen3-VL's and Qwen2.5-VL's.
+    goes on after the image's longer side. With an interval it goes on after what t has reached, if
+    that is more: so Qwen2.5-VL was trained (transformers to 5.2; since 5.3 its `get_rope_index`
+    goes on inside of the video, see its issue 45381, but still generates after it).
     """
     steps = np.ones(len(is_image), dtype=np.int64)  # how far each token moves the next one
     steps[is_image] = 0
@@ -24,13 +26,17 @@ def mrope_positions(
     sizes = grids // np.array([1, merge_size, merge_size])
     ends = np.cumsum(sizes.prod(axis=1)) if len(grids) else np.zeros(0, dtype=np.int64)
     assert len(image_tokens) == (ends[-1] if len(ends) else 0), "one token per merged patch"
-    steps[image_tokens[ends - 1]] = sizes[:, 1:].max(axis=1) if len(grids) else 0
-    positions = np.tile(np.cumsum(steps) - steps, (3, 1))
     steps_of_t = intervals or [None] * len(grids)
+    placed = []
     for (frames, height, width), end, interval in zip(sizes, ends, steps_of_t, strict=True):
-        tokens = image_tokens[end - frames * height * width : end]
         within = np.indices((frames, height, width)).reshape(3, -1)
         if interval is not None:
             within[0] = within[0].astype(np.float32) * np.float32(interval)
+        placed.append((image_tokens[end - frames * height * width : end], within))
+        steps[image_tokens[end - 1]] = max(height, width)
+        if interval is not None:
+            steps[image_tokens[end - 1]] = within.max() + 1
+    positions = np.tile(np.cumsum(steps) - steps, (3, 1))
+    for tokens, within in placed:
         positions[:, tokens] = positions[0, tokens[0]] + within
     return positions
