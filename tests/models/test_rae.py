@@ -240,6 +240,32 @@ def test_lpips_is_that_of_a_straight_formula(tmp_path):
         torch.testing.assert_close(weighed(made, images), straight(list(lins)))
 
 
+def test_means_of_latents_go_through(tmp_path):
+    """Those by which diffusers scales latents for others, of the encoder's folder."""
+    model = tiny(tmp_path / "nets")
+    export, name = tmp_path / "export", "diffusion_pytorch_model.safetensors"
+    export_rae(model, export)
+    stock = diffusers.AutoencoderRAE.from_pretrained(export)
+    mean, std = torch.randn(64, 2, 2), torch.rand(64, 2, 2) + 0.5
+    config = dict(stock.config) | {"latents_mean": mean, "latents_std": std}
+    scaled = diffusers.AutoencoderRAE.from_config(config)
+    scaled.load_state_dict(stock.state_dict() | {"_latents_mean": mean, "_latents_std": std})
+    scaled.save_pretrained(export)
+    config, *_ = configs(tmp_path / "nets")
+    config = config.model_copy(
+        update={"init": "pretrained", "path": export, "encoder": FrozenConfig(path=export)}
+    )
+    again = build_rae(config, PerceptualConfig(), AdversaryConfig(), dtype=torch.float32)
+    export_rae(again, tmp_path / "again")
+    found = diffusers.AutoencoderRAE.from_pretrained(tmp_path / "again").eval()
+    images = draw_batch(3)["pixels"].float() / 255
+    assert torch.equal(found.encode(images).latent, scaled.eval().encode(images).latent)
+    with pytest.raises(ValueError, match=r"model.input_size: must be 28, as .* got 42"):
+        config = config.model_copy(update={"input_size": 42})
+        build_rae(config, PerceptualConfig(), AdversaryConfig(), dtype=torch.float32)
+    assert (tmp_path / "again" / name).is_file()
+
+
 def test_what_does_not_fit_is_refused(tmp_path):
     config, perceptual, adversary = configs(tmp_path / "nets")
 

@@ -20,6 +20,7 @@ NAME = "diffusion_pytorch_model.safetensors"
 KIND = "AutoencoderRAE"
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+LATENTS = ("_latents_mean", "_latents_std")  # in diffusers' layout
 
 
 class EncoderKind(NamedTuple):
@@ -63,11 +64,22 @@ class Encoder(nn.Module):
         net: of transformers; its last norm loses its weight and bias.
         side: to which images are resized.
         mean, std: of the pixels that it was trained on.
+        latents: mean and spread of latents, (1,) or (C, h, w), by which diffusers scales what
+            others learn from; a decoder is given them unscaled, and an export keeps them.
     """
 
-    def __init__(self, kind: str, net: Any, side: int, mean: list[float], std: list[float]) -> None:
+    def __init__(
+        self,
+        kind: str,
+        net: Any,
+        side: int,
+        mean: list[float],
+        std: list[float],
+        latents: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.kind, self.net, self.side = kind, net, side
+        self.latents = (torch.zeros(1), torch.ones(1)) if latents is None else latents
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
         norm = _last_norm(net, kind)
@@ -87,15 +99,16 @@ class Encoder(nn.Module):
         elif self.kind == "siglip2":
             tokens = self.net(x, interpolate_pos_encoding=True).last_hidden_state
         else:
-            # An order by which none is masked, or moved.
+            # An order by which none is masked, or moved; in bf16 numbers over 256 would be alike.
             patches = (self.side // self.net.config.patch_size) ** 2
-            order = torch.arange(patches, device=x.device, dtype=x.dtype).expand(len(x), -1)
+            order = torch.arange(patches, device=x.device).expand(len(x), -1)
             tokens = self.net(x, order, interpolate_pos_encoding=True).last_hidden_state[:, 1:]
         return tokens
 
     def config(self) -> dict[str, Any]:
         """Its part of the configuration of diffusers' AutoencoderRAE."""
         shape = self.net.config
+        mean, std = (None if x.numel() == 1 else x.tolist() for x in self.latents)
         return {
             "encoder_type": self.kind,
             "encoder_hidden_size": shape.hidden_size,
@@ -104,6 +117,8 @@ class Encoder(nn.Module):
             "encoder_input_size": self.side,
             "encoder_norm_mean": self.get_buffer("mean").float().flatten().tolist(),
             "encoder_norm_std": self.get_buffer("std").float().flatten().tolist(),
+            "latents_mean": mean,
+            "latents_std": std,
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -113,6 +128,7 @@ class Encoder(nn.Module):
             f"encoder.{prefix}{name.removeprefix(prefix)}": value
             for name, value in self.net.state_dict().items()
         }
+        found |= dict(zip(LATENTS, self.latents, strict=True))
         return found | {f"encoder_{name}": self.get_buffer(name) for name in ("mean", "std")}
 
 
@@ -125,8 +141,9 @@ def load_encoder(config: RAEModelConfig, dtype: torch.dtype) -> Encoder:
     assert folder is not None
     held = read_foreign(folder / "config.json")
     kinds = {each: kind for kind, known in ENCODERS.items() for each in known.model_types}
+    latents = None
     if held.get("_class_name") == KIND:
-        kind, net, statistics = _from_diffusers(folder, held)
+        kind, net, statistics, latents = _from_diffusers(folder, held)
     elif held.get("model_type") in kinds:
         kind = kinds[held["model_type"]]
         cls = getattr(transformers, ENCODERS[kind].model)
@@ -143,9 +160,15 @@ def load_encoder(config: RAEModelConfig, dtype: torch.dtype) -> Encoder:
             f"model.input_size: must be a multiple of the encoder's patches ({patch}), got {side}; "
             f"take {side - side % patch or patch}"
         )
+    for each in latents or ():
+        if each.shape[1:] not in ((), (side // patch, side // patch)):
+            raise ValueError(
+                f"model.input_size: must be {each.shape[-1] * patch}, as {folder} has means of "
+                f"latents {list(each.shape)}, got {side}; correct it, or name an encoder alone"
+            )
     if kind == "mae":
         net.config.mask_ratio = 0.0
-    return Encoder(kind, net.to(dtype), side, *statistics)
+    return Encoder(kind, net.to(dtype), side, *statistics, latents)
 
 
 def make_decoder(config: RAEModelConfig, channels: int, latents: int) -> Any:
@@ -179,8 +202,9 @@ def _last_norm(net: nn.Module, kind: str) -> Any:
 
 def _from_diffusers(
     folder: Path, held: dict[str, Any]
-) -> tuple[str, Any, tuple[list[float], list[float]]]:
-    """The encoder of an AutoencoderRAE, as its config.json describes it."""
+) -> tuple[str, Any, tuple[list[float], list[float]], tuple[Tensor, Tensor] | None]:
+    """The encoder of an AutoencoderRAE, as its config.json describes it; means and spreads of
+    pixels, and of latents where there are any."""
     kind = held.get("encoder_type", "dinov2")
     if kind not in ENCODERS:
         raise ValueError(
@@ -214,6 +238,9 @@ def _from_diffusers(
                 f"{sorted(stored - set(names))[:4]}; download it again"
             )
         found = {ours: reader.get_tensor(f"encoder.{name}") for name, ours in names.items()}
+        latents = None
+        if set(LATENTS) <= set(reader.keys()):
+            latents = reader.get_tensor(LATENTS[0]), reader.get_tensor(LATENTS[1])
     odd = [name for name, value in found.items() if value.shape != wanted[name].shape]
     if odd:
         raise ValueError(
@@ -226,4 +253,4 @@ def _from_diffusers(
         list(held.get("encoder_norm_mean") or mean),
         list(held.get("encoder_norm_std") or std),
     )
-    return kind, net, statistics
+    return kind, net, statistics, latents

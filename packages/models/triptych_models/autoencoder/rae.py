@@ -336,7 +336,6 @@ class RAE(nn.Module):
     def frozen_tensors(self) -> dict[str, Tensor]:
         """What diffusers' AutoencoderRAE holds beside its decoder, on the host, fp32."""
         found: dict[str, Tensor] = self._frozen["encoder"].tensors()
-        found = found | {"_latents_mean": torch.zeros(1), "_latents_std": torch.ones(1)}
         return {name: value.detach().to("cpu", torch.float32) for name, value in found.items()}
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
