@@ -249,9 +249,11 @@ def _show(config: RaeConfig, job: Job) -> "np.ndarray":
     shards, columns = config.evaluation.shards or config.data.shards, config.samples.columns
     pixels = first_pixels(config.data, shards, config.samples.count, job.model.image_size)
     pixels = pixels.to(job.engine.device)
-    made = job.model.reconstruct(pixels)
-    rows = zip((pixels.float() / 255).split(columns), made.split(columns), strict=True)
-    return grid(2 * torch.cat([each for row in rows for each in row]) - 1, columns, reach=1.0)
+    both = torch.stack([pixels.float() / 255, job.model.reconstruct(pixels)])  # (2, n, 3, S, S)
+    columns = min(columns, len(pixels))
+    missing = both.new_ones(2, -len(pixels) % columns, *both.shape[2:])  # of the last row, white
+    rows = torch.cat([both, missing], 1).unflatten(1, (-1, columns)).transpose(0, 1)
+    return grid(2 * rows.flatten(0, 2) - 1, columns, reach=1.0)
 
 
 def _export(config: RaeConfig, model: "RAE", *, is_main: bool) -> None:

@@ -76,7 +76,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "preprocessor_config.json").write_text(json.dumps(images))
     videos = {name: images[name] for name in ("size", "image_mean", "image_std")}
     videos |= {"video_processor_type": "LlavaOnevisionVideoProcessor", "do_sample_frames": True}
-    (path / "video_preprocessor_config.json").write_text(json.dumps(videos | {"num_frames": 3}))
+    (path / "video_preprocessor_config.json").write_text(
+        json.dumps(videos | {"num_frames": 3, "fps": None})
+    )
     processor = {
         "processor_class": "LlavaOnevisionProcessor",
         "num_image_tokens": SIDE**2,

@@ -231,6 +231,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
         odd.check_data(source)
     with pytest.raises(ValueError, match="data: source_latents must be read, of width 4, got"):
         tiny(tmp_path / "v2v", **VIDEO).check_data(source | {"source_latents": (4, 3, 4, 5)})
+    with pytest.raises(ValueError, match=r"data.features: must leave out image_latents .* of 8 ch"):
+        tiny(tmp_path / "v2v", **VIDEO).check_data(source | {"image_latents": (4, 3, 4, 4)})
     with pytest.raises(ValueError, match=r"objective.path: must be linear"):
         tiny(tmp_path / "wan", objective=ObjectiveConfig(path="gvp"))
     with pytest.raises(ValueError, match="must be of WanTransformer3DModel, got Flux"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from base64 import b64decode
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ from tests.ranks import run_ranks
 from tests.tiny import ROOT, make_shards
 from triptych_core.engine import build
 from triptych_core.evaluation import drawings  # noqa: F401  imported once, for all ranks
+from triptych_data.media.images import decode_image
 from triptych_data.pixels import loader  # noqa: F401
 from triptych_models.autoencoder.build import build_rae
 
@@ -62,7 +64,7 @@ def words(workspace: Path, run_dir: Path, *more: str) -> list[str]:
         "optim.lr=1e-3",
         "optim.ema_decay=0.9",
         "schedule.warmup_steps=2",
-        "samples={count: 4, columns: 2}",
+        "samples={count: 3, columns: 2}",
         "checkpoint.every=3",
         "checkpoint.keep=9",
         f"evaluation.shards=[{workspace / 'heldout/shards'}]",
@@ -244,6 +246,10 @@ def test_the_run_folder_tells_what_was_learnt(workspace: Path, alone: Path, capf
     assert lines(alone)[0]["num_targets"] == 8
     report = (alone / "report.html").read_text()
     assert report.count('alt="samples at step') == 3
+    # Two images, two made of them; one, one made of it: 34 pixels a cell.
+    picture = decode_image(b64decode(lines(alone, "evaluation")[0]["picture"].partition(",")[2]))
+    assert picture.shape == (3, 4 * 34, 2 * 34)
+    assert (picture[:, 2 * 34 :, 34:] == 255).all() and (picture[:, 34:68, 34:] < 255).any()
     assert "discriminator × 0.75" in report
     assert "images/s, median" in report
     more = ("perceptual.path=null", "adversary.path=null", "run.steps=1", "checkpoint.save=false")

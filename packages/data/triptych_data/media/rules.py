@@ -179,7 +179,7 @@ def _tokens_per_second(path: Path) -> float:
 
 def _sampling(path: Path, settings: Mapping[str, Any], config: VideoConfig) -> dict[str, Any]:
     """How often frames are taken, and how many, checked."""
-    sampling = {**_VIDEO_DEFAULTS, **{n: settings[n] for n in _VIDEO_DEFAULTS if n in settings}}
+    sampling = {**_VIDEO_DEFAULTS, **_said(settings)}
     if config.fps is not None:
         sampling["fps"] = config.fps
     if config.max_frames is not None:
@@ -189,6 +189,11 @@ def _sampling(path: Path, settings: Mapping[str, Any], config: VideoConfig) -> d
         if not isinstance(value, int | float) or value <= 0:
             raise ValueError(f"{path}: {name} must be positive, got {value!r}; fix it")
     return sampling
+
+
+def _said(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What is not null: transformers writes what a processor leaves open so."""
+    return {n: settings[n] for n in _VIDEO_DEFAULTS if settings.get(n) is not None}
 
 
 def has_mrope(directory: Path) -> bool:

@@ -126,6 +126,12 @@ class WanModel(DiffusionModel):
                     f"for source_latents, or none, got {more}; widen in_channels in its config.json"
                 )
             wanted["source_latents"] = latents[-1]
+        if "image_latents" in shapes and more in (0, config.out_channels):
+            raise ValueError(
+                f"data.features: must leave out image_latents for a model of {config.in_channels} "
+                f"channels and latents of {config.out_channels}, which has no place for them, got "
+                "them; take another model, or leave them out"
+            )
         if "image_latents" in shapes or (more and "source_latents" not in shapes):
             wanted["image_latents"] = latents[-1]
         if config.image_dim is not None:
