@@ -96,6 +96,7 @@ def test_ids_grids_and_pixels_are_stock_qwen3_vls(stock, name):
         len(encoded.pixel_values),
         frames,
         frames * (height * width) ** 2,
+        0,
     )
 
 

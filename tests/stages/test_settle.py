@@ -19,7 +19,7 @@ def workspace(tmp_path_factory) -> Path:
     make_model_dir(path / "model")
     # Deep enough that the two layers ZeRO-3 gathers at a time are little of the model.
     config = json.loads((path / "model/config.json").read_text())
-    config["text_config"]["num_hidden_layers"] = 12
+    config["text_config"]["num_hidden_layers"] = 7
     (path / "model/config.json").write_text(json.dumps(config))
     make_shards(path / "train", 20, seed=1)
     return path

@@ -239,8 +239,9 @@ def test_every_misspelt_key_is_refused_with_the_nearest_one_before_torch(path, t
     assert len(cases) >= 20
     script = tmp_path / "check.py"
     stage, config = ("sft", "SftConfig")  # whose keys are those of all stages of packed rows
-    if path.stem.startswith("diffusion_"):
-        stage, config = ("diffusion", "DiffusionConfig")
+    for other, its_config in (("diffusion", "DiffusionConfig"), ("rae", "RaeConfig")):
+        if path.stem.startswith(f"{other}_"):
+            stage, config = other, its_config
     names = {"stages": str(ROOT / "stages"), "stage": stage, "config": config}
     script.write_text(CHECK.format(cases=repr(cases), **names))
     result = subprocess.run(
