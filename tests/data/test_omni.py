@@ -1,18 +1,32 @@
-"""Qwen2.5-Omni's sound: frames, tokens and positions of stock's processor, logits it computes."""
+"""What Qwen-Omni hears: frames, tokens and positions of stock's processor, logits it computes.
+
+Of its videos the frames, sizes and positions; tests/models/test_video.py goes on to gradients.
+"""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor, AutoTokenizer, WhisperFeatureExtractor
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    Qwen2VLVideoProcessor,
+    WhisperFeatureExtractor,
+)
+from transformers.image_utils import SizeDict
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerModel
+from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3OmniMoeThinkerModel
 from transformers.models.qwen3_omni_moe.processing_qwen3_omni_moe import (
     _get_feat_extract_output_lengths as qwen3_tokens,
 )
+from transformers.video_utils import VideoMetadata
 
 from tests.data.media import sound
 from tests.data.packs import MODEL
@@ -21,8 +35,12 @@ from tests.data.test_images import photo, save
 from tests.models.stock import stock_twin
 from triptych_data.batch import collate
 from triptych_data.media.audio import AudioRules, audio_tokens, heard, heard_frames, load_wave
+from triptych_data.media.config import VideoConfig
 from triptych_data.media.images import decode_image
+from triptych_data.media.positions import mrope_positions
 from triptych_data.media.probe import probe_media
+from triptych_data.media.rules import read_video_rules
+from triptych_data.media.video import video_layout
 from triptych_data.processor import Processor
 from triptych_data.sample import RawSample
 from triptych_data.shards.index import MediaColumns
@@ -223,3 +241,66 @@ def test_a_processor_of_another_models_sound_is_refused(tmp_path: Path) -> None:
     model = build_model(ModelConfig(path=folder, init="random"), dtype=torch.float32)
     with pytest.raises(ValueError, match=r"num_mels of the processor files must be .* 32, got 80"):
         model.check_processor(Processor.from_directory(folder))
+
+
+@pytest.mark.parametrize("version", FOLDERS)
+def test_layouts_and_positions_of_any_video_are_stocks(tmp_path: Path, version: str) -> None:
+    """Also at rates of frames that no second divides; a folder's own bounds are not heeded."""
+    folder = Path(shutil.copytree(FOLDERS[version], tmp_path / "model"))
+    side = {"2.5": 28, "3": 32}[version]
+    class_of = {"2.5": Qwen2_5OmniThinkerModel, "3": Qwen3OmniMoeThinkerModel}[version]
+    stock = Qwen2VLVideoProcessor(patch_size=8, do_sample_frames=True)
+    bounds = SizeDict(shortest_edge=128 * side**2, longest_edge=768 * side**2)
+    names = ("image", "video", "audio", "vision_start", "audio_start")
+    config = SimpleNamespace(**{f"{name}_token_id": n for n, name in enumerate(names, 1)})
+    config.position_id_per_seconds, config.seconds_per_chunk = 25, 2
+    model = SimpleNamespace(config=config, spatial_merge_size=2)
+    model.get_llm_pos_ids_for_vision = class_of.get_llm_pos_ids_for_vision.__get__(model)
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        count, width, height = (int(x) for x in rng.integers((2, 40, 40), (900, 900, 900)))
+        rate = float(rng.choice([1, 12.5, 24, 25, 30, 30000 / 1001, 60]))
+        fps = float(rng.choice([1, 2, 3, 4, 7] if version == "2.5" else [0.5, 1, 2]))
+        rules = read_video_rules(folder, VideoConfig(fps=fps))
+        assert rules is not None
+        frames = stock.sample_frames(VideoMetadata(total_num_frames=count, fps=rate), fps=fps)
+        layout = video_layout(width, height, count, count / rate, rules)
+        # Rounding now and then gives one more, which stock repeats where it cuts patches.
+        assert layout.frames.tolist() == [*frames, *[frames[-1]] * (len(frames) % 2)]
+        nothing = torch.empty(1, len(frames), 3, height, width, device="meta")
+        resized = stock.resize(nothing, bounds, factor=16, resample=3)
+        assert layout.grid == (-(-len(frames) // 2), *(n // 8 for n in resized.shape[-2:]))
+        grid = (layout.grid[0], *(2 * int(n) for n in rng.integers(1, 9, 2)))
+        ids = [0, 0, 4, *[2] * (math.prod(grid) // 4), 0, 0, 4, *[1] * 6, 0, 3 * (number % 2), 0]
+        expected, _ = class_of.get_rope_index(
+            model,
+            torch.tensor([ids]),
+            image_grid_thw=torch.tensor([[1, 4, 6]]),
+            video_grid_thw=torch.tensor([grid]),
+            attention_mask=torch.ones(1, len(ids)),
+            second_per_grids=torch.tensor([2 / fps]),
+        )
+        is_seen, grids = np.isin(ids, [1, 2]), np.array([grid, (1, 4, 6)])
+        found = mrope_positions(is_seen, grids, 2, [layout.times, None])
+        assert found.tolist() == expected[:, 0].tolist()
+
+
+def test_a_published_folder_has_no_file_for_videos(tmp_path: Path) -> None:
+    """Nor is its config.json the thinker's."""
+    folder = Path(shutil.copytree(FOLDERS["3"], tmp_path / "model"))
+    (folder / "video_preprocessor_config.json").unlink()
+    config = {"model_type": "qwen3_omni_moe", "thinker_config": {"position_id_per_seconds": 13}}
+    (folder / "config.json").write_text(json.dumps(config))
+    rules = Processor.from_directory(folder).parts["video"]
+    assert rules["tmrope"] and rules["tokens_per_second"] == 13 and rules["fps"] == 1
+    assert (rules["min_pixels"], rules["max_pixels"]) == (128 * 32**2, 768 * 32**2)
+    with pytest.raises(ValueError, match="fps: must put whole positions of 13 a second"):
+        Processor.from_directory(folder, video=VideoConfig(fps=3))
+
+
+def test_bounds_of_a_frame_are_refused_where_a_video_is_many_images() -> None:
+    bounds = VideoConfig(frame_pixels=(1024, 4096))
+    with pytest.raises(ValueError, match="frame_pixels: must be left out for a model whose videos"):
+        Processor.from_directory(MODEL, video=bounds)
+    with pytest.raises(ValueError, match="must be two positive numbers in order, got 9, 8"):
+        VideoConfig(frame_pixels=(9, 8))

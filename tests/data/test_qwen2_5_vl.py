@@ -106,7 +106,7 @@ def test_layouts_and_positions_of_any_video_are_stocks(tmp_path: Path, capped: b
         late += last >= expected[0, 0, -2].item()
         expected[:, 0, -2:] = torch.tensor([last + 1, last + 2])
         grids = np.array([grid])
-        found = mrope_positions(is_video.numpy() == 1, grids, 2, [layout.interval])
+        found = mrope_positions(is_video.numpy() == 1, grids, 2, [layout.times])
         assert found.tolist() == expected[:, 0].tolist()
     assert (shrunk > 40) == capped
     assert late
@@ -117,8 +117,8 @@ def test_all_frames_share_the_pixels_that_are_asked_for(tmp_path: Path) -> None:
     rules = read_video_rules(folder, VideoConfig(max_pixels=60 * 200_000, max_frames=60, fps=1))
     assert rules is not None
     layout = video_layout(1280, 720, 3000, 100, rules)
-    assert len(layout.frames) == 60 and layout.frames[1] == 50 and layout.interval is not None
+    assert len(layout.frames) == 60 and layout.frames[1] == 50
     assert 0.9 < layout.grid[1] * layout.grid[2] * PATCH**2 / 200_000 <= 1
-    assert layout.interval == pytest.approx(2 * 100 / 30)
+    assert layout.times == tuple(int(2 * 100 / 30 * n) for n in range(30))
     one = video_layout(640, 480, 1, 0.04, rules)  # two frames a patch: the one twice
     assert one.frames.tolist() == [0, 0] and one.grid[0] == 1

@@ -133,8 +133,8 @@ class DataConfig(BaseModel):
     )
     video: VideoConfig = Field(
         default_factory=VideoConfig,
-        description="How videos are sampled, {fps, max_frames, max_pixels}, if not as model.path "
-        "says.",
+        description="How videos are sampled, {fps, max_frames, max_pixels, frame_pixels}, if not "
+        "as model.path says.",
     )
     jpeg: JpegConfig | None = Field(
         default=None,

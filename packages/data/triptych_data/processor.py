@@ -85,8 +85,8 @@ class _Medium(NamedTuple):
 
     tokens: MediaTokens
     grids: list[Grid]
-    intervals: list[float | None]
-    """of each grid: M-RoPE positions from a frame of a video to the next"""
+    times: list[tuple[int, ...] | None]
+    """of each grid: where its frames are on M-RoPE's axis t, None for one after another"""
     frames: int = 0
     """of a recording"""
 
@@ -331,8 +331,8 @@ class Processor:
         is_image = np.isin(tokens.input_ids, pads)
         positions = np.arange(len(is_image))[None]
         if self.position_axes == 3:
-            intervals = [interval for medium in media for interval in medium.intervals]
-            positions = mrope_positions(is_image, grids, self.merge_size, intervals)
+            times = [each for medium in media for each in medium.times]
+            positions = mrope_positions(is_image, grids, self.merge_size, times)
         return EncodedSample(
             key=raw.key,
             input_ids=torch.from_numpy(tokens.input_ids),
@@ -446,8 +446,8 @@ class Processor:
             pooled = MediaTokens("video", (frames * pooled_side(height) ** 2 + 1,))
             return _Medium(pooled, [(1, height, width)] * frames, [None] * frames)
         tokens = MediaTokens("video", video_pieces(layout, self.merge_size))
-        if layout.interval is not None:
-            return _Medium(tokens, [layout.grid], [layout.interval])
+        if layout.times is not None:
+            return _Medium(tokens, [layout.grid], [layout.times])
         return _Medium(tokens, [(1, height, width)] * frames, [None] * frames)
 
     def _audio(self, frames: int) -> _Medium:
@@ -528,8 +528,8 @@ def _given(rules: ImageRules) -> dict[str, int]:
 
 def _stated(rules: VideoRules) -> dict[str, Any]:
     """Rules without those that came later where there are none: fingerprints stay."""
-    own = ("tokens_per_second", "total_pixels", "side")
-    return {n: v for n, v in rules._asdict().items() if n not in own or v is not None}
+    own = ("tokens_per_second", "total_pixels", "side", "tmrope")
+    return {n: v for n, v in rules._asdict().items() if n not in own or v not in (None, False)}
 
 
 def _starts(patches: Sequence[Tensor]) -> list[int]:

@@ -109,7 +109,7 @@ FAMILIES: dict[str, Family] = {
         "triptych_models.qwen2_5_omni:Qwen2_5Omni",
         _OMNI,
         ("pretrain", "sft"),
-        "2.5-Omni 3B, 7B, the thinker (text, images, sound)",
+        "2.5-Omni 3B, 7B, the thinker (text, images, videos, sound)",
         "tiny on CPUs",
     ),
     "qwen2_5_vl": Family(
@@ -179,7 +179,7 @@ FAMILIES: dict[str, Family] = {
         "triptych_models.qwen3_omni_moe:Qwen3OmniMoE",
         _OMNI_MIXTURE,
         ("pretrain", "sft", "moe"),
-        "3-Omni 30B-A3B, the thinker (text, images, sound)",
+        "3-Omni 30B-A3B, the thinker (text, images, videos, sound)",
         "tiny on CPUs",
     ),
     "qwen3_vl": Family(

@@ -20,6 +20,21 @@ class VideoConfig(BaseModel):
         description="Most pixels of all frames of a video together; more are shrunk (of a "
         "Qwen2.5-VL no frame below the model's least).",
     )
+    frame_pixels: tuple[int, int] | None = Field(
+        default=None,
+        description="Least and most pixels of a frame, of a model whose videos are one grid "
+        "(Qwen2.5-VL, Qwen-Omni).",
+    )
+
+    @model_validator(mode="after")
+    def _check_frame_pixels(self) -> "VideoConfig":
+        low, high = self.frame_pixels or (1, 1)
+        if not 1 <= low <= high:
+            raise ValueError(
+                "data.video.frame_pixels: must be two positive numbers in order, got "
+                f"{low}, {high}; give the least first"
+            )
+        return self
 
 
 class JpegConfig(BaseModel):

@@ -9,16 +9,17 @@ def mrope_positions(
     is_image: np.ndarray,
     grids: np.ndarray,
     merge_size: int,
-    intervals: Sequence[float | None] | None = None,
+    times: Sequence[Sequence[int] | None] | None = None,
 ) -> np.ndarray:
     """Return (3, L) int64 positions (t, h, w) as transformers' `get_rope_index` does.
 
     `is_image (L,) bool` marks image tokens; `grids (num_images, 3)` are the patch grids of the
-    images in order, `intervals` what lies on axis t between their frames, 1 where it is None. Text
-    tokens have three equal positions; an image's begin at the next position on every axis, and text
-    goes on after the image's longer side. With an interval it goes on after what t has reached, if
-    that is more: so Qwen2.5-VL was trained (transformers to 5.2; since 5.3 its `get_rope_index`
-    goes on inside of the video, see its issue 45381, but still generates after it).
+    images in order, `times` where on axis t their frames are, one after another where it is None.
+    Text tokens have three equal positions; an image's begin at the next position on every axis, and
+    text goes on after the image's longer side. With times it goes on after what t has reached, if
+    that is more: so Qwen-Omni does, and Qwen2.5-VL was trained (transformers to 5.2; since 5.3 its
+    `get_rope_index` goes on inside of the video, see its issue 45381, but still generates after
+    it).
     """
     steps = np.ones(len(is_image), dtype=np.int64)  # how far each token moves the next one
     steps[is_image] = 0
@@ -26,15 +27,15 @@ def mrope_positions(
     sizes = grids // np.array([1, merge_size, merge_size])
     ends = np.cumsum(sizes.prod(axis=1)) if len(grids) else np.zeros(0, dtype=np.int64)
     assert len(image_tokens) == (ends[-1] if len(ends) else 0), "one token per merged patch"
-    steps_of_t = intervals or [None] * len(grids)
     placed = []
-    for (frames, height, width), end, interval in zip(sizes, ends, steps_of_t, strict=True):
+    steps_of_t = times or [None] * len(grids)
+    for (frames, height, width), end, each in zip(sizes, ends, steps_of_t, strict=True):
         within = np.indices((frames, height, width)).reshape(3, -1)
-        if interval is not None:
-            within[0] = within[0].astype(np.float32) * np.float32(interval)
+        if each is not None:
+            within[0] = np.repeat(each, height * width)
         placed.append((image_tokens[end - frames * height * width : end], within))
         steps[image_tokens[end - 1]] = max(height, width)
-        if interval is not None:
+        if each is not None:
             steps[image_tokens[end - 1]] = within.max() + 1
     positions = np.tile(np.cumsum(steps) - steps, (3, 1))
     for tokens, within in placed:

@@ -26,8 +26,13 @@ _VIDEO_TYPE = "Qwen3VLVideoProcessor"
 # What Qwen2.5-VL's authors do (qwen-vl-utils), whose folders have no file for videos; as the
 # defaults of transformers' Qwen2VLVideoProcessor, whose budget is 0.9 of so many tokens.
 _GRID_PROCESSOR = "Qwen2_5_VLProcessor"
-_GRID_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
+_FRAME_TOKENS = {"shortest_edge": 128, "longest_edge": 768}
+_GRID_SIZE = {edge: tokens * 28 * 28 for edge, tokens in _FRAME_TOKENS.items()}
 _GRID_TOKENS = 128_000
+# Transformers' Qwen-Omni processors, which heed no other size for videos unless asked to: a token's
+# side in pixels, of which _FRAME_TOKENS bound a frame, and frames a second where none are said.
+_OMNI = {"Qwen2_5OmniProcessor": (28, 2), "Qwen3OmniMoeProcessor": (32, 1)}
+_POSITIONS_PER_SECOND = 25  # of transformers' Qwen-Omni, where config.json does not say
 # LLaVA-OneVision's videos: 32 frames at most, of one a second (arXiv 2408.03326, section 4).
 _TILED_PROCESSOR = "LlavaOnevisionProcessor"
 _TILED_SAMPLING = {"fps": 1, "min_frames": 1, "max_frames": 32}
@@ -120,17 +125,27 @@ def has_images(directory: Path) -> bool:
 def read_video_rules(directory: Path, config: VideoConfig) -> VideoRules | None:
     """The rules for videos by video_preprocessor_config.json; None if the folder has none.
 
-    A Qwen2.5-VL's needs no such file. What `config` holds replaces the file's. Raises ValueError if
-    the file asks for what we do not do.
+    A Qwen2.5-VL's and a Qwen-Omni's need no such file. What `config` holds replaces the file's.
+    Raises ValueError if the file or `config` asks for what we do not do.
     """
     path = directory / VIDEO_FILE
     images = read_json(directory / IMAGE_FILE)
     settings = read_json(path) if path.exists() else {}
-    if _GRID_PROCESSOR in (settings.get("processor_class"), images.get("processor_class")):
+    names = (settings.get("processor_class"), images.get("processor_class"))
+    if _GRID_PROCESSOR in names:
         return _grid_rules(path, settings or _without_file(images), config)
+    omni = next((name for name in names if name in _OMNI), None)
+    if omni is not None:
+        return _omni_rules(path, settings or _without_file(images), config, omni)
+    if config.frame_pixels is not None:
+        raise ValueError(
+            "data.video.frame_pixels: must be left out for a model whose videos are not one grid, "
+            f"got {list(config.frame_pixels)}; set data.video.max_pixels"
+        )
     if not settings or settings.get("video_processor_type", _VIDEO_TYPE) != _VIDEO_TYPE:
         return None  # laid out in another way: refused when a sample has one
-    numbers = _geometry(path, settings, {"min_pixels": None, "max_pixels": config.max_pixels})
+    bounds = {"min_pixels": None, "max_pixels": config.max_pixels}
+    numbers: dict[str, Any] = dict(_geometry(path, settings, bounds))
     capped = settings.get("cap_pixels_per_frame")
     tokens = settings.get("max_video_tokens", _VIDEO_FRAME_TOKENS) if capped else None
     rules = VideoRules(**numbers, **_sampling(path, settings, config), max_frame_tokens=tokens)
@@ -139,7 +154,7 @@ def read_video_rules(directory: Path, config: VideoConfig) -> VideoRules | None:
 
 
 def _without_file(images: Mapping[str, Any]) -> dict[str, Any]:
-    """Qwen2.5-VL's settings for videos where a folder has those for images alone."""
+    """Settings for videos of one grid where a folder has those for images alone."""
     shared = ("patch_size", "merge_size", "temporal_patch_size", "resample")
     kept = {name: images[name] for name in shared if name in images}
     return kept | {"size": _GRID_SIZE, "cap_pixels_per_frame": True}
@@ -148,7 +163,9 @@ def _without_file(images: Mapping[str, Any]) -> dict[str, Any]:
 def _grid_rules(path: Path, settings: Mapping[str, Any], config: VideoConfig) -> VideoRules:
     """Qwen2.5-VL's rules: bounds on each frame, and seconds in the positions."""
     settings = {"size": _GRID_SIZE, **settings}
-    numbers = _geometry(path, settings, {"min_pixels": None, "max_pixels": None})
+    least, most = config.frame_pixels or (None, None)
+    bounds = {"min_pixels": least, "max_pixels": most}
+    numbers: dict[str, Any] = dict(_geometry(path, settings, bounds))
     total = config.max_pixels
     if total is None and settings.get("cap_pixels_per_frame"):
         area = (numbers["patch_size"] * numbers["merge_size"]) ** 2
@@ -160,8 +177,44 @@ def _grid_rules(path: Path, settings: Mapping[str, Any], config: VideoConfig) ->
         tokens_per_second=_tokens_per_second(path.with_name(CONFIG_FILE)),
         total_pixels=total,
     )
-    _check_bounds(path, rules, "size.shortest_edge", "size.longest_edge")
+    _check_bounds(path, rules, "size.shortest_edge", "data.video.frame_pixels")
     return rules
+
+
+def _omni_rules(
+    path: Path, settings: Mapping[str, Any], config: VideoConfig, name: str
+) -> VideoRules:
+    """Qwen-Omni's rules: Qwen2.5-VL's with bounds of its own, and seconds by the rate asked for."""
+    side, fps = _OMNI[name]
+    own = {n: v for n, v in settings.items() if n not in ("min_pixels", "max_pixels")}
+    own["size"] = {edge: tokens * side**2 for edge, tokens in _FRAME_TOKENS.items()}
+    own["fps"] = settings.get("fps") or fps
+    a_second = _positions_per_second(path.with_name(CONFIG_FILE))
+    rules = _grid_rules(path, own, config)._replace(tokens_per_second=a_second, tmrope=True)
+    seconds = rules.temporal_patch_size / rules.fps
+    step = seconds * a_second
+    # Stock's positions of a Qwen3-Omni are single precision's, and not cut; ours are whole.
+    is_whole = step == int(step) and (seconds * 256).is_integer()
+    if name == "Qwen3OmniMoeProcessor" and not is_whole:
+        raise ValueError(
+            f"data.video.fps: must put whole positions of {a_second} a second between two patches "
+            f"of {rules.temporal_patch_size} frames, got {rules.fps:g}, which puts {step:g}; set "
+            "1 or 2"
+        )
+    return rules
+
+
+def _positions_per_second(path: Path) -> float:
+    """Positions of Qwen-Omni's M-RoPE in a second, by config.json, also a whole model's."""
+    config = read_json(path) if path.exists() else {}
+    thinker = config.get("thinker_config")
+    given = thinker if isinstance(thinker, dict) else config
+    value: Any = given.get("position_id_per_seconds", _POSITIONS_PER_SECOND)
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(
+            f"{path}: position_id_per_seconds must be positive, got {value!r}; fetch the file again"
+        )
+    return value
 
 
 def _tokens_per_second(path: Path) -> float:
@@ -283,11 +336,12 @@ def read_frame_rules(directory: Path, config: VideoConfig, images: ImageRules) -
     ):
         if not is_right:
             raise ValueError(f"{path}: {name} must be {wanted}, got {given}; fetch it again")
-    if config.max_pixels is not None:
-        raise ValueError(
-            f"data.video.max_pixels: must be left out for a model whose frames are all "
-            f"{side}x{side} pixels, got {config.max_pixels}; set data.video.max_frames"
-        )
+    for name, given in (("max_pixels", config.max_pixels), ("frame_pixels", config.frame_pixels)):
+        if given is not None:
+            raise ValueError(
+                f"data.video.{name}: must be left out for a model whose frames are all "
+                f"{side}x{side} pixels, got {given}; set data.video.max_frames"
+            )
     sampling = _TILED_SAMPLING | ({} if frames is None else dict.fromkeys(_COUNTS, frames))
     sampled = _sampling(path, {**sampling, **settings}, config)
     return VideoRules(*images[:5], **sampled, side=side)

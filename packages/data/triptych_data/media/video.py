@@ -1,8 +1,8 @@
 """Video files to uint8 patches with the times they are seen at: frame budgets and layouts.
 
 In a batch a video's patches, grids and positions go where those of images go. Qwen3-VL's is laid
-out as one image per temporal patch, each after its time in text; Qwen2.5-VL's as one grid, whose
-time is in its M-RoPE positions.
+out as one image per temporal patch, each after its time in text; Qwen2.5-VL's and Qwen-Omni's as
+one grid, whose time is in its M-RoPE positions.
 """
 
 import math
@@ -28,7 +28,8 @@ class VideoRules(NamedTuple):
 
     With `tokens_per_second` a video is one grid, and so many positions are a second of it (Qwen2.5-
     VL); then `min_pixels` and `max_pixels` bound each frame, `total_pixels` all of them. With
-    `side` every frame is stretched to a square of so many pixels (LLaVA-OneVision).
+    `tmrope` (Qwen-Omni) frames count as taken at `fps`, however many there are. With `side` every
+    frame is stretched to a square of so many pixels (LLaVA-OneVision).
     """
 
     patch_size: int
@@ -43,17 +44,18 @@ class VideoRules(NamedTuple):
     tokens_per_second: float | None = None
     total_pixels: int | None = None
     side: int | None = None
+    tmrope: bool = False
 
 
 class VideoLayout(NamedTuple):
     """What a video becomes: the numbers of its frames, as many as fill whole patches, the patch
-    grid (t, h, w), for each of t when it is seen, in seconds, and M-RoPE positions from one of t to
-    the next, None where each is an image of its own."""
+    grid (t, h, w), for each of t when it is seen, in seconds, and where it is on M-RoPE's axis t,
+    counted from the first, None where each is an image of its own."""
 
     frames: np.ndarray
     grid: tuple[int, int, int]
     seconds: tuple[float, ...]
-    interval: float | None = None
+    times: tuple[int, ...] | None = None
 
 
 def encode_video(data: bytes, rules: VideoRules) -> tuple[Tensor, VideoLayout]:
@@ -83,7 +85,6 @@ def video_layout(
     index holds. Raises ValueError if one side is over 200 times the other.
     """
     rate, depth = frame_rate(num_frames, seconds), rules.temporal_patch_size
-    interval = None
     if rules.side is not None:
         wanted = min(max(int(num_frames / rate * rules.fps), rules.min_frames), rules.max_frames)
         wanted = min(wanted, num_frames)
@@ -97,13 +98,12 @@ def video_layout(
     else:
         frames = _even_frames(num_frames, rate, rules)
         rows, cols = _bounded_frame_grid(width, height, len(frames), rules)
-        # In single precision, as stock's tensors: positions are cut to whole ones.
-        seconds_per_patch = np.float32(depth / (len(frames) / num_frames * rate))
-        interval = float(np.float32(rules.tokens_per_second) * seconds_per_patch)
+    sampled_fps = len(frames) / num_frames * rate
     frames = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % depth)])
     times = (frames / rate).reshape(-1, depth)
     shown = ((times[:, 0] + times[:, -1]) / 2).tolist()
-    return VideoLayout(frames, (len(shown), rows, cols), tuple(shown), interval)
+    positions = _time_positions(len(shown), sampled_fps, rules)
+    return VideoLayout(frames, (len(shown), rows, cols), tuple(shown), positions)
 
 
 def frame_rate(num_frames: int, seconds: float) -> float:
@@ -119,12 +119,28 @@ def video_pieces(layout: VideoLayout, merge_size: int) -> tuple[str | int, ...]:
     """
     depth, height, width = layout.grid
     tokens = height * width // merge_size**2
-    if layout.interval is not None:
+    if layout.times is not None:
         return (depth * tokens,)
     pieces: list[str | int] = []
     for time in layout.seconds:
         pieces += [f"<{time:.1f} seconds><|vision_start|>", tokens, "<|vision_end|>"]
     return tuple(pieces)
+
+
+def _time_positions(count: int, sampled_fps: float, rules: VideoRules) -> tuple[int, ...] | None:
+    """Where temporal patches are on M-RoPE's axis t; None where each is an image of its own.
+
+    In single precision and in the order of stock's tensors, since positions are cut to whole ones.
+    """
+    if rules.tokens_per_second is None:
+        return None
+    numbers = np.arange(count, dtype=np.float32)
+    depth, a_second = rules.temporal_patch_size, np.float32(rules.tokens_per_second)
+    if rules.tmrope:
+        positions = numbers * np.float32(depth / rules.fps) * a_second
+    else:
+        positions = numbers * (a_second * np.float32(depth / sampled_fps))
+    return tuple(positions.astype(np.int64).tolist())
 
 
 def _even_frames(num_frames: int, rate: float, rules: VideoRules) -> np.ndarray:
