@@ -17,12 +17,13 @@ from triptych_data.media import clips
 _ZEROS, _BETA, _CUTOFF = 64, 10.0, 0.95
 _MOST_PHASES = 2000  # odd ratios of rates are rounded to this: less than 1 µs in a second
 _FEWEST_PHASES = 64  # as one row of a matrix product each: 8 ms for 30 s of 48 kHz instead of 44
+_LONGER = 0.1  # seconds that a recording may have beyond the bound: codecs pad
 _EXACT = 1e-4  # samples; what floating point may have added to a whole number of them
 
 
 class AudioRules(NamedTuple):
     """How a model hears: Hz, samples per window and from one to the next, mel bands, the seconds
-    after which a recording is cut off, and the frames of the chunks that become tokens by
+    that a recording may have, and the frames of the chunks that become tokens by
     themselves, if there are such: then no silence follows a recording; or how many frames of it
     come with a recording. The defaults are Whisper's."""
 
@@ -54,9 +55,12 @@ def encode_audio(data: bytes, rules: AudioRules = WHISPER, *, pad: bool = False)
 def hear(data: bytes, rules: AudioRules) -> Tensor:
     """Decode an audio file to the frames that `heard` makes of it.
 
-    Raises ValueError for a file that cannot be decoded, or is too short for a token.
+    Raises ValueError for a file that cannot be decoded, is too short for a token, or longer than
+    the model hears.
     """
-    return heard(load_wave(data, rules.rate, rules.max_seconds + 0.1), rules)
+    wave = load_wave(data, rules.rate, rules.max_seconds + 2 * _LONGER)
+    _check_length(len(wave) / rules.rate, rules)
+    return heard(wave, rules)
 
 
 def heard(wave: Tensor, rules: AudioRules) -> Tensor:
@@ -76,13 +80,23 @@ def heard(wave: Tensor, rules: AudioRules) -> Tensor:
 
 def heard_frames(seconds: float, rules: AudioRules) -> int:
     """Frames that `hear` makes of what has `seconds` in the index. Raises ValueError as it does."""
+    _check_length(seconds, rules)
     samples = math.ceil(seconds * rules.rate - _EXACT)
     return _heard(min(samples, _most_samples(rules)), rules)
 
 
 def most_frames(rules: AudioRules) -> int:
-    """Frames of a recording that is cut off."""
+    """Frames of the longest recording."""
     return -(-_most_samples(rules) // rules.hop)
+
+
+def _check_length(seconds: float, rules: AudioRules) -> None:
+    """Cut off, it would be trained on beside words of what was left out."""
+    if seconds > rules.max_seconds + _LONGER:
+        raise ValueError(
+            f"audio must be at most {rules.max_seconds:g} s long (chunk_length of the model), got "
+            f"more; split it and its text"
+        )
 
 
 def _heard(samples: int, rules: AudioRules) -> int:
