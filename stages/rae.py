@@ -116,7 +116,13 @@ class RaeConfig(StageConfig):
         """What is learnt by, and what is not."""
         off = "off, as {0}.path names no folder or {0}.weight is 0"
         perceptual = self.perceptual.weight if self.perceptual.is_on else off.format("perceptual")
-        adversary = self.adversary.weight if self.adversary.is_on else off.format("adversary")
+        adversary = off.format("adversary")
+        if self.adversary.is_on:
+            begins, steps = self.adversary.start, self.run.steps
+            when = (
+                f"from step {begins} on" if begins <= steps else f"never: from {begins} of {steps}"
+            )
+            adversary = f"{self.adversary.weight} {when}"
         return f"L1, an image; perceptual distance × {perceptual}; discriminator × {adversary}"
 
 
