@@ -199,6 +199,7 @@ def plan(config: PackedConfig) -> "Plan":
         target_share=config.plan.target_share,
         image_tokens=config.plan.image_tokens,
     )
+    seq_len = config.data.seq_len + drawn_tokens(config)
     with pretend(model):
         trace = tracer(
             model,
@@ -208,7 +209,21 @@ def plan(config: PackedConfig) -> "Plan":
             part=partial(pretend_part, sequence=sequence),
             sequence=sequence.size,
         )
-        return plan_run(config, weights, trace, seq_len=config.data.seq_len)
+        return plan_run(config, weights, trace, seq_len=seq_len)
+
+
+def drawn_tokens(config: PackedConfig) -> int:
+    """How much longer rows are by the images that are drawn in them, of the first one's size."""
+    if config.generation is None:
+        return 0
+    from triptych_data.tensors.loader import open_batches
+    from triptych_models.bagel.join import slot_tokens
+    from triptych_models.bagel.model import read_bagel
+
+    data = config.generation.data
+    *_, height, width = open_batches(data, data.shards, None).shape
+    latents = height * width // read_bagel(config.model.path).latent_patch_size ** 2
+    return data.batch_size * slot_tokens(config.generation, latents)
 
 
 @dataclass(frozen=True, eq=False)

@@ -174,6 +174,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(workspace: Path, trained: Any) -
             assert before[key] == after[key], before["step"]
 
 
+def test_the_plan_counts_rows_as_they_are(workspace: Path) -> None:
+    config = read(words(workspace, workspace / "plan", 1, 0))
+    (row,) = rows(workspace, 1)
+    import wiring  # which `read` made known
+
+    assert config.data.seq_len + wiring.drawn_tokens(config) == row["input_ids"].shape[1]
+    config.generation = None
+    assert wiring.drawn_tokens(config) == 0
+
+
 def test_latents_of_another_autoencoder_are_refused(workspace: Path) -> None:
     from triptych_models.bagel.join import JoinImages
     from triptych_models.bagel.model import read_bagel

@@ -16,6 +16,7 @@ from torch import Tensor
 from triptych_data.faults import BadSample
 from triptych_data.sample import dump_json
 from triptych_data.strict_json import load_json
+from triptych_data.text.marks import RESERVED, RESERVED_TEXT
 
 NAMES = ["json", "safetensors"]
 """What follows the key in the names of a sample's members."""
@@ -108,6 +109,8 @@ def _text(record: dict[str, Any], field: str, where: str) -> str:
     text = record.get(field)
     if not isinstance(text, str) or not text.strip():
         raise BadSample(f"{where}: {field} must be words, got {text!r:.40}", "no text")
+    if RESERVED.search(text):  # of which no tokenizer of ours makes ids
+        raise BadSample(f"{where}: {field} {RESERVED_TEXT}", "reserved characters")
     return text
 
 

@@ -79,7 +79,7 @@ class JoinImages:
         """The row behind the documents, and padding for what these could be longer."""
         lengths = [len(ids) for ids in documents]
         drawn = sum(lengths)
-        padding = slots * (self.settings.text_len + count + 4) - drawn
+        padding = slots * slot_tokens(self.settings, count) - drawn
         first = torch.tensor([ids for document in documents for ids in document], dtype=torch.int64)
         tail = torch.full((padding,), self.pad_token_id)
         starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
@@ -98,6 +98,11 @@ class JoinImages:
         if "image_positions" in row:
             joined["image_positions"] = row["image_positions"] + drawn
         return joined
+
+
+def slot_tokens(settings: DrawConfig, latents: int) -> int:
+    """Tokens that a row has room for, of an image of so many latents with its words."""
+    return settings.text_len + latents + 4  # around words, and around the image
 
 
 def image_document(config: BagelConfig, words: Sequence[int], count: int) -> list[int]:
