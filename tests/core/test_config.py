@@ -1,5 +1,6 @@
 """Configuration: defaults, overrides, and mistakes that must never reach a GPU."""
 
+import os
 import subprocess
 import sys
 from typing import Annotated
@@ -87,6 +88,20 @@ def test_help_names_every_key_with_its_default():
     text = render_help(StageConfig)
     assert "optim.lr: float = 0.0001" in text
     assert "engine.zero.stage: 0|1|2|3|auto = 'auto'" in text
+
+
+def test_nobody_need_read_the_help():
+    """As of `--help | head`, which has seen enough."""
+    code = (
+        "from triptych_core.config import StageConfig as C, parse_args; parse_args(C, ['--help'])"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 class Part(BaseModel):

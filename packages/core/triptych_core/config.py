@@ -9,6 +9,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
@@ -124,8 +125,7 @@ def parse_args(cls: type[Config], argv: Sequence[str], description: str = "") ->
     for word in words:
         name, _, inline = word.partition("=")
         if word in ("-h", "--help"):
-            print(render_help(cls, description))  # noqa: T201
-            sys.exit(0)
+            _say_and_exit(render_help(cls, description) + "\n")
         elif name == "--config":
             path = Path(inline or next(words, ""))
         elif name in ("--local_rank", "--local-rank"):
@@ -149,8 +149,7 @@ def parse_args(cls: type[Config], argv: Sequence[str], description: str = "") ->
     except ValueError as error:
         die(str(error).splitlines())
     if print_only:
-        print(dump_config(config), end="")  # noqa: T201
-        sys.exit(0)
+        _say_and_exit(dump_config(config))
     return config
 
 
@@ -262,6 +261,15 @@ def die(lines: Sequence[str]) -> NoReturn:
         for line in lines:
             print(masked(f"error: {line}"), file=sys.stderr)  # noqa: T201
     sys.exit(2)
+
+
+def _say_and_exit(text: str) -> NoReturn:
+    """Also where who reads has seen enough: `--help | head`."""
+    with suppress(BrokenPipeError):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        sys.exit(0)
+    os._exit(0)  # nothing is left to be flushed
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
