@@ -200,7 +200,9 @@ def test_a_hang_is_explained_and_ended(workspace, name):
     stacks = [(folder / f"rank-0000{rank}.txt").read_text() for rank in (0, 1)]
     assert "in train" in stacks[0] and "loop.py" in stacks[0]
     assert name == "stopped" or "enter_or_fault" in stacks[1]
-    assert [path.name for path in checkpoints(job.dir)] == ["step-000005"]
+    whole = [path.name for path in checkpoints(job.dir)]
+    # A rank that was stopped may not have come to the end of its background save.
+    assert whole == ["step-000005"] or (name == "stopped" and not whole)
 
 
 def test_a_killed_rank_takes_the_job_down(workspace):
