@@ -19,10 +19,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from running import carry_out, share_seed
+from running import UnplannedEngine, carry_out, share_seed
 
 from triptych_core.config import StageConfig, parse_args, run_main
-from triptych_core.sections import EngineConfig, OptimConfig, ScheduleConfig, ZeroConfig
+from triptych_core.sections import OptimConfig, ScheduleConfig
 from triptych_data.tensors.config import TensorDataConfig
 from triptych_models.diffusion.config import DiffusionModelConfig, ObjectiveConfig, SamplerConfig
 
@@ -50,23 +50,6 @@ class DiffusionSchedule(ScheduleConfig):
     kind: Literal["constant", "cosine", "linear", "wsd"] = Field("constant", description="shape")
 
 
-class DiffusionZero(ZeroConfig):
-    """What is partitioned; no plan chooses here."""
-
-    stage: Literal[0, 1, 2, 3] = Field(
-        0, description="0 nothing, 1 optimizer states, 2 + gradients, 3 + parameters"
-    )
-
-
-class DiffusionEngine(EngineConfig):
-    """How a step is computed."""
-
-    checkpointing: Literal["none", "selective", "full", "offload"] = Field(
-        "none", description="what a block keeps for its backward; see packages/models"
-    )
-    zero: DiffusionZero = DiffusionZero()
-
-
 class SamplesConfig(BaseModel):
     """What every evaluation draws."""
 
@@ -86,7 +69,7 @@ class DiffusionConfig(StageConfig):
     data: TensorDataConfig
     sampler: SamplerConfig = SamplerConfig()
     samples: SamplesConfig = SamplesConfig()
-    engine: DiffusionEngine = DiffusionEngine()
+    engine: UnplannedEngine = UnplannedEngine()
     optim: DiffusionOptim = DiffusionOptim()
     schedule: DiffusionSchedule = DiffusionSchedule()
     export: bool = Field(True, description="write run.dir/export, weights and their configuration")

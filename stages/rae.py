@@ -16,13 +16,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from running import carry_out, share_seed
+from running import UnplannedEngine, carry_out, share_seed
 
 from triptych_core.config import StageConfig, parse_args, run_main
-from triptych_core.sections import EngineConfig, OptimConfig, ScheduleConfig, ZeroConfig
+from triptych_core.sections import OptimConfig, ScheduleConfig
 from triptych_data.pixels.config import PixelDataConfig
 from triptych_models.autoencoder.config import AdversaryConfig, PerceptualConfig, RAEModelConfig
 
@@ -50,23 +50,6 @@ class RaeSchedule(ScheduleConfig):
     min_ratio: float = Field(0.1, ge=0, le=1, description="the factor reached at the last step")
 
 
-class RaeZero(ZeroConfig):
-    """What is partitioned; no plan chooses here."""
-
-    stage: Literal[0, 1, 2, 3] = Field(
-        0, description="0 nothing, 1 optimizer states, 2 + gradients, 3 + parameters"
-    )
-
-
-class RaeEngine(EngineConfig):
-    """How a step is computed."""
-
-    checkpointing: Literal["none", "selective", "full", "offload"] = Field(
-        "none", description="what a block keeps for its backward; see packages/models"
-    )
-    zero: RaeZero = RaeZero()
-
-
 class SamplesConfig(BaseModel):
     """What every evaluation shows."""
 
@@ -84,7 +67,7 @@ class RaeConfig(StageConfig):
     adversary: AdversaryConfig = AdversaryConfig()
     data: PixelDataConfig
     samples: SamplesConfig = SamplesConfig()
-    engine: RaeEngine = RaeEngine()
+    engine: UnplannedEngine = UnplannedEngine()
     optim: RaeOptim = RaeOptim()
     schedule: RaeSchedule = RaeSchedule()
     export: bool = Field(True, description="write run.dir/export, weights and their configuration")

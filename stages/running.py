@@ -4,9 +4,12 @@ No stage itself.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from pydantic import Field
 
 from triptych_core.config import StageConfig
+from triptych_core.sections import EngineConfig, ZeroConfig
 
 if TYPE_CHECKING:
     from triptych_core.checkpoint.saver import Saver
@@ -15,6 +18,23 @@ if TYPE_CHECKING:
     from triptych_core.metrics import Metrics
     from triptych_core.plan.plan import Plan
     from triptych_data.plan.ledger import Ledger
+
+
+class UnplannedZero(ZeroConfig):
+    """What is partitioned; no plan chooses here."""
+
+    stage: Literal[0, 1, 2, 3] = Field(
+        0, description="0 nothing, 1 optimizer states, 2 + gradients, 3 + parameters"
+    )
+
+
+class UnplannedEngine(EngineConfig):
+    """How a step is computed."""
+
+    checkpointing: Literal["none", "selective", "full", "offload"] = Field(
+        "none", description="what a block keeps for its backward; see packages/models"
+    )
+    zero: UnplannedZero = UnplannedZero()
 
 
 def share_seed(config: Any) -> None:
