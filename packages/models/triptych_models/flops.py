@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from transformers import PretrainedConfig
 
-from .layout import head_dim, mixture_shape
+from .layout import head_dim, mixture_shape, text_config
 
 
 class Work(NamedTuple):
@@ -111,6 +111,34 @@ def vision_flops(
         mergers(vision, grids),
         trainable,
         adapted=adapted,
+    )
+
+
+def one_merger_flops(
+    config: PretrainedConfig,
+    batch: Mapping[str, Any],
+    blocks: Callable[[list[tuple[int, ...]]], Work],
+    trainable: Collection[str],
+    *,
+    adapted: bool,
+) -> float:
+    """Forward + backward FLOPs of a tower, the one merger behind it, and the language model.
+
+    blocks says the tower's work on images of these grids; the rest as qwen3_vl_flops.
+    """
+    vision, grid = config.vision_config, batch.get("image_grid_thw")
+    grids = [] if grid is None else [tuple(int(n) for n in row) for row in grid]
+    return tower_flops(
+        patch_embedding(vision, grids),
+        blocks(grids),
+        patch_merger(vision, grids),
+        trainable,
+        adapted=adapted,
+    ) + language_flops(
+        text_config(config),
+        batch,
+        weight="language" in trainable and not adapted,
+        inputs=bool(trainable),
     )
 
 

@@ -23,8 +23,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .flops import language_flops, patch_embedding, patch_merger, tower_blocks, tower_flops
-from .layout import text_config
+from .flops import Work, one_merger_flops, tower_blocks
 from .lora import adapter_flops
 from .qwen3_vl import Qwen3VL
 from .read_config import check_values
@@ -220,25 +219,15 @@ class LlavaOnevision15(Qwen3VL):
 
     def flops(self, batch: Mapping[str, Any]) -> float:
         """Forward and backward FLOPs of one packed row; see triptych_models.flops."""
-        config, trains, adapted = self.hf.config, self.trainable_parts(), self.lora is not None
-        vision, grid = config.vision_config, batch.get("image_grid_thw")
-        grids = [] if grid is None else [tuple(int(n) for n in row) for row in grid]
-        rows: list[tuple[int, ...]] = [(t, 1, h * w + 1) for t, h, w in grids]  # a class token each
-        return (
-            tower_flops(
-                patch_embedding(vision, grids),
-                tower_blocks(vision.hidden_size, vision.intermediate_size, vision.depth, rows),
-                patch_merger(vision, grids),
-                trains,
-                adapted=adapted,
-            )
-            + language_flops(
-                text_config(config),
-                batch,
-                weight="language" in trains and not adapted,
-                inputs=bool(trains),
-            )
-            + adapter_flops(self, batch)
+        config, parts, adapted = self.hf.config, self.trainable_parts(), self.lora is not None
+        vision = config.vision_config
+
+        def blocks(grids: list[tuple[int, ...]]) -> Work:
+            rows: list[tuple[int, ...]] = [(t, 1, h * w + 1) for t, h, w in grids]  # a class token
+            return tower_blocks(vision.hidden_size, vision.intermediate_size, vision.depth, rows)
+
+        return one_merger_flops(config, batch, blocks, parts, adapted=adapted) + adapter_flops(
+            self, batch
         )
 
     def _image_features(

@@ -1,13 +1,13 @@
 """Qwen2.5-VL as a packed-sequence module with its loss inside."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from .flops import gated_tower, language_flops, patch_embedding, patch_merger, tower_flops
-from .layout import text_config
+from .flops import gated_tower, one_merger_flops
 from .lora import adapter_flops
 from .qwen3_vl import Qwen3VL
 from .vision import normalize_pixels
@@ -34,24 +34,12 @@ class Qwen2_5VL(Qwen3VL):
 
     def flops(self, batch: Mapping[str, Any]) -> float:
         """Forward and backward FLOPs of one packed row; see triptych_models.flops."""
-        config, trains, adapted = self.hf.config, self.trainable_parts(), self.lora is not None
-        vision, grid = config.vision_config, batch.get("image_grid_thw")
-        grids = [] if grid is None else [tuple(int(n) for n in row) for row in grid]
-        return (
-            tower_flops(
-                patch_embedding(vision, grids),
-                gated_tower(vision, grids, window_side(vision) * vision.spatial_merge_size),
-                patch_merger(vision, grids),
-                trains,
-                adapted=adapted,
-            )
-            + language_flops(
-                text_config(config),
-                batch,
-                weight="language" in trains and not adapted,
-                inputs=bool(trains),
-            )
-            + adapter_flops(self, batch)
+        config, parts, adapted = self.hf.config, self.trainable_parts(), self.lora is not None
+        vision = config.vision_config
+        side = window_side(vision) * vision.spatial_merge_size
+        blocks = partial(gated_tower, vision, side=side)
+        return one_merger_flops(config, batch, blocks, parts, adapted=adapted) + adapter_flops(
+            self, batch
         )
 
     def _image_features(
