@@ -289,7 +289,8 @@ def join_images(
     images = TensorLoader(config.generation.data, **ranks, num_classes=None)
     hf_config = read_bagel(config.model.path)
     encode, pad = processor.encode_words, processor.pad_token_id
-    return JoinedLoader(rows, images, JoinImages(hf_config, config.generation, encode, pad))
+    join = JoinImages(hf_config, config.generation, encode, pad)
+    return JoinedLoader(rows, images, join, name="generation")
 
 
 def build_job(config: PackedConfig, runtime: "Runtime") -> Job:

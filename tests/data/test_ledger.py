@@ -5,12 +5,17 @@ import sys
 from itertools import islice
 
 import pytest
+import torch
 
 from tests.data.packs import tiny_config, tiny_processor, write_mixture
 from triptych_data.faults import Hole
 from triptych_data.loader import PackLoader
 from triptych_data.plan.ledger import Ledger, audit, read_ledger
 from triptych_data.prepare import Place
+from triptych_data.tensors.config import TensorDataConfig
+from triptych_data.tensors.joined import JoinedLoader
+from triptych_data.tensors.loader import TensorLoader
+from triptych_data.tensors.write import write_tensor_shards
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +133,76 @@ def test_holes_count_as_consumed(tmp_path):
     assert (found.samples, found.holes, found.left_out, found.problems) == (2, 1, 0, [])
     (line,) = read_ledger(tmp_path / "rank-00000.jsonl")
     assert line["packs"][0]["holes"] == [["b", "web", "damaged", "…", 7]]
+
+
+def joined(shards, latents, rank, world_size):
+    """Rows of chats, each with a batch of latents."""
+    rows = PackLoader(tiny_config(shards), tiny_processor(), rank=rank, world_size=world_size)
+    config = TensorDataConfig(shards=[str(latents)], batch_size=3, num_workers=0, max_bad_rate=1.0)
+    tensors = TensorLoader(config, rank=rank, world_size=world_size, num_classes=None)
+    return JoinedLoader(
+        rows, tensors, lambda row, batch: row | {"num_images": len(batch)}, name="x"
+    )
+
+
+def train_joined(shards, latents, folder, steps, world_size, start_step=0, state=None):
+    for rank in range(world_size):
+        loader = joined(shards, latents, rank, world_size)
+        if state:
+            loader.load_state_dict(state)
+        ledger = Ledger(folder, rank=rank, world_size=world_size, start_step=start_step)
+        stream = ledger.watch(loader)
+        for step in range(start_step + 1, start_step + steps + 1):
+            next(stream)
+            ledger.write(step)
+    return json.loads(json.dumps(loader.state_dict()))
+
+
+def test_samples_that_rows_are_joined_with_are_in_it(shards, tmp_path):
+    """Through epochs of seven of them, one damaged, and a resume on fewer ranks."""
+    samples = [({}, {"latents": torch.full((1, 2, 2), float(i))}) for i in range(7)]
+    (shard,) = write_tensor_shards(samples, tmp_path / "latents")
+    raw = bytearray(shard.read_bytes())
+    raw[raw.find(torch.full((4,), 4.0).numpy().tobytes())] ^= 1
+    shard.write_bytes(raw)
+    latents, book = tmp_path / "latents", tmp_path / "ledger"
+    state = train_joined(shards, latents, book, 4, world_size=2)
+    train_joined(shards, latents, book, 2, 2, start_step=4, state=state)  # to be lost
+    train_joined(shards, latents, book, 5, 1, start_step=4, state=state)
+    found = audit(book)
+    assert found.problems == [] and found.steps == 9
+    drawn = found.joined["x"]
+    assert (drawn.samples + drawn.holes, drawn.left_out, drawn.epochs) == (3 * (8 + 5), 0, 6)
+    assert drawn.holes == 5  # in each whole epoch
+    lines = read_ledger(book / "rank-00000.jsonl")
+    lost = [
+        hole for line in lines for pack in line["joined"]["x"]["packs"] for hole in pack["holes"]
+    ]
+    assert {(key, reason, sample) for key, _, reason, _, sample in lost} == {
+        ("000000004", "damaged", 4)
+    }
+    assert all(f"{shard}: sample 000000004" in message for *_, message, _ in lost)
+
+    def repeat_a_sample(lines):
+        packs = lines[0]["joined"]["x"]["packs"]
+        packs[0]["ids"][0] = packs[0]["ids"][1]
+
+    change(book, repeat_a_sample)
+    assert [problem[:33] for problem in audit(book).problems] == [
+        "x: epoch 0: 1 samples were taken ",
+        "x: epoch 0: 1 samples that other ",
+    ]
+
+
+def test_a_joined_row_names_the_samples_of_both(shards, tmp_path):
+    write_tensor_shards([({}, {"latents": torch.zeros(1, 2, 2)})] * 3, tmp_path / "latents")
+    loader = joined(shards, tmp_path / "latents", 0, 1)
+    row = next(iter(loader))
+    rows = row["streams"][""]
+    assert sorted(row["sample_keys"][:3]) == ["x/000000000", "x/000000001", "x/000000002"]
+    assert row["sample_keys"][3:] == rows["sample_keys"] and rows["sample_keys"]
+    assert row["sample_ids"] == rows["sample_ids"] and row["place"] == rows["place"]
+    assert loader.doing().startswith(f"reading {tmp_path / 'latents'}")
 
 
 def test_no_ledger_is_an_error(tmp_path):

@@ -21,7 +21,10 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: Any) -> Path:
-    """A tiny Bagel whose every weight is random, chats, and latents of a few words each."""
+    """A tiny Bagel whose every weight is random, chats, and latents of a few words each.
+
+    The latents of sample 6 are damaged.
+    """
     from triptych_data.tensors.write import write_tensor_shards
     from triptych_models.config import ModelConfig
     from triptych_models.export import export
@@ -43,7 +46,11 @@ def workspace(tmp_path_factory: Any) -> Path:
         ({"text": "a digit " * (1 + i % 3)}, {"latents": torch.randn(1, 8, 8, generator=generator)})
         for i in range(10)
     ]
-    write_tensor_shards(samples, path / "latents")
+    (shard,) = write_tensor_shards(samples, path / "latents")
+    damaged = samples[6][1]["latents"].numpy().tobytes()
+    raw = bytearray(shard.read_bytes())
+    raw[raw.index(damaged)] ^= 1
+    shard.write_bytes(raw)
     return path
 
 
@@ -56,10 +63,12 @@ def words(workspace: Path, run_dir: Path, accumulation: int, stage: int, *more: 
         f"data.shards=[{workspace / 'chats/shards'}]",
         "data.seq_len=320",
         "data.num_workers=0",
+        "data.ledger=true",
         f"generation.data.shards=[{workspace / 'latents'}]",
         "generation.data.text_field=text",
         "generation.data.batch_size=3",
         "generation.data.num_workers=0",
+        "generation.data.max_bad_rate=1",
         "generation.text_len=5",
         "generation.text_dropout=0.3",
         "generation.weight=0.5",
@@ -156,9 +165,9 @@ def test_noise_is_a_samples_and_an_epochs_own(workspace: Path) -> None:
     first, again = rows(workspace, 8), rows(workspace, 8)
     seen = [row["latent_noise"] for row in first]
     times = torch.cat([row["latent_times"].unique() for row in first])
-    assert len(times.unique()) == len(times) == 24  # ten samples, in three epochs
+    assert len(times.unique()) == len(times) == 24 - 3  # ten samples, one lost, three epochs
     images = torch.cat([noise.view(-1, 64) for noise in seen])
-    assert len(images.unique(dim=0)) == len(images) == 24
+    assert len(images.unique(dim=0)) == len(images) == 24 - 3
     for row, other in zip(first, again, strict=True):
         assert torch.equal(row["latent_noise"], other["latent_noise"])
         assert torch.equal(row["input_ids"], other["input_ids"])
@@ -169,9 +178,46 @@ def test_a_resumed_run_is_the_uninterrupted_one(workspace: Path, trained: Any) -
     shutil.copytree(trained[1], again)
     shutil.rmtree(again / f"checkpoints/step-{STEPS:06d}")
     run_ranks(sft, 1, words(workspace, again, 2, 0))
+    assert ledger(again) == ledger(trained[1])
     for before, after in zip(metrics(trained[1]), metrics(again), strict=True):
         for key in ("loss", "image_loss", "grad_norm", "num_targets"):
             assert before[key] == after[key], before["step"]
+
+
+def ledger(run: Path) -> list[str]:
+    return [path.read_text() for path in sorted((run / "ledger").iterdir())]
+
+
+def test_the_ledger_names_what_was_read_and_drawn(trained: dict[int, Path]) -> None:
+    """The same on one rank and on two, and the damaged one as a hole, counted in the figures."""
+    from triptych_data.plan.ledger import audit, read_ledger
+
+    for run in trained.values():
+        found = audit(run / "ledger")
+        assert found.problems == []
+        drawn = found.joined["generation"]
+        assert (drawn.samples + drawn.holes, drawn.epochs) == (STEPS * 2 * 3, 3)
+        packs = [
+            pack
+            for path in sorted((run / "ledger").iterdir())
+            for line in read_ledger(path)
+            for pack in line["joined"]["generation"]["packs"]
+        ]
+        lost = [hole for pack in packs for hole in pack["holes"]]
+        assert [(hole[0], hole[2]) for hole in lost] == [("000000006", "damaged")] * 3
+        assert all("shard-000000.tar: sample 000000006" in hole[3] for hole in lost)
+        assert sum(line["bad_samples"] for line in metrics(run)) == 3
+
+
+def test_what_runs_out_of_memory_names_both(workspace: Path) -> None:
+    from triptych_core.plan.postmortem import name_batch
+
+    (row,) = rows(workspace, 1)
+    with pytest.raises(torch.OutOfMemoryError) as caught, name_batch(torch.nn.Linear(1, 1), row):
+        raise torch.OutOfMemoryError("none left")
+    assert caught.value.__notes__[1] == f"samples: {', '.join(row['sample_keys'])}"
+    drawn = [key for key in row["sample_keys"] if key.startswith("generation/")]
+    assert len(drawn) == 3 and len(row["sample_keys"]) > 3
 
 
 def test_the_plan_counts_rows_as_they_are(workspace: Path) -> None:

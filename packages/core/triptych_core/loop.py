@@ -26,7 +26,9 @@ AfterUpdate = Callable[[Mapping[str, torch.Tensor], torch.Tensor], None]
 # Grids and lengths describe shapes: on the device every look at one would stall the step.
 HOST_KEYS = frozenset({"image_grid_thw", "audio_lengths"})
 # For people and logs, not for the model.
-LABEL_KEYS = frozenset({"sample_keys", "sample_ids", "num_tokens", "holes", "place"})
+LABEL_KEYS = frozenset(
+    {"sample_keys", "sample_ids", "sample_epochs", "num_tokens", "holes", "place", "streams"}
+)
 
 
 def whole_row(batch: Batch) -> Batch:

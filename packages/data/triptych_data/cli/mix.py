@@ -110,6 +110,11 @@ def ledger(folder: Path, mixed: bool, as_json: bool) -> None:
             f"{found.epochs:,} epochs begun: "
             f"{f'{count:,} problems' if count else 'nothing lost or repeated'}"
         )
+        for name, other in found.joined.items():
+            click.echo(
+                f"{name}: {other.samples:,} samples, {other.holes:,} holes, "
+                f"{other.epochs:,} epochs begun"
+            )
         for problem in found.problems:
             click.echo(problem)
     if found.problems:

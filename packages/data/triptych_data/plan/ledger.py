@@ -9,6 +9,10 @@
 `position` of a line counts the samples that all ranks had consumed after the step; `position` and
 `end` of a pack those before it and those before the next pack of the global order. Keys are for
 people; ids count through the sources, and so differ where two shards use the same key.
+
+Where rows are joined with samples of other shards (`tensors.joined`), a line says as much of these:
+`"joined": {"generation": {"position": 32, "packs": [{…, "epochs": [0, 0, 1]}]}}`. Their packs may
+hold the end of an epoch and the begin of the next: `epochs` are those of `ids`, then of `holes`.
 `python -m triptych_data.plan.ledger runs/x/ledger` checks a run.
 """
 
@@ -39,32 +43,26 @@ class Ledger:
             if number == rank or (rank == 0 and number >= world_size):
                 _cut(path, start_step)
         self._file = (folder / f"rank-{rank:05d}.jsonl").open("a", encoding="utf-8")
-        self._packs: list[dict[str, Any]] = []
-        self._position = 0
+        self._taken: dict[str, dict[str, Any]] = {}  # by stream, rows' is ""
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the batches, noting what is in each one that is taken."""
         for batch in batches:
-            place = batch["place"]
-            self._packs.append(
-                {
-                    "position": place.position,
-                    "end": place.end,
-                    "epoch": place.epoch,
-                    "keys": batch["sample_keys"],
-                    "ids": batch["sample_ids"],
-                    "holes": batch["holes"],
-                }
-            )
-            self._position = place.next_position
+            for stream, labels in batch.get("streams", {"": batch}).items():
+                taken = self._taken.setdefault(stream, {"packs": []})
+                taken["position"] = labels["place"].next_position
+                taken["packs"].append(_pack(labels))
             yield batch
 
     def write(self, step: int) -> None:
         """Write the line of a step: all packs taken since the step before."""
-        line = {"step": step, "position": self._position, "packs": self._packs}
+        joined = dict(self._taken)
+        line = {"step": step, **joined.pop("", {"position": 0, "packs": []})}
+        if joined:
+            line["joined"] = joined
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
-        self._packs = []
+        self._taken = {}
 
 
 @dataclass
@@ -77,6 +75,8 @@ class Audit:
     left_out: int = 0
     """samples too long or refused, which the plan leaves out"""
     epochs: int = 0
+    joined: dict[str, "Audit"] = field(default_factory=dict)
+    """of what rows were joined with, by name; its problems stand among all"""
     problems: list[str] = field(default_factory=list)
 
 
@@ -96,6 +96,38 @@ def audit(folder: Path, *, once_per_epoch: bool = True) -> Audit:
             f"{folder}: must hold rank-*.jsonl, got none; set data.ledger=true for a run"
         )
     lines = [line for path in paths for line in read_ledger(path)]
+    found = _audit(lines, once_per_epoch=once_per_epoch)
+    for name in sorted({name for line in lines for name in line.get("joined", {})}):
+        parts = [
+            {"step": line["step"], **line["joined"][name]}
+            for line in lines
+            if name in line.get("joined", {})
+        ]
+        found.joined[name] = _audit(parts, once_per_epoch=True)
+        found.problems += [f"{name}: {problem}" for problem in found.joined[name].problems]
+    return found
+
+
+def read_ledger(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of one rank; a last one that a killed run left unfinished is dropped."""
+    return [json.loads(line) for line in _whole_lines(path)]
+
+
+def _pack(labels: Batch) -> dict[str, Any]:
+    place = labels["place"]
+    pack = {
+        "position": place.position,
+        "end": place.end,
+        "epoch": place.epoch,
+        "keys": labels["sample_keys"],
+        "ids": labels["sample_ids"],
+        "holes": labels["holes"],
+    }
+    return pack | ({"epochs": labels["sample_epochs"]} if "sample_epochs" in labels else {})
+
+
+def _audit(lines: list[dict[str, Any]], *, once_per_epoch: bool) -> Audit:
+    """Of one stream."""
     packs = sorted((pack for line in lines for pack in line["packs"]), key=_position)
     samples = sum(len(pack["keys"]) for pack in packs)
     holes = sum(len(pack["holes"]) for pack in packs)
@@ -104,18 +136,13 @@ def audit(folder: Path, *, once_per_epoch: bool = True) -> Audit:
         samples=samples,
         holes=holes,
         left_out=sum(pack["end"] - pack["position"] for pack in packs) - samples - holes,
-        epochs=len({pack["epoch"] for pack in packs}),
+        epochs=len({epoch for pack in packs for epoch, _ in _taken(pack)}),
     )
     found.problems += _steps_missing(lines)
     found.problems += _gaps(packs, max((line["position"] for line in lines), default=0))
     if once_per_epoch:
         found.problems += _repeats(packs)
     return found
-
-
-def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of one rank; a last one that a killed run left unfinished is dropped."""
-    return [json.loads(line) for line in _whole_lines(path)]
 
 
 def _whole_lines(path: Path) -> list[str]:
@@ -130,6 +157,12 @@ def _cut(path: Path, last_step: int) -> None:
 
 def _position(pack: dict[str, Any]) -> int:
     return pack["position"]
+
+
+def _taken(pack: dict[str, Any]) -> Iterator[tuple[int, int]]:
+    """Epoch and number of every sample that was planned."""
+    samples = [*pack["ids"], *(hole[-1] for hole in pack["holes"])]
+    return zip(pack.get("epochs", [pack["epoch"]] * len(samples)), samples, strict=True)
 
 
 def _steps_missing(lines: list[dict[str, Any]]) -> Iterator[str]:
@@ -155,8 +188,8 @@ def _gaps(packs: list[dict[str, Any]], end: int) -> Iterator[str]:
 def _repeats(packs: list[dict[str, Any]]) -> Iterator[str]:
     epochs: dict[int, Counter[int]] = {}
     for pack in packs:
-        samples = [*pack["ids"], *(hole[-1] for hole in pack["holes"])]
-        epochs.setdefault(pack["epoch"], Counter()).update(samples)
+        for epoch, sample in _taken(pack):
+            epochs.setdefault(epoch, Counter())[sample] += 1
     finished = sorted(epochs)[:-1]
     every = set[int]().union(*(epochs[epoch] for epoch in finished))
     for epoch, counts in sorted(epochs.items()):
@@ -180,6 +213,9 @@ def main(arguments: list[str]) -> int:
         f"{found.steps:,} steps, {found.samples:,} samples, {found.holes:,} holes, "
         f"{found.left_out:,} left out, {found.epochs:,} epochs begun"
     )
+    for name, other in found.joined.items():
+        said = f"{other.samples:,} samples, {other.holes:,} holes, {other.epochs:,} epochs begun"
+        print(f"{name}: {said}")  # noqa: T201
     for problem in found.problems:
         print(problem)  # noqa: T201
     return 1 if found.problems else 0

@@ -73,7 +73,8 @@ class TensorBatches:
           that are there, if they are wanted
         - `num_targets`: elements of the latents that are there and not given; `num_tokens`:
           samples; `given_frames`, if there are any
-        - `sample_keys`, `sample_ids` of those that are in it
+        - `sample_keys`, `sample_ids` of those that are in it; `sample_epochs` of these, and then of
+          those left out
         """
         names = [name for name in self.wanted.shapes if name != STD]
         rows = {name: torch.zeros(self.batch_size, *self.wanted.shapes[name]) for name in names}
@@ -82,14 +83,18 @@ class TensorBatches:
         labels = torch.zeros(self.batch_size, dtype=torch.int64)
         holes: list[Hole] = []
         kept: list[int] = []
+        kept_epochs: list[int] = []
+        lost_epochs: list[int] = []
         texts: list[str] = []
         for row, (sample, epoch) in enumerate(zip(ids, epochs, strict=True)):
             note(sample)
             found = self._read(sample)
             if isinstance(found, Hole):
                 holes.append(found)
+                lost_epochs.append(epoch)
                 continue
             kept.append(sample)
+            kept_epochs.append(epoch)
             texts.append(found.text)
             labels[row] = found.label
             for name, value in self._drawn(found.tensors, sample, epoch).items():
@@ -103,6 +108,7 @@ class TensorBatches:
             "num_tokens": len(kept),
             "sample_keys": [self.shards.keys(sample) for sample in kept],
             "sample_ids": kept,
+            "sample_epochs": [*kept_epochs, *lost_epochs],
             "holes": holes,
         }
         if self.wanted.text_field is not None:
