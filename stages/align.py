@@ -1,9 +1,12 @@
-"""Alignment of a vision-language model: its projector trains, the tower and the language stay.
+"""Alignment of a model that sees or hears: its projector trains, towers and language stay.
 
-The first stage of a model whose parts have not met: of `tools/assemble_vlm.py`, or of any
-Qwen3-VL folder. On chats and documents with images, usually captions. What is frozen has neither
-gradients nor optimizer states, and the tower runs without a graph. For Qwen3-VL the projector is
-the merger and the DeepStack mergers. `stages/sft.py` goes on from the export:
+The first stage of a model whose parts have not met: of `tools/assemble_vlm.py`, or of any folder of
+a family with a projector. On chats and documents with images or sound, usually captions. What is
+frozen has neither gradients nor optimizer states, and towers run without a graph. The projector is
+what takes a tower's features to the width of the language model, norms before it included: for
+Qwen3-VL the merger and the DeepStack mergers, of what Qwen-Omni hears `ln_post` and `proj` (two of
+them in Qwen3-Omni), for Aero the encoder's last norm and the linear. `stages/sft.py` goes on from
+the export:
 
     python tools/assemble_vlm.py --vision VL --language LM --projector mlp --output runs/start
     deepspeed stages/align.py --config stages/configs/align_tiny.yaml model.path=runs/start
@@ -20,6 +23,7 @@ from wiring import PackedConfig, plan, require_part, run
 
 from triptych_core.config import parse_args, run_main
 from triptych_core.sections import OptimConfig
+from triptych_models.catalogue import FAMILIES
 from triptych_models.config import ModelConfig, Part
 
 __all__ = ["AlignConfig", "main", "plan"]
@@ -30,8 +34,21 @@ class AlignModel(ModelConfig):
 
     freeze: list[Part] = Field(
         default_factory=lambda: ["vision", "language"],
-        description="all parts but the projector; not to be changed here",
+        description="all parts of the model but the projector; not to be changed here",
     )
+
+    @model_validator(mode="after")
+    def _settle_freeze(self) -> Self:
+        if not self.path.is_dir():  # refused later
+            return self
+        rest = [part for part in FAMILIES[self.find_family()].parts if part != "projector"]
+        if "freeze" in self.model_fields_set and {*self.freeze} != {*rest}:
+            raise ValueError(
+                f"model.freeze: must be [{', '.join(rest)}] in this stage, got {self.freeze}; "
+                "leave it out, or train more parts with stages/sft.py"
+            )
+        self.freeze = rest
+        return self
 
 
 class AlignOptim(OptimConfig):
@@ -46,15 +63,6 @@ class AlignConfig(PackedConfig):
 
     model: AlignModel
     optim: AlignOptim = AlignOptim()
-
-    @model_validator(mode="after")
-    def _check_freeze(self) -> Self:
-        if set(self.model.freeze) != {"vision", "language"}:
-            raise ValueError(
-                "model.freeze: must be [vision, language] in this stage, got "
-                f"{self.model.freeze}; leave it out, or train more parts with stages/sft.py"
-            )
-        return self
 
 
 def main(config: AlignConfig) -> None:

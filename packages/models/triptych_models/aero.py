@@ -21,10 +21,11 @@ from transformers import (
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from .audio_flops import whisper_flops
+from .audio_flops import whisper_flops, whisper_rows
 from .audio_model import AudioModel
 from .flops import language_flops
 from .layout import STORED_PREFIXES
+from .lora import adapter_flops
 from .read_config import check_values
 from .whisper_tower import BEHIND, audio_features
 
@@ -138,7 +139,21 @@ class Aero(AudioModel):
     def flops(self, batch: Mapping[str, Any]) -> float:
         """Forward and backward FLOPs of one packed row; see triptych_models.flops."""
         config, trains = self.hf.config, self.trainable_parts()
-        audio, text = config.audio_config, config.text_config
-        return whisper_flops(
-            audio, batch, trains, chunk=self.stock_frames, output_dim=text.hidden_size
-        ) + language_flops(text, batch, weight="language" in trains, inputs=bool(trains))
+        audio, text, adapted = config.audio_config, config.text_config, self.lora is not None
+        weight = "language" in trains and not adapted
+        heard = whisper_flops(
+            audio,
+            batch,
+            trains,
+            chunk=self.stock_frames,
+            output_dim=text.hidden_size,
+            adapted=adapted,
+        )
+        read = language_flops(text, batch, weight=weight, inputs=bool(trains))
+        return heard + read + adapter_flops(self, batch)
+
+    def heard_rows(self, lengths: Tensor) -> list[tuple[nn.Module, int]]:
+        """Modules with linears that recordings run through, and of how many rows."""
+        places, tokens = whisper_rows(lengths, self.stock_frames)
+        model = self.hf.model
+        return [(model.audio_tower.layers, places), (model.multi_modal_projector, tokens)]

@@ -20,6 +20,7 @@ def whisper_flops(
     *,
     chunk: int,
     output_dim: int,
+    adapted: bool,
 ) -> float:
     """Forward + backward FLOPs of a tower of Whisper's that attends within chunks of so many
     frames, and of the linear that projects its features.
@@ -30,18 +31,25 @@ def whisper_flops(
     if lengths is None:
         return 0.0
     hears, projects = "audio" in trainable, "projector" in trainable
-    hidden, chunks = audio.d_model, cut(lengths, chunk)
-    frames, halved, tokens = (int(x.sum()) for x in (lengths, halve(chunks), halve(lengths) // 2))
-    first = Work(2.0 * 3 * audio.num_mel_bins * hidden * frames, 0.0)
+    weights = set() if adapted else trainable
+    hidden, pairs = audio.d_model, int(halve(cut(lengths, chunk)).square().sum())
+    halved, tokens = whisper_rows(lengths, chunk)
+    first = Work(2.0 * 3 * audio.num_mel_bins * hidden * int(lengths.sum()), 0.0)
     second = Work(2.0 * 3 * hidden * hidden * halved, 0.0)
-    layers = tower_layers(audio, halved, int(halve(chunks).square().sum()))
+    layers = tower_layers(audio, halved, pairs)
     projector = Work(2.0 * hidden * output_dim * tokens, 0.0)
+    learns = "audio" in weights
     return (
-        with_backward(first, weight=hears, inputs=False)  # frames need no gradient
-        + with_backward(second, weight=hears, inputs=hears)
-        + with_backward(layers, weight=hears, inputs=hears)
-        + with_backward(projector, weight=projects, inputs=hears or projects)
+        with_backward(first, weight=learns, inputs=False)  # frames need no gradient
+        + with_backward(second, weight=learns, inputs=learns)  # no adapter before it
+        + with_backward(layers, weight=learns, inputs=hears)
+        + with_backward(projector, weight="projector" in weights, inputs=hears or projects)
     )
+
+
+def whisper_rows(lengths: Tensor, chunk: int) -> tuple[int, int]:
+    """Rows of a tower of Whisper's layers, and of what projects its features."""
+    return int(halve(cut(lengths, chunk)).sum()), int((halve(lengths) // 2).sum())
 
 
 def conv2d_audio_flops(audio: Any, batch: Mapping[str, Any], trainable: Collection[str]) -> float:

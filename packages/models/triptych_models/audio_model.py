@@ -26,6 +26,11 @@ class AudioModel(PackedModel):
         """Features (audio tokens, H) of recordings: frames (N, num_mels), lengths on the host."""
         raise NotImplementedError
 
+    def heard_rows(self, lengths: Tensor) -> list[tuple[nn.Module, int]]:
+        """Modules with linears that recordings run through, and of how many rows, for recordings
+        of lengths (num_audios,) int64 frames on the host; of a model that takes adapters."""
+        raise NotImplementedError
+
     def audio_rules(self) -> dict[str, Any]:
         """What the data's processor must say of recordings, by the name of its attribute."""
         config = self.hf.config

@@ -37,7 +37,7 @@ FAMILIES: dict[str, Family] = {
     "aero": Family(
         "triptych_models.aero:Aero",
         _HEARING,
-        ("pretrain", "sft"),
+        ("align", "pretrain", "sft"),
         "Aero-1-Audio 1.5B (recordings of up to 30 seconds)",
         "tiny on CPUs",
     ),
@@ -108,7 +108,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_omni_thinker": Family(
         "triptych_models.qwen2_5_omni:Qwen2_5Omni",
         _OMNI,
-        ("pretrain", "sft"),
+        ("align", "pretrain", "sft"),
         "2.5-Omni 3B, 7B, the thinker (text, images, videos, sound)",
         "tiny on CPUs",
     ),
@@ -178,7 +178,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_omni_moe_thinker": Family(
         "triptych_models.qwen3_omni_moe:Qwen3OmniMoE",
         _OMNI_MIXTURE,
-        ("pretrain", "sft", "moe"),
+        ("align", "pretrain", "sft", "moe"),
         "3-Omni 30B-A3B, the thinker (text, images, videos, sound)",
         "tiny on CPUs",
     ),

@@ -52,8 +52,8 @@ class LoraConfig(BaseModel):
     targets: list[str] = Field(
         default_factory=lambda: ["language"],
         min_length=1,
-        description="linear layers that get one: all of a part (vision, projector, language) but "
-        "the output layer, or those whose names end in it, e.g. q_proj",
+        description="linear layers that get one: all of a part (vision, audio, projector, "
+        "language) but the output layer, or those whose names end in it, e.g. q_proj",
     )
     dora: bool = Field(
         default=False, description="also a magnitude for each row of a weight (arXiv 2402.09353)"
@@ -166,11 +166,6 @@ class ModelConfig(BaseModel):
             raise ValueError(
                 f"model.lora: must be left out for a mixture of experts, got {self.path}; "
                 "take a dense model"
-            )
-        if self.lora is not None and "audio" in parts:
-            raise ValueError(
-                f"model.lora: must be left out for a model that hears, got {self.path}; train its "
-                "parts themselves"
             )
         if set(parts) <= set(self.freeze):
             raise ValueError("model.freeze: must leave a part to train, got all; name fewer")

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .audio_model import AudioModel
 from .config import LoraConfig
 from .head import LossHead
 from .image_model import ImageModel
@@ -178,17 +179,20 @@ def adapter_flops(model: PackedModel, batch: Mapping[str, Any]) -> float:
     patches = 0 if grid is None else sum(int(t) * int(h) * int(w) for t, h, w in grid)
     drawn = sum(int(h) * int(w) for h, w in batch.get("latent_grids", ()))
     text = int(batch["cu_seqlens"][-1]) - drawn
-    tokens = {"language": text, "generation": drawn, "vision": patches, "projector": 0}
+    tokens = {"language": text, "generation": drawn, "vision": patches, "audio": 0, "projector": 0}
     if isinstance(model, ImageModel):
         tokens["projector"] = model.projector_tokens(patches)
-    part_of = {
-        id(inner): part
+    rows = {
+        id(inner): tokens[part]
         for part, modules in model.parts().items()
         for module in modules
         for inner in module.modules()
     }
+    if isinstance(model, AudioModel):
+        heard = model.heard_rows(batch.get("audio_lengths", torch.zeros(0, dtype=torch.int64)))
+        rows |= {id(inner): count for module, count in heard for inner in module.modules()}
     return sum(
-        6.0 * layer.r[NAME] * (layer.in_features + layer.out_features) * tokens[part_of[id(layer)]]
+        6.0 * layer.r[NAME] * (layer.in_features + layer.out_features) * rows[id(layer)]
         for _, layer in adapted_layers(model.hf)
     )
 

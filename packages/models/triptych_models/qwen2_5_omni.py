@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
-from .audio_flops import whisper_flops
+from .audio_flops import whisper_flops, whisper_rows
 from .audio_tower import audio_features
 from .omni import Omni
 from .qwen2_5_vl import Qwen2_5VL
@@ -50,4 +50,11 @@ class Qwen2_5Omni(Omni, Qwen2_5VL):
             self.trainable_parts(),
             chunk=2 * audio.n_window,
             output_dim=audio.output_dim,
+            adapted=self.lora is not None,
         ) + super().flops(batch)
+
+    def heard_rows(self, lengths: Tensor) -> list[tuple[nn.Module, int]]:
+        """Modules with linears that recordings run through, and of how many rows."""
+        tower = self.hf.model.audio_tower
+        places, tokens = whisper_rows(lengths, 2 * self.hf.config.audio_config.n_window)
+        return [(tower.layers, places), (tower.proj, tokens)]
