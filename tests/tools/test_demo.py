@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import yaml
 
 from tests.tiny import ROOT, make_chats, make_model_dir
 
@@ -74,3 +75,23 @@ def test_an_interrupt_ends_everything_it_started(tmp_path, number):
         ["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False
     )
     assert found.stdout == ""
+
+
+def test_tiny_configurations_name_the_shards_that_it_writes():
+    """Those that say so: `deepspeed stages/X.py --config …` then needs nothing else."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    from demo import main
+
+    (out,) = [option.default for option in main.params if option.name == "out"]
+    written = {f"{out}/shards/{name}" for name in ("train", "heldout")}
+    said = [
+        path
+        for path in (ROOT / "stages/configs").glob("*_tiny.yaml")
+        if "make demo writes" in path.read_text().replace("\n# ", " ")
+    ]
+    assert len(said) > 5
+    for path in said:
+        tree = yaml.safe_load(path.read_text())
+        shards = [*tree["data"]["shards"], *tree.get("evaluation", {}).get("shards", [])]
+        assert written & set(shards), path
+        assert all(name in written for name in shards if not name.startswith("runs/beeps")), path
