@@ -109,6 +109,11 @@ class PackedConfig(StageConfig):
                 "generation.data.text_field: must name the words of an image, got nothing; name "
                 "the field of the samples' JSON"
             )
+        if self.generation.weight == 0 and "generation" not in self.model.freeze:
+            raise ValueError(
+                "generation.weight: must be above 0 for a part that trains, got 0; weights without "
+                "a gradient would decay: add generation to model.freeze"
+            )
         if self.replay.step != "no":
             raise ValueError(
                 f"replay.step: must be no with generation, got {self.replay.step}; only rows of "
@@ -131,6 +136,29 @@ def require_part(config: PackedConfig, part: Part, what: str, remedy: str) -> No
         raise ValueError(
             f"model.path: must hold {what}, got {config.model.path} ({family}); {remedy}"
         )
+
+
+def settle_parts(config: PackedConfig) -> str | None:
+    """Freeze what rows without latents cannot train, and say so: without a gradient weights would
+    still decay. Raises ValueError for settings of such a part, and if no other is left to train."""
+    part: Part = "generation"
+    if config.generation is not None or part not in FAMILIES[config.model.find_family()].parts:
+        return None
+    lora = config.model.lora
+    for key, is_named in (
+        (f"optim.lr_by_part.{part}", part in config.optim.lr_by_part),
+        ("model.lora.targets", lora is not None and part in lora.targets),
+    ):
+        if is_named:
+            raise ValueError(
+                f"{key}: must leave {part} out of a run of chats alone, got it; set "
+                "generation.data.shards for latents to learn"
+            )
+    if lora is not None or part in config.model.freeze:
+        return None
+    config.model.freeze = [*config.model.freeze, part]
+    config.model.check_path()
+    return f"{part}, since the rows hold no latents to learn"
 
 
 def settle_compile(config: PackedConfig, *, on_cuda: bool) -> Literal["none", "layers"]:
@@ -377,6 +405,7 @@ def build_job(config: PackedConfig, runtime: "Runtime") -> Job:
 def run(config: PackedConfig) -> None:
     """Train, evaluate, export; or show the plan, verify, or replay a step."""
     config.model.check_path(config.optim.lr_by_part)
+    frozen = settle_parts(config)
     if config.generation is not None:
         require_part(config, "generation", "a model that draws", "leave generation out")
     if config.plan.show != "no":
@@ -419,7 +448,12 @@ def run(config: PackedConfig) -> None:
         config,
         runtime,
         job,
-        {"parameters": job.parameters, "data": job.batches.describe(), "chosen": chosen},
+        {
+            "parameters": job.parameters,
+            "data": job.batches.describe(),
+            "chosen": chosen,
+            "frozen": frozen,
+        },
         test=partial(_test, job, heldout),
         export=export if config.export else None,
         plan=plan,

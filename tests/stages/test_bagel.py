@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.models.test_text import shake
 from tests.ranks import run_ranks
@@ -17,6 +18,7 @@ from tests.tiny import ROOT, make_shards, sft_stage
 
 SHIPPED = ROOT / "stages/configs/bagel_tiny"
 STEPS = 4
+DRAWING = ("time_embedder", "vae2llm", "llm2vae", "latent_pos_embed")
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +248,7 @@ def test_latents_of_another_autoencoder_are_refused(workspace: Path) -> None:
     [
         (["generation.data.text_field=null"], "generation.data.text_field: must name the words"),
         (["replay.step=2"], "replay.step: must be no with generation"),
+        (["generation.weight=0"], "generation.weight: must be above 0 for a part that trains"),
     ],
 )
 def test_what_generation_cannot_have_is_refused(
@@ -253,6 +256,43 @@ def test_what_generation_cannot_have_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         read(words(workspace, workspace / "nowhere", 2, 0, *more))
+
+
+def chats_alone(workspace: Path, name: str, *more: str) -> list[str]:
+    settings = words(workspace, workspace / name, 1, 0, *more)
+    return [word for word in settings if not word.startswith("generation.")]
+
+
+def test_chats_alone_leave_what_draws_as_it_was(workspace: Path) -> None:
+    """To the last bit, under a decay that would move it; the rest trains, and the run says so."""
+    settings = chats_alone(workspace, "chats_alone", "optim.weight_decay=0.5", "run.steps=2")
+    run_ranks(sft, 1, settings)
+    run = workspace / "chats_alone"
+    assert json.loads((run / "run.json").read_text())["frozen"].startswith("generation, since")
+    before, after = (
+        load_file(path / "model.safetensors") for path in (workspace / "model", run / "export")
+    )
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    drawing = {name for name in before if "_moe_gen" in name or name.startswith(DRAWING)}
+    assert len(drawing) > 30 and not moved & drawing
+    assert "language_model.model.layers.0.self_attn.q_proj.weight" in moved
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            "optim.lr_by_part.generation=1e-3",
+            r"optim\.lr_by_part\.generation: must leave generation",
+        ),
+        ("model.lora.targets=[generation]", r"model\.lora\.targets: must leave generation out"),
+        ("model.freeze=[vision, projector, language]", "model.freeze: must leave a part to train"),
+    ],
+)
+def test_chats_alone_cannot_train_what_draws(workspace: Path, more: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sft(chats_alone(workspace, "nowhere", more))
 
 
 def test_a_model_that_does_not_draw_is_refused(workspace: Path) -> None:

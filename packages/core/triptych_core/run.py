@@ -65,6 +65,7 @@ def describe_run(
     parts = ", ".join(f"{name} {_short(count)}" for name, count in facts["parameters"].items())
     data = ", ".join(f"{count:,} {name}" for name, count in facts["data"].items())
     chosen = f"\nchosen by the plan: {facts['chosen']}" if facts.get("chosen") else ""
+    frozen = f"\nfrozen: {facts['frozen']}" if facts.get("frozen") else ""
     goes_on = f"; goes on after step {start_step}" if start_step else ""
     n = config.parallel.ranks_per_row
     packs = runtime.world_size // n * engine.gradient_accumulation_steps
@@ -72,7 +73,7 @@ def describe_run(
     return (
         f"{runtime.world_size} × {device_name()}, ZeRO-{engine.zero.stage}, {engine.precision}, "
         f"{config.run.steps} steps of {packs} packs{shared}{goes_on}\n"
-        f"parameters: {parts}; data: {data}{chosen}"
+        f"parameters: {parts}; data: {data}{frozen}{chosen}"
     )
 
 

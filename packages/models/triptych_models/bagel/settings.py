@@ -19,5 +19,8 @@ class DrawConfig(BaseModel):
     guidance: float = Field(default=4.0, ge=0, description="of such an image by its words; 1: none")
     reach: float = Field(default=2.0, gt=0, description="the latent value that is shown as white")
     weight: float = Field(
-        default=1.0, ge=0, description="of the latents' mean loss beside that of tokens"
+        default=1.0,
+        ge=0,
+        description="of the latents' mean loss beside that of tokens; 0 measures it alone, with "
+        "model.freeze=[generation]",
     )
