@@ -58,7 +58,7 @@ class Heartbeat:
 
     def end(self) -> None:
         """A step is over; what follows may take long."""
-        if self._steps > WARM_UP:
+        if self._steps >= WARM_UP:  # the next one is watched by it
             self._slowest = max(self._slowest, time.monotonic() - self._began)
         self.mark("between")
 

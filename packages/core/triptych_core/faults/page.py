@@ -37,7 +37,7 @@ class Beat(NamedTuple):
     steps: int  # begun by this process
     kind: int
     module: int  # its number, or -1
-    slowest: float  # seconds of the slowest step so far, without the first ones
+    slowest: float  # seconds of the slowest step from WARM_UP on
     stop_at: float  # time.monotonic() when it was asked to stop, or 0
     keys: str  # of the samples in hand
 

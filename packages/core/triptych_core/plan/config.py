@@ -36,3 +36,10 @@ class PlanConfig(BaseModel):
         1.0, ge=0, le=1, description="of the row's other tokens, those the loss is taken of"
     )
     image_tokens: int = Field(256, ge=1, description="tokens an image")
+    audio_share: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="of the row's tokens, those of recordings, where a model hears",
+    )
+    audio_seconds: float = Field(30.0, gt=0, description="seconds of a recording")
