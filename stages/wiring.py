@@ -226,6 +226,8 @@ def plan(config: PackedConfig) -> "Plan":
         image_share=config.plan.image_share,
         target_share=config.plan.target_share,
         image_tokens=config.plan.image_tokens,
+        audio_share=config.plan.audio_share,
+        audio_seconds=config.plan.audio_seconds,
     )
     seq_len = config.data.seq_len + drawn_tokens(config)
     with pretend(model):

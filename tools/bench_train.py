@@ -93,6 +93,10 @@ VARIANTS |= {
 @click.option("--document-len", default=1024, help="tokens a document")
 @click.option("--image-share", default=0.0, help="of the tokens (vision-language models)")
 @click.option("--image-tokens", default=1024, help="of an image")
+@click.option("--audio-share", default=0.0, help="of the tokens (models that hear)")
+@click.option("--audio-seconds", default=30.0, help="of a recording")
+@click.option("--drawn-images", default=0, help="to draw beside each row (Bagel)")
+@click.option("--latent-side", default=64, help="of their latents, not yet cut into patches")
 @click.option(
     "--distinct-rows", default=0, help="go through so many rows again and again; 0 = never"
 )
@@ -313,7 +317,15 @@ def fill(hf: Any, gather: Any) -> None:
                     parameter.normal_(0.0, 0.0 if name.endswith("bias") else 0.02)
 
 
-def make_batches(model: Any, seq_len: int, *, seed: int, **shape: Any) -> Iterator[dict[str, Any]]:
+def make_batches(
+    model: Any,
+    seq_len: int,
+    *,
+    seed: int,
+    drawn_images: int = 0,
+    latent_side: int = 64,
+    **shape: Any,
+) -> Iterator[dict[str, Any]]:
     """Rows of random tokens, each of them a target; a new one every step, of the same shapes."""
     from triptych_models.pretend import pretend_batch
 
@@ -329,12 +341,34 @@ def make_batches(model: Any, seq_len: int, *, seed: int, **shape: Any) -> Iterat
 
     while True:
         labels = torch.where(like["shift_labels"] == -100, -100, tokens())
-        yield like | {
+        row = like | {
             "input_ids": tokens(),
             "shift_labels": labels,
             "position_ids": positions,
             "num_tokens": seq_len,
         }
+        yield with_drawings(model, row, drawn_images, latent_side) if drawn_images else row
+
+
+def with_drawings(model: Any, row: dict[str, Any], count: int, side: int) -> dict[str, Any]:
+    """A Bagel's row with so many images to draw, of words of 60 tokens, before it."""
+    from triptych_models.bagel.join import JoinImages
+    from triptych_models.bagel.settings import DrawConfig
+
+    config = model.hf.config
+    latents = torch.randn(count, config.vae_config["z_channels"], side, side)
+    images = {
+        "latents": latents,
+        "noise": torch.randn_like(latents),
+        "times": torch.rand(count),
+        "drops": torch.ones(count),
+        "weights": torch.ones(count),
+        "texts": ["words"] * count,
+    }
+    settings = DrawConfig(text_len=60, text_dropout=0.0)
+    join = JoinImages(config, settings, lambda words: [1] * 60, 0)
+    del row["token_order"]  # it is laid out again
+    return join(row, images)
 
 
 def train_ours(

@@ -4,6 +4,11 @@ The architectures are those of the published config.json; the tokenizer is the t
 ids all lie inside the real vocabulary, so that no download is needed.
 
     python tools/make_bench_model.py OUT_DIR [--shape qwen3-1.7b]
+
+Or config.json alone, which bench_train.py needs no more than, of a family as it is published, with
+some values set otherwise:
+
+    python tools/make_bench_model.py OUT_DIR --published qwen3_moe --set num_hidden_layers=6
 """
 
 import json
@@ -12,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from published import PUBLISHED
 
 TINY = Path(__file__).parent.parent / "stages/configs/qwen3_vl_tiny"
 TEXT = {
@@ -158,24 +164,88 @@ QWEN2_5_VL_3B = QWEN2_REST | {
 TEXTS = {name: QWEN3_REST | shape for name, shape in QWEN3.items()}
 TEXTS |= {name: QWEN3_MOE_REST | shape for name, shape in QWEN3_MOE.items()}
 TEXTS |= {name: QWEN2_REST | shape for name, shape in QWEN2.items()}
+# config.json alone: of diffusers' Wan 2.1 T2V 1.3B, and of an autoencoder's encoder and judges.
+BARE: dict[str, dict[str, Any]] = {
+    "wan-2.1-t2v-1.3b": {
+        "_class_name": "WanTransformer3DModel",
+        "patch_size": [1, 2, 2],
+        "num_attention_heads": 12,
+        "attention_head_dim": 128,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": 4096,
+        "freq_dim": 256,
+        "ffn_dim": 8960,
+        "num_layers": 30,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": 1e-6,
+    },
+    "dinov2-with-registers-base": {
+        "architectures": ["Dinov2WithRegistersModel"],
+        "model_type": "dinov2_with_registers",
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_register_tokens": 4,
+        "patch_size": 14,
+        "image_size": 518,
+    },
+    "dino-vits8": {
+        "architectures": ["ViTModel"],
+        "model_type": "vit",
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+        "patch_size": 8,
+        "image_size": 224,
+    },
+}
 TOKENIZER = ("tokenizer.json", "chat_template.jinja", "generation_config.json")
 
 
 @click.command()
 @click.argument("out_dir", type=click.Path(path_type=Path))
 @click.option(
-    "--shape", type=click.Choice(["qwen3-vl-2b", "qwen2.5-vl-3b", *TEXTS]), default="qwen3-vl-2b"
+    "--shape",
+    type=click.Choice(["qwen3-vl-2b", "qwen2.5-vl-3b", *TEXTS, *BARE]),
+    default="qwen3-vl-2b",
 )
-def main(out_dir: Path, shape: str) -> None:
+@click.option("--published", type=click.Choice(list(PUBLISHED)), help="config.json of this family")
+@click.option("--set", "values", multiple=True, help="a.b=value of config.json, JSON or a word")
+def main(out_dir: Path, shape: str, published: str | None, values: tuple[str, ...]) -> None:
     """Write the folder to OUT_DIR, which must not exist."""
     if out_dir.exists():
         raise click.ClickException(f"{out_dir}: must not exist; name another folder")
-    if shape in TEXTS:
+    if published:
+        write_published(out_dir, published, values)
+    elif shape in TEXTS:
         write_text(out_dir, TEXTS[shape])
+    elif shape in BARE:
+        out_dir.mkdir(parents=True)
+        write_json(out_dir / "config.json", BARE[shape])
     elif shape == "qwen2.5-vl-3b":
         write_qwen2_5_vl(out_dir)
     else:
         write_qwen3_vl(out_dir)
+
+
+def write_published(out_dir: Path, family: str, values: tuple[str, ...]) -> None:
+    """config.json of a published size, with these values."""
+    config = json.loads(json.dumps({"model_type": family} | PUBLISHED[family].config))
+    for word in values:
+        path, _, value = word.partition("=")
+        *parents, name = path.split(".")
+        section = config
+        for parent in parents:
+            section = section[parent]
+        try:
+            section[name] = json.loads(value)
+        except json.JSONDecodeError:
+            section[name] = value
+    out_dir.mkdir(parents=True)
+    write_json(out_dir / "config.json", config)
 
 
 def write_text(out_dir: Path, config: dict[str, Any]) -> None:

@@ -19,10 +19,10 @@ from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from tests.models.proofs import PROOFS, SEQ_LEN, Proof, wasted_attention
-from tests.models.published import PUBLISHED
 from tests.models.stock import stock_twin
 from tests.models.test_text import shake
 from tests.ranks import run_ranks
+from tools.published import PUBLISHED
 from triptych_models.catalogue import FAMILIES
 from triptych_models.config import ModelConfig
 from triptych_models.export import export, stored_tensors
@@ -260,13 +260,20 @@ def test_folders_go_out_and_come_back(build: Build, tmp_path: Path, family: str)
 def test_a_plan_can_trace_it_and_weigh_its_packs(tmp_path: Path, family: str) -> None:
     """A step on tensors without memory; and what a pack costs grows with all that is in it."""
     model = build_pretend_model(tiny_config(family, tmp_path), dtype=torch.float32)
+    sees = "vision" in FAMILIES[family].parts
+    hears = "audio" in FAMILIES[family].parts
     with pretend(model):
         settings = {"image_share": 0.5, "target_share": 0.5, "image_tokens": 4}
+        settings |= {"audio_share": 0.25, "audio_seconds": 0.16}
         batch = pretend_batch(model, 64, document_len=32, **settings)
         model(**batch).loss_sum.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    sees = "vision" in FAMILIES[family].parts
-    hears = "audio" in FAMILIES[family].parts
+    assert ("audio_lengths" in batch) == hears
+    if hears:  # as many tokens as asked for, and none of an image
+        heard, seen = batch["audio_positions"], batch.get("image_positions", torch.tensor([]))
+        assert 12 <= len(heard) <= 16 and len({*heard.tolist(), *seen.tolist()}) == len(
+            heard
+        ) + len(seen)
     ratios = pack_cost(model.flops, images=sees, sound=hears)
     assert ("audio" in ratios) == hears and ratios.get("audio", 1) > 0
     assert ratios["linear"] > 0 and ratios["target"] > 0 and (ratios["vision"] > 0) == sees

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from .audio_tower import halve
 from .layout import ear
 from .packed import PackedModel, compile_forward
 from .sequence import SequenceGroup
@@ -30,6 +31,10 @@ class AudioModel(PackedModel):
         """Modules with linears that recordings run through, and of how many rows, for recordings
         of lengths (num_audios,) int64 frames on the host; of a model that takes adapters."""
         raise NotImplementedError
+
+    def audio_tokens(self, lengths: Tensor) -> Tensor:
+        """Tokens (num_audios,) of recordings of so many frames, on the host."""
+        return halve(lengths) // 2
 
     def audio_rules(self) -> dict[str, Any]:
         """What the data's processor must say of recordings, by the name of its attribute."""

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from triptych_kernels.dispatch import assume_device
 
+from .audio_model import AudioModel
 from .bagel.model import Bagel
 from .config import ModelConfig
 from .experts import EVERY_EXPERT, ExpertGroup
@@ -27,6 +28,8 @@ from .lora import add_adapters
 from .packed import PackedModel
 from .sequence import ALONE, SequenceGroup
 from .sequence_batch import take_part
+
+FRAMES_PER_SECOND = 100  # of log-mel features, of every model that hears
 
 
 def _loss_bytes(
@@ -157,12 +160,15 @@ def pretend_batch(
     image_share: float,
     target_share: float,
     image_tokens: int,
+    audio_share: float = 0.0,
+    audio_seconds: float = 30.0,
 ) -> dict[str, Any]:
     """A packed row of full documents; call it inside `pretend`, or for a real model.
 
     image_share of its tokens are those of square images of about image_tokens each; there is
-    always one image, of one token where there should be none, unless the model is of text alone.
-    target_share of the other tokens are targets. Images and targets are spread evenly.
+    always one image, of one token where there should be none, unless the model has no tower.
+    audio_share of them are those of recordings of audio_seconds each, where it hears.
+    target_share of the other tokens are targets. Images, recordings and targets are spread evenly.
     """
     images: dict[str, Any] = {}
     taken: list[int] = []  # by images
@@ -171,15 +177,24 @@ def pretend_batch(
         each = side**2
         if isinstance(model, Llava):
             side, each = model.grid_side, model.tokens_per_image
-        count = max(1, min(round(seq_len * image_share / each), seq_len // each))
-        starts = [seq_len * image // count for image in range(count)]
-        taken = [start + token for start in starts for token in range(each)]
+        document_len = min(max(document_len, each), seq_len)  # an image is within its document
+        in_one = max(1, document_len // each)
+        places = max(1, seq_len // document_len) * in_one
+        count = max(1, min(round(seq_len * image_share / each), places))
+        for image in range(count):
+            document, place = divmod(places * image // count, in_one)
+            start = document * document_len + document_len * place // in_one
+            taken += range(start, start + each)
         images = _pretend_images(model, count, side) | {"image_positions": _known(taken)}
         if isinstance(model, LlavaOnevision):
             images |= {
                 "image_taps": torch.zeros(len(taken), 4, dtype=torch.int64),
                 "image_tap_weights": torch.zeros(len(taken), 4),
             }
+    if audio_share and isinstance(model, AudioModel):
+        around = sorted(set(range(seq_len)) - set(taken))
+        images |= _pretend_recordings(model, around, round(seq_len * audio_share), audio_seconds)
+        taken += images["audio_positions"].tolist()
     free = sorted(set(range(seq_len)) - set(taken)) or [0]
     num_targets = max(1, round(len(free) * target_share))
     labels = [-100] * seq_len
@@ -203,6 +218,25 @@ def pretend_batch(
     return batch
 
 
+def _pretend_recordings(
+    model: AudioModel, places: list[int], tokens: int, seconds: float
+) -> dict[str, Any]:
+    """As many recordings as have about so many tokens, in places of the row; at least one."""
+    frames = round(seconds * FRAMES_PER_SECOND)
+    frames = min(frames, model.stock_frames or frames)
+    length = _known([frames])
+    with unset_fake_temporarily():
+        each = int(model.audio_tokens(length))
+    count = max(1, min(round(tokens / each), len(places) // each))
+    starts = [len(places) * recording // count for recording in range(count)]
+    num_mels = model.hf.config.audio_config.num_mel_bins
+    return {
+        "audio_features": torch.zeros(count * (frames + model.frames_behind), num_mels),
+        "audio_lengths": _known([frames] * count),
+        "audio_positions": _known([places[at + token] for at in starts for token in range(each)]),
+    }
+
+
 def _pretend_images(model: Any, count: int, side: int) -> dict[str, Any]:
     """count images of side × side tokens each; of a LLaVA, patches."""
     height = side * getattr(model.hf.config.vision_config, "spatial_merge_size", 1)  # in patches
@@ -217,16 +251,12 @@ def _pretend_images(model: Any, count: int, side: int) -> dict[str, Any]:
 
 def pretend_part(batch: dict[str, Any], sequence: SequenceGroup) -> dict[str, Any]:
     """`take_part` of a row of `pretend_batch`."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
     with unset_fake_temporarily():  # or what is known would become fake, and have no value
         return dict(take_part(batch, sequence))
 
 
 def _known(values: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
     """A real tensor, though fake ones are made around: its values are read on the host."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
     with unset_fake_temporarily():
         return torch.tensor(values, dtype=dtype)
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig, Qwen3OmniMoeThinkerForConditionalGeneration
 
-from .audio_flops import conv2d_audio_flops
+from .audio_flops import conv2d_audio_flops, tokens_of
 from .mixture import Mixture
 from .omni import Omni
 from .qwen3_audio_tower import TOKENS, audio_features
@@ -29,6 +29,10 @@ class Qwen3OmniMoE(Mixture, Omni):
     def audio_features(self, frames: Tensor, lengths: Tensor) -> Tensor:
         """Features (audio tokens, H) of recordings: frames (N, num_mels), lengths on the host."""
         return audio_features(self.hf.model.audio_tower, frames, lengths, self._run_layer)
+
+    def audio_tokens(self, lengths: Tensor) -> Tensor:
+        """Tokens (num_audios,) of recordings of so many frames, on the host."""
+        return tokens_of(lengths, 2 * self.hf.config.audio_config.n_window)
 
     def audio_rules(self) -> dict[str, Any]:
         """What the data's processor must say of recordings, by the name of its attribute."""
