@@ -455,6 +455,7 @@ def run(config: PackedConfig) -> None:
             "data": job.batches.describe(),
             "chosen": chosen,
             "frozen": frozen,
+            **_loss_told(config),
         },
         test=partial(_test, job, heldout),
         export=export if config.export else None,
@@ -463,6 +464,14 @@ def run(config: PackedConfig) -> None:
         compiles=config.model.compile == "layers",
         after_update=job.model.after_update,
     )
+
+
+def _loss_told(config: PackedConfig) -> dict[str, str]:
+    """What a loss of two means is of, for the report."""
+    if config.generation is None:
+        return {}
+    weight = "" if config.generation.weight == 1 else f"{config.generation.weight:g} × "
+    return {"loss": f"nats a token, plus {weight}squared error of a latent"}
 
 
 def _test(job: Job, heldout: "Heldout | None", metrics: "Metrics", step: int) -> None:

@@ -271,3 +271,51 @@ def test_exact_match_alone_has_no_second_table(tmp_path: Path) -> None:
     line["scores"] = [{"metric": "exact_match", "source": None, "score": 0.5, "count": 400}]
     write_lines(tmp_path / "evaluation.jsonl", [line])
     assert "<th>exact match</th>" not in write_report(tmp_path).read_text()
+
+
+def test_figures_of_the_model_have_curves_of_their_own(tmp_path: Path) -> None:
+    lines = [step_record(s, text_loss=1.0 / s, score_made=0.5, bad_samples=0) for s in (1, 2, 3)]
+    lines[2]["eval/loss"] = 3.0
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    (tmp_path / "run.json").write_text(json.dumps({"loss": "L1, an image; distance × 2"}))
+    text = write_report(tmp_path).read_text()
+    assert 'data-rest="L1, an image; …"' in text
+    assert Page(text).tags.count("svg") == 8 + 2
+    assert re.findall(r"<h3>(.*?)</h3>", text)[1:5] == [
+        "Gradient norm",
+        "Text loss",
+        "Score made",
+        "Learning rate",
+    ]
+
+
+def test_drawings_alone_are_no_evaluation(tmp_path: Path) -> None:
+    write_lines(tmp_path / "metrics.jsonl", [step_record(1)])
+    drawn = {"step": 1, "heldout_loss": None, "exact_match": {}, "examples": [], "picture": PIXEL}
+    write_lines(tmp_path / "evaluation.jsonl", [drawn])
+    text = write_report(tmp_path).read_text()
+    assert "Samples" in text and "held-out samples" not in text
+
+
+def test_resumes_say_what_was_not_as_before(tmp_path: Path) -> None:
+    resumes = [
+        {
+            "step": 133,
+            "time": "2026-11-29T14:38:06+00:00",
+            "world_size": [2, 2],
+            "code": ["a", "a"],
+        },
+        {
+            "step": 200,
+            "time": 1.8e9,
+            "world_size": [2, 4],
+            "code": ["a", "b"],
+            "changed": {"x": [1, 2]},
+        },
+    ]
+    write_lines(tmp_path / "metrics.jsonl", [step_record(1)])
+    (tmp_path / "run.json").write_text(json.dumps({"resumes": resumes}))
+    assert (
+        "after step 133, 2026-11-29 14:38 UTC; after step 200, 2027-01-15 08:00 UTC, "
+        "on 4 ranks instead of 2, by other code, changed: x 1, 2"
+    ) in write_report(tmp_path).read_text()

@@ -4,6 +4,11 @@ arXiv 2509.23661. Transformers 5.22 does not ship it: the classes here are put t
 rice.py) and transformers' own Qwen3, and read lmms-lab's folders by the names of their tensors.
 After `import triptych_models.llava_onevision1_5`, AutoModelForImageTextToText reads such a folder
 without code of its own. Positions are plain ones, whatever the images.
+
+It takes images alone. Version 1.5 was trained on no video (github.com/EvolvingLMMs-Lab/
+LLaVA-OneVision-2, issue 82), and the published classes cannot be asked what one would be: the
+folder's processor cuts a video into patches of two frames, which the tower, whose patches have one,
+takes for twice as many as it has places for.
 """
 
 from collections.abc import Mapping

@@ -49,5 +49,6 @@ def draw_if_due(
         evaluation = Evaluation(step, loss, {}, {}, {}, picture=png_uri(picture))
         append_evaluation(config.run.dir, evaluation)
         metrics.record_evaluation(step, figures(evaluation), [])
-    metrics.note(f"step {step}  held-out loss " + ("not asked" if loss is None else f"{loss:.4f}"))
+    told = "drawn" if loss is None else f"held-out loss {loss:.4f}"
+    metrics.note(f"step {step}  {told}")
     metrics.restart_clock()

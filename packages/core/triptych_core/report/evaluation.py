@@ -22,14 +22,15 @@ NAMES = {
     "multiple_choice": "multiple choice",
 }
 NOTHING = "(nothing)"
+_TOLD = ("heldout_loss", "exact_match", "scores", "examples")
 # Only images inside the file: a report fetches nothing.
 _DATA_IMAGE = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/=]+")
 
 
 def draw_evaluation(evaluations: Sequence[Record]) -> Iterator[str]:
     """The HTML of a run's evaluations, ordered by step: the first is "before", the last "after"."""
-    if not evaluations:
-        return
+    if not any(evaluation.get(name) for evaluation in evaluations for name in _TOLD):
+        return  # nothing, or drawings alone
     last = evaluations[-1]
     before = evaluations[0] if len(evaluations) > 1 else None
     yield "<h2>Evaluation on held-out samples</h2>"

@@ -66,6 +66,19 @@ CURVES = [
 ]
 
 
+# What every step has and no curve shows; what else is a number is a figure of the model's own.
+_TOLD_ELSEWHERE = {
+    "step",
+    "num_targets",
+    "num_tokens",
+    "num_images",
+    "flops",
+    "step_seconds",
+    "bad_samples",
+    "time",
+}
+
+
 def write_report(run_dir: Path | str) -> Path:
     """Write `report.html` into a run folder and return its path.
 
@@ -141,9 +154,10 @@ def draw_charts(run: Run) -> tuple[str, list[Record]]:
     """The HTML of all curves the run has values for, and what each tells when pointed at."""
     figures, hover, missing = [], [], []
     named = run.facts.get("loss")  # of a run whose loss is no cross entropy
-    for curve in CURVES:
+    for curve in [*CURVES[:2], *own_curves(run), *CURVES[2:]]:
         if curve.key == "loss" and isinstance(named, str):
-            curve = replace(curve, unit=html.escape(named))
+            first, *more = named.split("; ")  # all of it stands among the facts
+            curve = replace(curve, unit=html.escape(first) + "; …" * bool(more))
         drawn = draw_curve(curve, run)
         if drawn is None:
             missing += [curve.title] * curve.is_for_all
@@ -153,6 +167,21 @@ def draw_charts(run: Run) -> tuple[str, list[Record]]:
         hover.append(drawn[1])
     note = f'<p class="note">Not recorded: {", ".join(missing)}.</p>' if missing else ""
     return f'<h2>Curves</h2><div class="charts">{"".join(figures)}</div>{note}', hover
+
+
+def own_curves(run: Run) -> list[Curve]:
+    """Of the figures that this run's model has beside its loss, by their names."""
+    shown = _TOLD_ELSEWHERE | {curve.key for curve in CURVES}
+    names = {
+        key: None
+        for record in run.steps
+        for key, value in record.items()
+        if isinstance(value, float) and key not in shown and not key.startswith("eval/")
+    }
+    return [
+        Curve(html.escape(name.replace("_", " ").capitalize()), "", name, from_zero=False)
+        for name in names
+    ]
 
 
 def draw_curve(curve: Curve, run: Run) -> tuple[str, Record] | None:
@@ -253,12 +282,25 @@ def _facts(run: Run) -> str:
     facts = dict(run.facts)
     for key in ("started", "finished"):
         facts[key] = _moment(facts.get(key))
+    facts["resumes"] = "; ".join(map(_resume, facts.get("resumes") or []))
     items = "".join(
         f"<dt>{html.escape(key.replace('_', ' '))}</dt><dd>{html.escape(_plain(value))}</dd>"
         for key, value in facts.items()
         if value not in (None, "", {}, [])
     )
     return f'<dl class="card">{items}</dl>' if items else ""
+
+
+def _resume(record: Record) -> str:
+    """When and from where a run went on, and what was not as it had been."""
+    facts = dict(record)
+    said = [f"after step {facts.pop('step'):,}", str(_moment(facts.pop("time", None)))]
+    was, now = facts.pop("world_size", (None, None))
+    said += [f"on {_plain(now)} ranks instead of {_plain(was)}"] * (was != now)
+    was, now = facts.pop("code", (None, None))
+    said += ["by other code"] * (was != now)
+    said += [f"{name.replace('_', ' ')}: {_plain(value)}" for name, value in facts.items() if value]
+    return ", ".join(said)
 
 
 def _plain(value: Any) -> str:
