@@ -9,10 +9,11 @@ from tests.data.chats import encoded_image
 from tests.data.media import clip, sound
 from triptych_data.media import clips
 from triptych_data.media.audio import (
+    WHISPER,
     AudioRules,
-    audio_frames,
     audio_tokens,
-    encode_audio,
+    hear,
+    heard_frames,
     load_wave,
     log_mel,
     mel_filters,
@@ -31,6 +32,7 @@ FILES = {
     "opus": {"kind": "ogg", "codec": "libopus", "rate": 48_000},
     "m4a": {"kind": "ipod", "codec": "aac", "rate": 44_100},
 }
+CHUNKS = AudioRules(chunk=100)
 LOSSY = ("mp3", "ogg", "opus", "m4a", "wav 8 bit")
 
 
@@ -84,25 +86,32 @@ def test_files_are_decoded_to_what_was_encoded(name):
 def test_frames_are_known_from_the_index(name, seconds):
     data = sound(seconds, **FILES[name])
     info = probe_media(data, "audio", "x")
-    features = encode_audio(data)
-    assert features.shape == (80, audio_frames(info.seconds)) and features.isfinite().all()
-    short = AudioRules(max_seconds=1.5)
-    assert encode_audio(data, short).shape[1] == audio_frames(info.seconds, short) <= 150
-    assert encode_audio(data, short, pad=True).shape == (80, 150)
+    for rules in (WHISPER, CHUNKS, AudioRules(max_seconds=1.5)):
+        if info.seconds > 2 > rules.max_seconds:
+            with pytest.raises(ValueError, match=r"at most 1\.5 s long"):
+                hear(data, rules)
+            with pytest.raises(ValueError, match=r"at most 1\.5 s long"):
+                heard_frames(info.seconds, rules)
+            continue
+        features = hear(data, rules)
+        assert features.shape == (heard_frames(info.seconds, rules), 80)
+        assert features.isfinite().all()
 
 
 def test_lengths_after_resampling_are_known_from_seconds():
     """For any number of samples at any common rate, whatever rounding did to the seconds."""
     rng = np.random.default_rng(0)
     for rate in (8_000, 11_025, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000, 22_051):
-        for count in rng.integers(1, 10_000_000, 300).tolist():
+        for count in rng.integers(rate // 10, 30 * rate, 300).tolist():
             samples = -(-count * 16_000 // rate)
-            frames = max(min(samples, 480_000), 201) // 160
-            assert audio_frames(count / rate) == frames
-    for factor in (1, 2, 3, 6):  # one sample short of a frame, which rounding could make up for
-        for frames in range(2, 3000):
-            count = factor * (160 * frames - 1)
-            assert audio_frames(count / (16_000 * factor)) == frames - 1
+            assert heard_frames(count / rate, WHISPER) == -(-samples // 160)
+            assert heard_frames(count / rate, CHUNKS) == samples // 160
+    for factor in (1, 2, 3, 6):  # where rounding could make up for a sample, or add one
+        for frames in range(3, 3000):
+            count, rate = 160 * frames * factor, 16_000 * factor
+            assert heard_frames(count / rate, WHISPER) == frames
+            assert heard_frames((count + 1) / rate, WHISPER) == min(frames + 1, 3000)
+            assert heard_frames((count - factor) / rate, CHUNKS) == frames - 1
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 24_000, 44_100, 48_000, 96_000, 22_051])
@@ -143,11 +152,14 @@ def test_resampling_a_longer_wave_in_phases_is_resampling_its_start():
 
 
 @pytest.mark.parametrize("name", ["wav24", "flac", "mp3"])
-def test_a_long_recording_is_cut_off_and_not_read_to_its_end(name):
-    data = sound(4.0, **FILES[name])
-    rules = AudioRules(max_seconds=1.0)
-    cut = load_wave(data, 16_000)[:16_000]
-    torch.testing.assert_close(encode_audio(data, rules), log_mel(cut, rules))
+def test_a_long_recording_is_refused_and_not_read_to_its_end(name):
+    """But for what a codec may have padded, which is cut off."""
+    data, rules = sound(4.0, **FILES[name]), AudioRules(max_seconds=1.0)
+    with pytest.raises(ValueError, match="audio must be at most 1 s long"):
+        hear(data, rules)
+    padded = sound(1.03, **FILES[name])
+    cut = load_wave(padded, 16_000)[:16_000]
+    torch.testing.assert_close(hear(padded, rules), log_mel(cut, rules).T)
     rate, channels = clips.read_audio(data, 1.1)
     assert 1.1 * rate <= channels.shape[1] < 1.3 * rate
 
@@ -184,6 +196,6 @@ def test_no_damage_ends_in_another_error_than_ours():
             for at in rng.integers(0, len(data), 6):
                 broken[at] = rng.integers(256)
             try:
-                encode_audio(bytes(broken))
+                hear(bytes(broken), WHISPER)
             except ValueError:
                 continue

@@ -39,19 +39,6 @@ class AudioRules(NamedTuple):
 WHISPER = AudioRules()
 
 
-def encode_audio(data: bytes, rules: AudioRules = WHISPER, *, pad: bool = False) -> Tensor:
-    """Decode an audio file to log-mel features (num_mels, frames) float32.
-
-    `pad` fills with silence up to `max_seconds`, before the features are scaled, as Whisper does.
-    Raises ValueError for a file that cannot be decoded.
-    """
-    # A little more than is kept: the filter reaches beyond the cut.
-    wave = load_wave(data, rules.rate, rules.max_seconds + 0.1)[: _most_samples(rules)]
-    if pad:
-        wave = functional.pad(wave, (0, _most_samples(rules) - len(wave)))
-    return log_mel(wave, rules)
-
-
 def hear(data: bytes, rules: AudioRules) -> Tensor:
     """Decode an audio file to the frames that `heard` makes of it.
 
@@ -168,13 +155,6 @@ def mel_filters(rate: int, window: int, num_mels: int) -> Tensor:
     falling = (hertz[2:] - bins) / np.diff(hertz)[1:]
     triangles = np.maximum(0.0, np.minimum(rising, falling))
     return torch.from_numpy(triangles * 2.0 / (hertz[2:] - hertz[:-2])).float()
-
-
-def audio_frames(seconds: float, rules: AudioRules = WHISPER) -> int:
-    """Frames that `encode_audio`, without padding, makes of what has `seconds` in the index."""
-    samples = math.ceil(seconds * rules.rate - _EXACT)
-    samples = max(min(samples, _most_samples(rules)), rules.window // 2 + 1)
-    return samples // rules.hop
 
 
 def audio_tokens(num_frames: int, chunk: int | None = None) -> int:
