@@ -4,16 +4,19 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoProcessor
 
 from tests.data.against_stock import packed_as_alone, sample
+from tests.data.media import clip
 from tests.data.packs import MODEL
 from tests.models import straight_rice
 from tests.models.stock import stock_twin
 from tests.models.test_text import shake
 from triptych_data.media.images import decode_image
 from triptych_data.processor import Processor
+from triptych_data.sample import RawSample
 from triptych_models.config import ModelConfig
 from triptych_models.families import build_model
 from triptych_models.generate import generate
@@ -78,3 +81,20 @@ def test_answers_are_those_one_by_one(tmp_path: Path) -> None:
         inputs = stock(text=[text], images=images, return_tensors="pt")
         tokens = twin.generate(**inputs, do_sample=False, **settings)
         assert answer == tokens[0, len(prompt.input_ids) :].tolist()
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_videos_are_refused_whatever_the_patches_that_a_file_says(
+    tmp_path: Path, frames: int
+) -> None:
+    """The published file says two frames a patch, the tower has one."""
+    folder = write_folder(tmp_path / "model")
+    file = folder / "video_preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temporal_patch_size": frames}))
+    chat = [
+        {"role": "user", "content": [{"type": "video", "index": 0}]},
+        {"role": "assistant", "content": "7"},
+    ]
+    raw = RawSample("a", "x", {"messages": chat}, [clip(4)])
+    with pytest.raises(ValueError, match=r"got video, for which .* its family no place"):
+        Processor.from_directory(folder).encode(raw)

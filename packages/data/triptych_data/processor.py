@@ -190,8 +190,8 @@ class Processor:
             rules, settings = read_image_rules(directory, **bounds)
             if rules.side is None:
                 video_rules = read_video_rules(directory, video or VideoConfig())
-                if video_rules and video_rules[:3] != rules[:3] and not has_mrope(directory):
-                    video_rules = None  # LLaVA-OneVision-1.5's: of patches its tower has not
+                if not has_mrope(directory):
+                    video_rules = None  # LLaVA-OneVision-1.5's, which was trained on none
             elif rules.tiling is not None:  # of other towers of one size no videos are taken
                 video_rules = read_frame_rules(directory, video or VideoConfig(), rules)
             _check_alike(directory, rules, video_rules)
@@ -472,7 +472,8 @@ class Processor:
     def _no_rules(self, kind: str) -> ValueError:
         return ValueError(
             f"{self._directory}: the model must take what its samples hold, got {kind}, for "
-            f"which the folder has no preprocessor file; leave the sample out"
+            "which the folder has no preprocessor file, or its family no place; leave the sample "
+            "out"
         )
 
     def _tokenize(

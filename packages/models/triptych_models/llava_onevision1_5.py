@@ -5,10 +5,9 @@ rice.py) and transformers' own Qwen3, and read lmms-lab's folders by the names o
 After `import triptych_models.llava_onevision1_5`, AutoModelForImageTextToText reads such a folder
 without code of its own. Positions are plain ones, whatever the images.
 
-It takes images alone. Version 1.5 was trained on no video (github.com/EvolvingLMMs-Lab/
-LLaVA-OneVision-2, issue 82), and the published classes cannot be asked what one would be: the
-folder's processor cuts a video into patches of two frames, which the tower, whose patches have one,
-takes for twice as many as it has places for.
+It takes images alone. Transformers has no class to be equal to, and version 1.5 is one of images
+(github.com/EvolvingLMMs-Lab/LLaVA-OneVision-2, issue 82). What the published code has for videos is
+Qwen2-VL's: it may be given patches of two frames, where those of the tower have one.
 """
 
 from collections.abc import Mapping
