@@ -27,8 +27,10 @@ def clip(
     gop: int = 12,
     times: list[int] | None = None,
     rotation: int = 0,
+    heard: float = 0.0,
 ) -> bytes:
-    """A clip of `count` pictures; `times` in milliseconds make its rate variable."""
+    """A clip of `count` pictures; `times` in milliseconds make its rate variable. `heard` seconds
+    of a sine come with it."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=kind) as container:
         stream = container.add_stream(codec, rate=rate)
@@ -38,12 +40,19 @@ def clip(
             stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
         if rotation:
             stream.set_display_rotation(rotation)
+        track = None
+        if heard:
+            track = container.add_stream(
+                "flac" if kind == "matroska" else "aac", rate=16_000, layout="mono"
+            )
         for number in range(count):
             frame = av.VideoFrame.from_ndarray(picture(number, *size), format="rgb24")
             if times is not None:
                 frame.pts, frame.time_base = times[number], Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+        if track is not None:
+            add_sound(container, track, wave(heard, 16_000, 700.0)[None])
     return buffer.getvalue()
 
 
@@ -64,19 +73,31 @@ def sound(
 ) -> bytes:
     """A sine of amplitude one half, the same on all channels."""
     buffer = io.BytesIO()
-    wave = 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
     layout = "mono" if channels == 1 else "stereo"
     with av.open(buffer, "w", format=kind) as container:
         options = {"strict": "experimental"} if codec == "vorbis" else {}
         stream = container.add_stream(codec, rate=rate, layout=layout, options=options)
-        convert = av.AudioResampler(format=stream.codec_context.format, layout=layout, rate=rate)
-        planes = np.ascontiguousarray(np.tile(wave.astype(np.float32), (channels, 1)))
-        size = stream.codec_context.frame_size or 1024
-        for start in range(0, planes.shape[1], size):
-            part = np.ascontiguousarray(planes[:, start : start + size])
-            frame = av.AudioFrame.from_ndarray(part, format="fltp", layout=layout)
-            frame.rate, frame.pts = rate, start
-            for converted in convert.resample(frame):
-                container.mux(stream.encode(converted))
-        container.mux(stream.encode())
+        add_sound(container, stream, np.tile(wave(seconds, rate, hertz), (channels, 1)))
     return buffer.getvalue()
+
+
+def wave(seconds: float, rate: int, hertz: float) -> np.ndarray:
+    """A sine (n,) of amplitude one half."""
+    found: np.ndarray = 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
+    return found
+
+
+def add_sound(
+    container: av.container.OutputContainer, stream: av.AudioStream, planes: np.ndarray
+) -> None:
+    """Encode planes (channels, n) as a stream of a file."""
+    rate, layout = stream.rate, "mono" if len(planes) == 1 else "stereo"
+    convert = av.AudioResampler(format=stream.codec_context.format, layout=layout, rate=rate)
+    size = stream.codec_context.frame_size or 1024
+    for start in range(0, planes.shape[1], size):
+        part = np.ascontiguousarray(planes[:, start : start + size].astype(np.float32))
+        frame = av.AudioFrame.from_ndarray(part, format="fltp", layout=layout)
+        frame.rate, frame.pts = rate, start
+        for converted in convert.resample(frame):
+            container.mux(stream.encode(converted))
+    container.mux(stream.encode())

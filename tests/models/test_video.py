@@ -15,7 +15,7 @@ from triptych_data.media.audio import load_wave
 from triptych_data.media.config import VideoConfig
 from triptych_data.media.images import decode_image
 from triptych_data.processor import Processor
-from triptych_data.sample import RawSample, media_parts
+from triptych_data.sample import RawSample, heard_parts, media_parts
 from triptych_models.config import ModelConfig
 from triptych_models.families import build_model
 from triptych_models.generate import generate
@@ -32,11 +32,30 @@ SAMPLES = {
     ),
     "text": ([], []),
 }
+FLAC = {"kind": "matroska", "heard": 3.0}
+# Videos with their sound: one shorter than its pictures, one longer. All are of one length: of
+# several, stock's Qwen3-Omni pads a short one before it makes frames of it.
+HEARD_TOO = (
+    ["image", "heard", "text", "heard", "audio"],
+    [
+        encoded_image(64, 32),
+        clip(130, size=(32, 32), **FLAC),
+        clip(26, rate=13, size=(64, 32), **FLAC),
+        sound(3.0),
+    ],
+)
 HEARD = (["audio", "video", "audio"], [sound(0.9), clip(130, size=(32, 32)), sound(0.4)])
 
 
 def sample(kinds, media):
-    parts = [{"type": kind, "index": i} for i, kind in enumerate(kinds)]
+    numbers, parts = iter(range(len(media))), []
+    for kind in kinds:
+        if kind == "text":
+            parts.append({"type": "text", "text": "and"})
+        elif kind == "heard":
+            parts.append({"type": "video", "index": next(numbers), "sound": True})
+        else:
+            parts.append({"type": kind, "index": next(numbers)})
     content = [{"type": "text", "text": "Look: "}, *parts, {"type": "text", "text": "What?"}]
     messages = [
         {"role": "user", "content": content},
@@ -46,10 +65,10 @@ def sample(kinds, media):
 
 
 def encode(processor, names):
-    """Samples of these names, of several and a model that hears also one with sound; encoded."""
+    """Samples of these names, of several and a model that hears also some with sound; encoded."""
     raws = [sample(*SAMPLES[name]) for name in names]
     if processor.num_mels and len(names) > 1:
-        raws.append(sample(*HEARD))
+        raws += [sample(*HEARD), sample(*HEARD_TOO)]
     return raws, [processor.encode(raw) for raw in raws]
 
 
@@ -66,15 +85,25 @@ def stock_inputs(stock, raw, add_generation_prompt=False):
     text = stock.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
     settings = {"videos_kwargs": {"video_metadata": metadata} if videos else {}}
     if hasattr(stock, "feature_extractor"):
-        waves = [load_wave(data, 16_000).numpy() for kind, data in media if kind == "audio"]
+        heard = heard_parts(raw.json)
+        waves = [
+            load_wave(data, 16_000, kind=kind).numpy()
+            for (kind, data), is_heard in zip(media, heard, strict=True)
+            if kind == "audio" or is_heard
+        ]
         settings = {"videos_kwargs": settings["videos_kwargs"] | OMNI, "audio": waves or None}
-    return stock(
+        settings["videos_kwargs"]["use_audio_in_video"] = any(heard)
+        settings["videos_kwargs"]["position_id_per_seconds"] = 25
+    found = stock(
         text=[text],
         images=[decode_image(data) for kind, data in media if kind == "image"] or None,
         videos=videos or None,
         return_tensors="pt",
         **settings,
     )
+    if hasattr(stock, "feature_extractor") and any(heard):
+        found["use_audio_in_video"] = True
+    return found
 
 
 @pytest.fixture(scope="module", params=FOLDERS, ids=lambda folder: folder.name)
@@ -130,7 +159,7 @@ def test_loss_and_gradients_of_packed_videos_are_stocks(models):
 
 def test_answers_to_videos_are_stocks(models):
     model, twin, processor, stock = models
-    raws = [sample(*SAMPLES[name]) for name in SAMPLES]
+    raws, _ = encode(processor, list(SAMPLES))
     prompts = [processor.encode_prompt(raw)[0] for raw in raws]
     settings = {"max_new_tokens": 8, "pad_token_id": processor.pad_token_id}
     stop = processor.eos_token_id

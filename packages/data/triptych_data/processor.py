@@ -14,7 +14,14 @@ from torch import Tensor
 
 from triptych_data.encoded import EncodedSample, Measures
 from triptych_data.faults import BadSample
-from triptych_data.media.audio import AudioRules, audio_tokens, hear, heard_frames, most_frames
+from triptych_data.media.audio import (
+    AudioRules,
+    audio_tokens,
+    hear,
+    hear_video,
+    heard_frames,
+    most_frames,
+)
 from triptych_data.media.augment import vary_jpeg
 from triptych_data.media.config import JpegConfig, VideoConfig
 from triptych_data.media.images import (
@@ -37,6 +44,7 @@ from triptych_data.media.rules import (
     read_image_rules,
     read_video_rules,
 )
+from triptych_data.media.soundtrack import SoundOrder, sound_order
 from triptych_data.media.taps import (
     Taps,
     frame_taps,
@@ -60,7 +68,7 @@ from triptych_data.media.video import (
     video_layout,
     video_pieces,
 )
-from triptych_data.sample import KINDS, RawSample, is_document, media_parts
+from triptych_data.sample import KINDS, RawSample, heard_parts, is_document, media_parts
 from triptych_data.shards.index import MediaColumns
 from triptych_data.text.chat import (
     IGNORE_INDEX,
@@ -88,7 +96,19 @@ class _Medium(NamedTuple):
     times: list[tuple[int, ...] | None]
     """of each grid: where its frames are on M-RoPE's axis t, None for one after another"""
     frames: int = 0
-    """of a recording"""
+    """of a recording, or of a video's sound"""
+    sound: SoundOrder | None = None
+    """of a video that is heard"""
+
+
+class _Encoded(NamedTuple):
+    """Values of a medium: patches, frames of its sound, and of which features its tokens are made
+    where they are not those of its patches."""
+
+    medium: _Medium
+    patches: Tensor | None = None
+    heard: Tensor | None = None
+    taps: Taps | None = None
 
 
 class Processor:
@@ -160,6 +180,8 @@ class Processor:
         }
         if audio_rules:
             facts["audio"] = audio_rules._asdict()
+        if options["video"] is not None and not options["video"].sound:
+            facts["sound of videos"] = False
         self.fingerprint = _fingerprint(facts)
         # The same by name, for people: of a tokenizer apart from what a template makes of it.
         self.parts = json.loads(json.dumps(facts | {"tokenizer": self._text.fingerprint}))
@@ -257,10 +279,20 @@ class Processor:
         """
         columns = [column.tolist() for column in media]
         is_alone = [KINDS[kind] for kind in columns[0]].count("image") == 1
-        media_ = [
-            self._measure_medium(KINDS[kind], width, height, frames, seconds, is_alone)
-            for kind, (width, height), frames, seconds in zip(*columns, strict=True)
-        ]
+        rows, media_ = list(zip(*columns, strict=True)), list[_Medium]()
+        heard = heard_parts(record)
+        if len(rows) != len(heard) + sum(heard):
+            raise ValueError(
+                f"the index must have {len(heard) + sum(heard)} rows of media, those of sound of "
+                f"videos among them, got {len(rows)}; run: triptych-data index --overwrite"
+            )
+        for is_heard in heard:
+            kind, (width, height), frames, seconds = rows.pop(0)
+            sound = rows.pop(0)[-1] if is_heard else 0.0
+            medium = self._measure_medium(
+                KINDS[kind], width, height, frames, seconds, is_alone, sound
+            )
+            media_.append(medium)
         tokens = self._tokenize(record, record.get("messages", ()), media_)
         num_targets = int(tokens.trained[1:].sum())
         images = [h * w for medium in media_ for t, h, w in medium.grids for _ in range(t)]
@@ -274,14 +306,14 @@ class Processor:
 
         Raises ValueError for one not taken.
         """
-        medium = self._measure_medium(info.kind, *info[2:])
+        medium = self._measure_medium(info.kind, *info[2:6])
         return sum(piece for piece in medium.tokens.pieces if isinstance(piece, int))
 
     def frame_times(self, info: MediaInfo) -> list[float]:
         """The seconds of a video at which its frames are taken; none for a model without video."""
         if self._video_rules is None:
             return []
-        layout = video_layout(*info[2:], self._video_rules)
+        layout = video_layout(*info[2:6], self._video_rules)
         return (layout.frames / frame_rate(info.frames, info.seconds)).tolist()
 
     def decode(self, ids: Sequence[int] | Tensor, *, skip_special_tokens: bool = True) -> str:
@@ -304,7 +336,7 @@ class Processor:
         record = raw.json if is_document(raw.json) else {"messages": messages}
         parts = list(media_parts(record))
         is_alone = [kind for kind, _ in parts].count("image") == 1
-        for kind, index in parts:
+        for (kind, index), is_heard in zip(parts, heard_parts(record), strict=True):
             if index >= len(raw.media):
                 raise BadSample(
                     f"{kind} {index}: must be a member of the sample, got {len(raw.media)} media; "
@@ -313,14 +345,13 @@ class Processor:
                 )
             vary = self._vary(raw.key, index, epoch)
             try:
-                values, medium, its_taps = self._encode_medium(
-                    kind, raw.media[index], vary, is_alone
-                )
+                found = self._encode_medium(kind, raw.media[index], vary, is_alone, is_heard)
             except ValueError as error:
                 raise BadSample(f"{kind} {index}: {error}", reason=f"corrupt {kind}") from error
-            (heard if kind == "audio" else patches).append(values)
-            media.append(medium)
-            taps += [] if its_taps is None else [its_taps]
+            media.append(found.medium)
+            patches += [] if found.patches is None else [found.patches]
+            heard += [] if found.heard is None else [found.heard]
+            taps += [] if found.taps is None else [found.taps]
         tokens = self._tokenize(raw.json, messages, media, add_generation_prompt)
         labels = np.full_like(tokens.input_ids, IGNORE_INDEX)
         if not add_generation_prompt:
@@ -332,7 +363,8 @@ class Processor:
         positions = np.arange(len(is_image))[None]
         if self.position_axes == 3:
             times = [each for medium in media for each in medium.times]
-            positions = mrope_positions(is_image, grids, self.merge_size, times)
+            sounds = [medium.sound for medium in media for _ in medium.grids]
+            positions = mrope_positions(is_image, grids, self.merge_size, times, sounds)
         return EncodedSample(
             key=raw.key,
             input_ids=torch.from_numpy(tokens.input_ids),
@@ -369,21 +401,29 @@ class Processor:
         return partial(vary_jpeg, config=self._jpeg, key=key, number=number, epoch=epoch)
 
     def _encode_medium(
-        self, kind: str, data: bytes, vary: Callable[[Tensor], Tensor] | None, is_alone: bool
-    ) -> tuple[Tensor, _Medium, Taps | None]:
-        """Patches of a medium, what it becomes, and of which features its tokens are made where
-        they are not those of its patches; is_alone: it is the only image."""
+        self,
+        kind: str,
+        data: bytes,
+        vary: Callable[[Tensor], Tensor] | None,
+        is_alone: bool,
+        is_heard: bool,
+    ) -> _Encoded:
+        """is_alone: it is the only image; is_heard: a video comes with its sound."""
         if kind == "image" and self.tiling is not None:
             return self._encode_tiled(data, self.tiling, vary, is_alone)
         if kind == "image":
             patches, grid = encode_image(data, self._image_rules(), vary)
-            return patches, self._image(grid), None
+            return _Encoded(self._image(grid), patches)
         if kind == "audio":
             frames = hear(data, self._rules_of_sound())
-            return frames, self._audio(len(frames) - self.frames_behind), None
+            return _Encoded(self._audio(len(frames) - self.frames_behind), heard=frames)
         patches, layout = encode_video(data, self._rules_for(kind))
         taps = frame_taps(*layout.grid[:2]) if self.tiling is not None else None
-        return patches, self._video(layout), taps
+        is_heard = is_heard and self._hears_videos
+        sound = hear_video(data, self._rules_of_sound()) if is_heard else None
+        return _Encoded(
+            self._video(layout, 0 if sound is None else len(sound)), patches, sound, taps
+        )
 
     def _encode_tiled(
         self,
@@ -391,7 +431,7 @@ class Processor:
         tiling: TilingRules,
         vary: Callable[[Tensor], Tensor] | None,
         is_alone: bool,
-    ) -> tuple[Tensor, _Medium, Taps]:
+    ) -> _Encoded:
         if is_alone:
             tiles, layout = encode_tiles(data, tiling, vary)
             medium, taps = self._tiled(layout), tiled_taps(layout, tiling.side)
@@ -402,7 +442,8 @@ class Processor:
             tiles = square_tile(image, tiling.tile, background)[None]
             medium, taps = self._tiled(None), square_taps(tiling.side)
         shown = tiling.side * self.patch_size
-        return patchify(tiles[:, :, :shown, :shown].contiguous(), self._image_rules()), medium, taps
+        patches = patchify(tiles[:, :, :shown, :shown].contiguous(), self._image_rules())
+        return _Encoded(medium, patches, taps=taps)
 
     def _measure_medium(
         self,
@@ -412,7 +453,9 @@ class Processor:
         frames: int,
         seconds: float,
         is_alone: bool = True,
+        sound: float = 0.0,
     ) -> _Medium:
+        """sound: seconds of that of a video which is heard."""
         if kind == "image" and self.tiling is not None:
             check_ratio(width, height)
             return self._tiled(tile_layout(width, height, self.tiling) if is_alone else None)
@@ -421,7 +464,10 @@ class Processor:
         if kind == "audio":
             return self._audio(heard_frames(seconds, self._rules_of_sound()))
         rules = self._rules_for(kind)
-        return self._video(video_layout(width, height, frames, seconds, rules))
+        heard = 0
+        if sound and self._hears_videos:
+            heard = heard_frames(sound, self._rules_of_sound())
+        return self._video(video_layout(width, height, frames, seconds, rules), heard)
 
     def _image(self, grid: Grid) -> _Medium:
         tiles, height, width = grid
@@ -439,20 +485,50 @@ class Processor:
             count, tokens = 1 + layout.grid[0] * layout.grid[1], layout.num_tokens
         return _Medium(MediaTokens("image", (tokens,)), [(1, side, side)] * count, [None] * count)
 
-    def _video(self, layout: VideoLayout) -> _Medium:
-        """A video as M-RoPE sees it: one grid, or an image per temporal patch."""
+    def _video(self, layout: VideoLayout, heard: int) -> _Medium:
+        """A video as M-RoPE sees it: one grid, or an image per temporal patch; with so many frames
+        of its sound."""
         frames, height, width = layout.grid
         if self.tiling is not None:  # pooled, and a line break
             pooled = MediaTokens("video", (frames * pooled_side(height) ** 2 + 1,))
             return _Medium(pooled, [(1, height, width)] * frames, [None] * frames)
         tokens = MediaTokens("video", video_pieces(layout, self.merge_size))
+        if heard:
+            return self._video_with_sound(layout, heard)
         if layout.times is not None:
             return _Medium(tokens, [layout.grid], [layout.times])
         return _Medium(tokens, [(1, height, width)] * frames, [None] * frames)
 
+    def _video_with_sound(self, layout: VideoLayout, heard: int) -> _Medium:
+        rules, sound = self._rules_for("video"), audio_tokens(heard, self._rules_of_sound().chunk)
+        assert layout.times is not None and rules.sound_chunk is not None
+        _, height, width = layout.grid
+        each = height * width // self.merge_size**2
+        order = sound_order(layout.times, each, sound, rules.sound_chunk)
+        before, after = self._text.sound_borders
+        between = (n if kind == "video" else (kind, n) for kind, n in order.pieces)
+        tokens = MediaTokens("video", (before, *between, after))
+        return _Medium(tokens, [layout.grid], [layout.times], heard, order)
+
     def _audio(self, frames: int) -> _Medium:
         tokens = audio_tokens(frames, self._rules_of_sound().chunk)
         return _Medium(MediaTokens("audio", (tokens,)), [], [], frames)
+
+    @property
+    def _hears_videos(self) -> bool:
+        """Whether the sound of videos is taken where a sample says so.
+
+        Raises ValueError for a model that does not hear them, unless the configuration leaves it.
+        """
+        video = self._options["video"]
+        if video is not None and not video.sound:
+            return False
+        if self._video_rules is None or self._video_rules.sound_chunk is None:
+            raise ValueError(
+                f"{self._directory}: the model must hear videos, got one with sound; set "
+                "data.video.sound=false"
+            )
+        return True
 
     def _rules_of_sound(self) -> AudioRules:
         if self._audio_rules is None:
@@ -529,7 +605,7 @@ def _given(rules: ImageRules) -> dict[str, int]:
 
 def _stated(rules: VideoRules) -> dict[str, Any]:
     """Rules without those that came later where there are none: fingerprints stay."""
-    own = ("tokens_per_second", "total_pixels", "side", "tmrope")
+    own = ("tokens_per_second", "total_pixels", "side", "tmrope", "sound_chunk")
     return {n: v for n, v in rules._asdict().items() if n not in own or v not in (None, False)}
 
 

@@ -6,6 +6,7 @@ text and media parts as a message has it.
 Two forms of one thing. *Input* (a line of JSONL) names media by path, `file://` or `data:` URI,
 in one of several spellings; *shard* form, which everything after `triptych-data shard` sees, names
 them by number: `{"type": "video", "index": i}` is the member `<key>.<i>.<ext>` beside the JSON.
+In both `"sound": true` in a video's part says that its sound is heard, too.
 """
 
 import json
@@ -145,6 +146,33 @@ def media_parts(record: dict[str, Any]) -> list[tuple[str, int]]:
         for message in _contents(record)
         for part in content_parts(message)
         if part["type"] in KINDS
+    ]
+
+
+def heard_parts(record: dict[str, Any]) -> list[bool]:
+    """Of each media part, in the text's order, whether it is a video whose sound is heard."""
+    return [
+        part["type"] == "video" and part.get("sound", False)
+        for message in _contents(record)
+        for part in content_parts(message)
+        if part["type"] in KINDS
+    ]
+
+
+def hear_videos(record: dict[str, Any]) -> None:
+    """Let the sound of a sample's videos be heard where their parts do not say."""
+    for message in _contents(record):
+        for part in content_parts(message):
+            if part["type"] == "video":
+                part.setdefault("sound", True)
+
+
+def media_rows(record: dict[str, Any]) -> list[tuple[str, int]]:
+    """Kind and media index of each row that an index has of a sample: of a video whose sound is
+    heard two, the second for that."""
+    parts = zip(media_parts(record), heard_parts(record), strict=True)
+    return [
+        row for part, heard in parts for row in ([part, ("audio", part[1])] if heard else [part])
     ]
 
 
@@ -358,6 +386,11 @@ def _check_part(part: Any, num_media: int, where: str) -> None:
             raise ValueError(
                 f"{where}.index must number one of the sample's {num_media} media from 0, "
                 f"got {_short(index)}; add the {kind} or fix the index"
+            )
+        if kind == "video" and not isinstance(sound := part.get("sound", False), bool):
+            raise ValueError(
+                f"{where}.sound must be true or false, got {_short(sound)}; say whether the "
+                "video's sound is heard, too"
             )
     else:
         raise ValueError(

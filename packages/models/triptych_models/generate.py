@@ -132,6 +132,7 @@ def image_inputs(
     Stock makes positions from grids, but not of a video that comes as an image: then ours go in.
     """
     config = model.hf.config
+    has_video = bool((input_ids == config.video_token_id).any())
     # A video comes as images, and stock looks for their token; what it embeds is replaced anyway.
     input_ids = input_ids.masked_fill(input_ids == config.video_token_id, config.image_token_id)
     inputs = {
@@ -151,7 +152,9 @@ def image_inputs(
         inputs["image_grid_thw"] = torch.cat(grids)
         inputs["pixel_values"] = normalize_pixels(patches, model.image_mean, model.image_std)
     has_axes = any(len(prompt.position_ids) == 3 for prompt in prompts)
-    if has_axes and any(bool((grid[:, 0] > 1).any()) for grid in grids):
+    is_moving = any(bool((grid[:, 0] > 1).any()) for grid in grids)
+    # Tokens of sound may stand among those of a video, however short.
+    if has_axes and (is_moving or (has_video and isinstance(model, AudioModel))):
         inputs["position_ids"] = padded_positions(prompts, input_ids.shape[1])
     return inputs
 

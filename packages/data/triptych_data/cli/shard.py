@@ -25,6 +25,7 @@ KINDS = ("jsonl", "json", "csv", "tsv", "parquet", "arrow", "tar", "folder")
 @click.option("--image", "images", multiple=True, help="Column of images; may be given again.")
 @click.option("--video", "videos", multiple=True, help="Column of videos; may be given again.")
 @click.option("--audio", "audios", multiple=True, help="Column of audio; may be given again.")
+@click.option("--hear-videos", is_flag=True, help="With their sound, if a part says no other.")
 @click.option("--drop", multiple=True, help="Column not to keep beside the messages.")
 @click.option(
     "--media-root",

@@ -50,6 +50,18 @@ def hear(data: bytes, rules: AudioRules) -> Tensor:
     return heard(wave, rules)
 
 
+def hear_video(data: bytes, rules: AudioRules) -> Tensor | None:
+    """The same of the sound of a video file; None of one that has none.
+
+    Raises ValueError as `hear`.
+    """
+    wave = load_wave(data, rules.rate, rules.max_seconds + 2 * _LONGER, kind="video")
+    if not len(wave):
+        return None
+    _check_length(len(wave) / rules.rate, rules)
+    return heard(wave, rules)
+
+
 def heard(wave: Tensor, rules: AudioRules) -> Tensor:
     """Log-mel frames (N, num_mels) float32 of a wave (n,), as the processors of Qwen's models make
     them: those that begin in it, while silence follows up to `max_seconds`, and `behind` of that
@@ -98,12 +110,14 @@ def _heard(samples: int, rules: AudioRules) -> int:
     return frames
 
 
-def load_wave(data: bytes, rate: int, max_seconds: float | None = None) -> Tensor:
-    """The sound of an audio file at `rate` Hz: (n,) float32, the mean of its channels.
+def load_wave(
+    data: bytes, rate: int, max_seconds: float | None = None, kind: str = "audio"
+) -> Tensor:
+    """The sound of a file of this kind at `rate` Hz: (n,) float32, the mean of its channels.
 
     What comes after `max_seconds` may be left out. Raises ValueError as `clips.read_audio`.
     """
-    own_rate, channels = clips.read_audio(data, max_seconds)
+    own_rate, channels = clips.read_audio(data, max_seconds, kind)
     return resample(torch.from_numpy(channels).mean(dim=0), own_rate, rate)
 
 

@@ -124,19 +124,32 @@ def probe_audio(data: bytes) -> AudioInfo:
     return AudioInfo(_audio_suffix(data), num_samples / rate)
 
 
-def read_audio(data: bytes, max_seconds: float | None = None) -> tuple[int, np.ndarray]:
+def probe_sound(data: bytes) -> float:
+    """Seconds of the sound of a video file, which is decoded in full; 0 if it has none.
+
+    Raises ValueError as `read_audio`.
+    """
+    num_samples, rate = 0, 1
+    for rate, samples in _decode_audio(data, "video"):  # noqa: B007 - as in `probe_audio`
+        num_samples += samples.shape[1]
+    return num_samples / rate
+
+
+def read_audio(
+    data: bytes, max_seconds: float | None = None, kind: str = "audio"
+) -> tuple[int, np.ndarray]:
     """The sound of a file: its rate in Hz and its samples (channels, n) float32 in [-1, 1].
 
-    What comes after `max_seconds` may be left out. Raises ValueError for a file that is no sound,
-    is damaged or changes its rate or channels.
+    What comes after `max_seconds` may be left out. `kind` is also "video": of one without sound n
+    is 0. Raises ValueError for a file that is no sound, is damaged or changes its rate or channels.
     """
     rate, parts, num_samples = 1, list[np.ndarray](), 0
-    for rate, samples in _decode_audio(data):
+    for rate, samples in _decode_audio(data, kind):
         parts.append(samples)
         num_samples += samples.shape[1]
         if max_seconds is not None and num_samples >= max_seconds * rate:
             break
-    return rate, np.concatenate(parts, axis=1)
+    return rate, np.concatenate(parts or [np.zeros((1, 0), dtype=np.float32)], axis=1)
 
 
 def import_av() -> ModuleType:
@@ -212,11 +225,14 @@ def _decode_at(video: Video, times: np.ndarray) -> Iterator["VideoFrame"]:
         yield frame
 
 
-def _decode_audio(data: bytes) -> Iterator[tuple[int, np.ndarray]]:
-    """The sound of a file in parts, at least one: the rate and (channels, n) float32."""
+def _decode_audio(data: bytes, kind: str = "audio") -> Iterator[tuple[int, np.ndarray]]:
+    """The sound of a file in parts, at least one unless it is a video: the rate and (channels, n)
+    float32."""
     av = import_av()
-    with _opened(data, "audio", _AUDIO_FORMATS) as container:
+    with _opened(data, kind, _AUDIO_FORMATS if kind == "audio" else _VIDEO_FORMATS) as container:
         if not container.streams.audio:
+            if kind == "video":
+                return
             raise ValueError("no audio stream")
         stream = container.streams.audio[0]
         if stream.codec_context is None or not stream.rate:
@@ -233,7 +249,7 @@ def _decode_audio(data: bytes) -> Iterator[tuple[int, np.ndarray]]:
                 if left < 0 or len(samples) != num_channels:
                     raise ValueError(f"over {MAX_AUDIO_SAMPLES} samples, or other channels")
                 yield rate, samples
-        if left == MAX_AUDIO_SAMPLES:
+        if left == MAX_AUDIO_SAMPLES and kind == "audio":
             raise ValueError("no sound")
 
 

@@ -26,6 +26,11 @@ class VideoConfig(BaseModel):
         "(Qwen2.5-VL, Qwen-Omni).",
     )
 
+    sound: bool = Field(
+        default=True,
+        description='Whether the sound of videos is heard where a part says `"sound": true`.',
+    )
+
     @model_validator(mode="after")
     def _check_frame_pixels(self) -> "VideoConfig":
         low, high = self.frame_pixels or (1, 1)

@@ -4,12 +4,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from triptych_data.media.soundtrack import SoundOrder, place_sound
+
 
 def mrope_positions(
     is_image: np.ndarray,
     grids: np.ndarray,
     merge_size: int,
     times: Sequence[Sequence[int] | None] | None = None,
+    sounds: Sequence[SoundOrder | None] | None = None,
 ) -> np.ndarray:
     """Return (3, L) int64 positions (t, h, w) as transformers' `get_rope_index` does.
 
@@ -19,7 +22,7 @@ def mrope_positions(
     text goes on after the image's longer side. With times it goes on after what t has reached, if
     that is more: so Qwen-Omni does, and Qwen2.5-VL was trained (transformers to 5.2; since 5.3 its
     `get_rope_index` goes on inside of the video, see its issue 45381, but still generates after
-    it).
+    it). `sounds` says of a video whose sound is heard how the tokens of both stand.
     """
     steps = np.ones(len(is_image), dtype=np.int64)  # how far each token moves the next one
     steps[is_image] = 0
@@ -28,12 +31,23 @@ def mrope_positions(
     ends = np.cumsum(sizes.prod(axis=1)) if len(grids) else np.zeros(0, dtype=np.int64)
     assert len(image_tokens) == (ends[-1] if len(ends) else 0), "one token per merged patch"
     placed = []
-    steps_of_t = times or [None] * len(grids)
-    for (frames, height, width), end, each in zip(sizes, ends, steps_of_t, strict=True):
+    nothing = [None] * len(grids)
+    facts = zip(sizes, ends, times or nothing, sounds or nothing, strict=True)
+    for (frames, height, width), end, each, sound in facts:
         within = np.indices((frames, height, width)).reshape(3, -1)
         if each is not None:
             within[0] = np.repeat(each, height * width)
-        placed.append((image_tokens[end - frames * height * width : end], within))
+        tokens = image_tokens[end - frames * height * width : end]
+        if sound is not None:
+            within, step = place_sound(sound, within)
+            tokens = tokens[0] + np.arange(within.shape[1])
+            steps[tokens] = 0
+            steps[tokens[-1]] = step
+            if sound.shares_borders:
+                steps[[tokens[0] - 2, tokens[-1] + 1]] = 0
+            placed.append((tokens, within))
+            continue
+        placed.append((tokens, within))
         steps[image_tokens[end - 1]] = max(height, width)
         if each is not None:
             steps[image_tokens[end - 1]] = within.max() + 1

@@ -31,7 +31,8 @@ BROKEN = (OSError, SyntaxError, ValueError, IndexError, TypeError, OverflowError
 
 class MediaInfo(NamedTuple):
     """`kind` of `sample.KINDS`, `suffix` by content, as in a member's name; sizes in pixels after
-    orientation, `frames` of a video, `seconds` of video and audio; 0 where there is no such."""
+    orientation, `frames` of a video, `seconds` of video and audio; 0 where there is no such.
+    `sound`: seconds of the sound of a video, where that is heard."""
 
     kind: str
     suffix: str
@@ -39,10 +40,14 @@ class MediaInfo(NamedTuple):
     height: int = 0
     frames: int = 0
     seconds: float = 0.0
+    sound: float | None = None
 
 
-def probe_media(data: bytes, kind: str, where: str, *, decode: bool = True) -> MediaInfo:
-    """What `data` is as a medium of `kind`, of `sample.KINDS`; with `decode` damage is looked for.
+def probe_media(
+    data: bytes, kind: str, where: str, *, decode: bool = True, sound: bool = False
+) -> MediaInfo:
+    """What `data` is as a medium of `kind`, of `sample.KINDS`; with `decode` damage is looked for,
+    with `sound` also what of a video is heard.
 
     Raises ValueError for what is not of that kind, is damaged or too large to decode.
     """
@@ -50,9 +55,10 @@ def probe_media(data: bytes, kind: str, where: str, *, decode: bool = True) -> M
         return probe_image(data, where, decode=decode)
     try:
         if kind == "video":
-            return MediaInfo(kind, *clips.probe_video(data, decode=decode))
-        sound = clips.probe_audio(data)
-        return MediaInfo(kind, sound.suffix, seconds=sound.seconds)
+            seen = MediaInfo(kind, *clips.probe_video(data, decode=decode))
+            return seen._replace(sound=clips.probe_sound(data)) if sound else seen
+        heard = clips.probe_audio(data)
+        return MediaInfo(kind, heard.suffix, seconds=heard.seconds)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 

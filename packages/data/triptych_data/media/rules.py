@@ -32,7 +32,11 @@ _GRID_TOKENS = 128_000
 # Transformers' Qwen-Omni processors, which heed no other size for videos unless asked to: a token's
 # side in pixels, of which _FRAME_TOKENS bound a frame, and frames a second where none are said.
 _OMNI = {"Qwen2_5OmniProcessor": (28, 2), "Qwen3OmniMoeProcessor": (32, 1)}
-_POSITIONS_PER_SECOND = 25  # of transformers' Qwen-Omni, where config.json does not say
+# Of transformers' Qwen-Omni, where config.json does not say: positions of M-RoPE in a second, and
+# how long the pieces are in which a video's sound follows its pictures.
+_POSITIONS_A_SECOND = ("position_id_per_seconds", 25)
+_SECONDS_A_CHUNK = ("seconds_per_chunk", 2)
+_CHUNKED_SOUND = ("Qwen2_5OmniProcessor",)
 # LLaVA-OneVision's videos: 32 frames at most, of one a second (arXiv 2408.03326, section 4).
 _TILED_PROCESSOR = "LlavaOnevisionProcessor"
 _TILED_SAMPLING = {"fps": 1, "min_frames": 1, "max_frames": 32}
@@ -189,8 +193,12 @@ def _omni_rules(
     own = {n: v for n, v in settings.items() if n not in ("min_pixels", "max_pixels")}
     own["size"] = {edge: tokens * side**2 for edge, tokens in _FRAME_TOKENS.items()}
     own["fps"] = settings.get("fps") or fps
-    a_second = _positions_per_second(path.with_name(CONFIG_FILE))
-    rules = _grid_rules(path, own, config)._replace(tokens_per_second=a_second, tmrope=True)
+    a_second = _thinker_number(path.with_name(CONFIG_FILE), *_POSITIONS_A_SECOND)
+    chunk = 0
+    if name in _CHUNKED_SOUND:
+        chunk = int(a_second * _thinker_number(path.with_name(CONFIG_FILE), *_SECONDS_A_CHUNK))
+    rules = _grid_rules(path, own, config)
+    rules = rules._replace(tokens_per_second=a_second, tmrope=True, sound_chunk=chunk)
     seconds = rules.temporal_patch_size / rules.fps
     step = seconds * a_second
     # Stock's positions of a Qwen3-Omni are single precision's, and not cut; ours are whole.
@@ -204,16 +212,14 @@ def _omni_rules(
     return rules
 
 
-def _positions_per_second(path: Path) -> float:
-    """Positions of Qwen-Omni's M-RoPE in a second, by config.json, also a whole model's."""
+def _thinker_number(path: Path, name: str, default: float) -> float:
+    """A positive number of a Qwen-Omni by config.json, also a whole model's."""
     config = read_json(path) if path.exists() else {}
     thinker = config.get("thinker_config")
     given = thinker if isinstance(thinker, dict) else config
-    value: Any = given.get("position_id_per_seconds", _POSITIONS_PER_SECOND)
+    value: Any = given.get(name, default)
     if not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(
-            f"{path}: position_id_per_seconds must be positive, got {value!r}; fetch the file again"
-        )
+        raise ValueError(f"{path}: {name} must be positive, got {value!r}; fetch the file again")
     return value
 
 

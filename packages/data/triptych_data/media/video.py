@@ -28,8 +28,9 @@ class VideoRules(NamedTuple):
 
     With `tokens_per_second` a video is one grid, and so many positions are a second of it (Qwen2.5-
     VL); then `min_pixels` and `max_pixels` bound each frame, `total_pixels` all of them. With
-    `tmrope` (Qwen-Omni) frames count as taken at `fps`, however many there are. With `side` every
-    frame is stretched to a square of so many pixels (LLaVA-OneVision).
+    `tmrope` (Qwen-Omni) frames count as taken at `fps`, however many there are, and sound may come
+    with a video: as `soundtrack.sound_order` has it, by `sound_chunk`. With `side` every frame is
+    stretched to a square of so many pixels (LLaVA-OneVision).
     """
 
     patch_size: int
@@ -45,6 +46,7 @@ class VideoRules(NamedTuple):
     total_pixels: int | None = None
     side: int | None = None
     tmrope: bool = False
+    sound_chunk: int | None = None
 
 
 class VideoLayout(NamedTuple):

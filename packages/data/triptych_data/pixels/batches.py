@@ -12,7 +12,7 @@ from triptych_data.batch import Batch
 from triptych_data.faults import BadSample, Hole, reason_of
 from triptych_data.media.images import check_ratio, decode_image, resize
 from triptych_data.plan.permutation import stream_key
-from triptych_data.sample import KINDS, media_parts
+from triptych_data.sample import KINDS, media_rows
 from triptych_data.shards.reader import Shards
 from triptych_data.tensors.stream import HELDOUT
 from triptych_data.workers.server import Note
@@ -104,7 +104,7 @@ class PixelBatches:
     def _read(self, sample: int, number: int) -> Tensor | Hole:
         try:
             raw = self.shards.read(sample)
-            _, member = media_parts(raw.json)[number]
+            _, member = media_rows(raw.json)[number]
             image = decode_image(raw.media[member])
             check_ratio(image.shape[2], image.shape[1])
             return image

@@ -167,7 +167,7 @@ class IndexRows:
         """The sample that lies at `start`, with bytes `span`; a chat's first member is its JSON.
 
         A member is (offset of its content in the tar, size, suffix); `media` are in the order in
-        which the text meets them.
+        which the text meets them. A video whose sound is heard is followed by a row for that.
         """
         offset, size, _ = members[0]
         first = memoryview(span)[offset - start : offset - start + size]
@@ -177,7 +177,10 @@ class IndexRows:
         self.members += members
         self.member_starts.append(len(self.members))
         self.text_bytes.append(text_bytes)
-        self.media += media
+        for info in media:
+            self.media.append(info)
+            if info.sound is not None:
+                self.media.append(MediaInfo("audio", "", seconds=info.sound))
         self.media_starts.append(len(self.media))
 
     def finish(

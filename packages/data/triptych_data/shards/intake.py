@@ -15,7 +15,14 @@ from urllib.parse import unquote
 import numpy as np
 
 from triptych_data.media.probe import MediaInfo, probe_media
-from triptych_data.sample import KINDS, dump_json, parse_record, text_bytes
+from triptych_data.sample import (
+    KINDS,
+    dump_json,
+    hear_videos,
+    heard_parts,
+    parse_record,
+    text_bytes,
+)
 from triptych_data.shards.mapping import BLOB, Mapping, to_record
 from triptych_data.shards.tarwriter import MOST_BYTES, span_bytes
 from triptych_data.sources.kinds import JoinedRows
@@ -70,7 +77,8 @@ class Intake(Reopened):
     """How rows become samples.
 
     Relative paths of media start at `media_root`, by default the folder of their input, and may
-    not lead out of it unless `allow_outside`. With `decode` all media are decoded when measured.
+    not lead out of it unless `allow_outside`. With `decode` all media are decoded when measured,
+    with `hear_videos` the sound of all videos is heard unless their parts say otherwise.
     """
 
     rows: JoinedRows
@@ -78,6 +86,7 @@ class Intake(Reopened):
     media_root: Path | None = None
     allow_outside: bool = False
     decode: bool = True
+    hear_videos: bool = False
 
     def measure(self, rows: np.ndarray) -> tuple[np.ndarray, list[Rejected]]:
         """Check rows (n,) in full. Returns (n, len(MEASURES)) int64 and what is no sample."""
@@ -91,6 +100,7 @@ class Intake(Reopened):
                 rejected.append(Rejected(row, " ".join(str(error).split())))
                 continue
             kinds = [info.kind for info in sample.measures]
+            kinds += ["audio" for info in sample.measures if info.sound is not None]
             table[at] = (sample.tar_bytes, sample.text_bytes, *map(kinds.count, KINDS))
         return table, rejected
 
@@ -101,11 +111,15 @@ class Intake(Reopened):
         sample = parse_record(record, where)
         root = self._root(self.media_root or self.rows.root_of(row))
         media, measures = [], []
+        if self.hear_videos:
+            hear_videos(sample.json)
+        heard = heard_parts(sample.json)
         for number, (kind, source) in enumerate(sample.media):
             name = f"{kind} {number if source.startswith(BLOB) else source[:200]}"
             data = _load(source, f"{where}: {name}", blobs, root)
             media.append(data)
-            measures.append(probe_media(data, kind, f"{where}: {name}", decode=decode))
+            info = probe_media(data, kind, f"{where}: {name}", decode=decode, sound=heard[number])
+            measures.append(info)
         return Prepared(dump_json(sample.json), media, measures, text_bytes(sample.json))
 
     def _root(self, folder: Path) -> "_Root":

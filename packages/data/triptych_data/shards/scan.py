@@ -6,7 +6,14 @@ from functools import partial
 from pathlib import Path
 
 from triptych_data.media.probe import MEDIA_SUFFIXES, probe_media
-from triptych_data.sample import check_sample, load_json, media_kinds, media_parts, text_bytes
+from triptych_data.sample import (
+    check_sample,
+    heard_parts,
+    load_json,
+    media_kinds,
+    media_parts,
+    text_bytes,
+)
 from triptych_data.shards.index import (
     IndexRows,
     Layout,
@@ -150,18 +157,27 @@ def _add_chat(rows: IndexRows, key: str, group: list[Entry], span: bytes, where:
     members = _chat_members(key, _fields(key, group, where), where)
     record = load_json(bytes(members[0][0].content), where)
     check_sample(record, len(members) - 1, where)
+    parts = list(zip(media_parts(record), heard_parts(record), strict=True))
+    heard = {index for (_, index), is_heard in parts if is_heard}
     media = [
         probe_media(
-            bytes(entry.content), kind, f"{where}: member {entry.member.name}", decode=False
+            bytes(entry.content),
+            kind,
+            f"{where}: member {entry.member.name}",
+            decode=False,
+            sound=number in heard,
         )
-        for (entry, _, _), kind in zip(members[1:], media_kinds(record), strict=True)
+        for (entry, number, _), kind in zip(members[1:], media_kinds(record), strict=True)
     ]
     rows.add(
         key,
         span,
         [(entry.member.data, entry.member.size, suffix) for entry, _, suffix in members],
         text_bytes(record),
-        [media[index] for _, index in media_parts(record)],
+        [
+            media[index] if is_heard else media[index]._replace(sound=None)
+            for (_, index), is_heard in parts
+        ],
         group[0].member.start,
     )
 

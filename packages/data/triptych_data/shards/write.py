@@ -53,6 +53,7 @@ class ShardOptions:
     media_root: Path | None = None
     allow_outside: bool = False
     decode: bool = True
+    hear_videos: bool = False
     max_bad: float = 0
     num_workers: int = 1
 
@@ -181,7 +182,12 @@ def _intake(found: list[tuple[Path, str]], scratch: Path, settings: ShardOptions
     scratch.mkdir(exist_ok=True)
     rows = open_inputs(found, scratch, any_order=settings.shuffle_seed is not None)
     return Intake(
-        rows, settings.mapping, settings.media_root, settings.allow_outside, settings.decode
+        rows,
+        settings.mapping,
+        settings.media_root,
+        settings.allow_outside,
+        settings.decode,
+        settings.hear_videos,
     )
 
 

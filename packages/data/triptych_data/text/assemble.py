@@ -20,10 +20,10 @@ class ChatTokens(NamedTuple):
 
 class MediaTokens(NamedTuple):
     """What takes the place of a medium's placeholder token: in turns template text, which may
-    hold control tokens, and how often the kind's own token is repeated."""
+    hold control tokens, and how often the kind's own token is repeated, or that of another kind."""
 
     kind: str
-    pieces: tuple[str | int, ...]
+    pieces: tuple[str | int | tuple[str, int], ...]
 
 
 class Assembly(NamedTuple):
@@ -180,6 +180,8 @@ class _Builder:
         for piece in self._media[number].pieces if number < len(self._media) else ():
             if isinstance(piece, str):
                 self.template_text(piece, False)
+            elif isinstance(piece, tuple):
+                self._control(self._controls.names[piece[0]], piece[1], False)
             else:
                 token = self._controls.media_ids.get(kind, self._controls.ids[placeholder])
                 self._control(placeholder, piece, False, token)

@@ -22,9 +22,10 @@ _OLDER_AUDIO = "<|AUDIO|>"  # Qwen2-Audio's, which Aero has and does not name
 class Controls:
     """A tokenizer's special tokens, and its other added ones that the template prints.
 
-    `ids` and `anchors` by token, in order of id; `media_ids` by kind, without kinds the model does
-    not take; `placeholders`: what the template prints for a medium, and its kind. `pattern` finds
-    a control token, `special` a special one, and `markup` one of the others that begins a line.
+    `ids` and `anchors` by token, in order of id; `names` by kind of media, and `media_ids` without
+    kinds the model does not take; `placeholders`: what the template prints for a medium, and its
+    kind. `pattern` finds a control token, `special` a special one, and `markup` one of the others
+    that begins a line.
     """
 
     def __init__(self, tokenizer: Any, literals: str) -> None:
@@ -51,6 +52,7 @@ class Controls:
         }
         if names["audio"] not in self.ids and _OLDER_AUDIO in self.ids:
             names["audio"] = _OLDER_AUDIO
+        self.names = names
         self.media_ids = {kind: self.ids[name] for kind, name in names.items() if name in self.ids}
         self.placeholders = {name: kind for kind, name in names.items()}
         begin = getattr(tokenizer, "boi_token", None)

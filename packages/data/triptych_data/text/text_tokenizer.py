@@ -83,6 +83,11 @@ class TextTokenizer:
             getattr(tokenizer, "start_image_token", None) or "",
             getattr(tokenizer, "end_image_token", None) or "",
         )
+        # What it puts around the tokens of a video's sound, within those around the video's.
+        self.sound_borders: tuple[str, str] = (
+            getattr(tokenizer, "audio_bos_token", None) or "",
+            getattr(tokenizer, "audio_eos_token", None) or "",
+        )
         self.eos_token_id: int | None = tokenizer.eos_token_id
         self.pad_token_id: int | None = tokenizer.pad_token_id
 
