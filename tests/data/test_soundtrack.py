@@ -29,7 +29,6 @@ from triptych_data.shards.write import write_shards
 
 NAMES = ("audio", "image", "video", "vision_bos", "vision_eos", "audio_bos", "audio_eos")
 IDS = {name: number for number, name in enumerate(NAMES, 1)}
-CHUNK = {"2.5": 50, "3": 0}
 STOCK = {
     "2.5": (Qwen2_5OmniProcessor, Qwen2_5OmniThinkerModel),
     "3": (Qwen3OmniMoeProcessor, Qwen3OmniMoeThinkerModel),
@@ -91,22 +90,27 @@ def test_order_and_positions_are_stocks(version: str) -> None:
     rng = np.random.default_rng(0)
     for number in range(80):
         grid = (int(rng.integers(1, 9)), *(2 * int(n) for n in rng.integers(1, 6, 2)))
-        seconds = float(rng.choice([1, 2, 3, 5] if version == "3" else [1, 2, 2 / 3, 5]))
+        seconds = float(rng.choice([1, 2, 2 / 3, 2 / 7, 5]))
         frames = int(rng.integers(2, 1200)) if number % 3 else int(100 * seconds * grid[0])
         heard = audio_tokens(frames, None if version == "2.5" else 100)
-        times = (np.arange(grid[0], dtype=np.float32) * np.float32(seconds) * 25).astype(np.int64)
-        order = sound_order(times.tolist(), grid[1] * grid[2] // 4, heard, CHUNK[version])
+        times = np.arange(grid[0], dtype=np.float32) * np.float32(seconds) * np.float32(25)
+        exact = np.arange(grid[0]) * seconds * 25
+        if fractional := version == "3":
+            order = sound_order(exact.tolist(), grid[1] * grid[2] // 4, heard, 0)
+        else:
+            times = times.astype(np.int64)
+            order = sound_order(times.tolist(), grid[1] * grid[2] // 4, heard, 50)
         wanted = stock_ids(version, grid, heard, seconds)
         found = [0, IDS["vision_bos"], IDS["audio_bos"]]
         for kind, count in order.pieces:
             found += [IDS[kind]] * count
         found += [IDS["audio_eos"], IDS["vision_eos"], 0, 0]
         assert found == wanted, (grid, heard, seconds)
-        positions = mrope_positions(
-            np.array(found) == IDS["video"], np.array([grid]), 2, [times.tolist()], [order]
-        )
-        expected = stock_positions(version, found, grid, frames, seconds)
-        assert positions.tolist() == expected.tolist(), (grid, heard, seconds)
+        is_seen, grids = np.array(found) == IDS["video"], np.array([grid])
+        settings = {"sounds": [order], "fractional": fractional}
+        positions = mrope_positions(is_seen, grids, 2, [times.tolist()], **settings)
+        expected = stock_positions(version, found, grid, frames, seconds).numpy()
+        assert np.allclose(positions, expected, rtol=2e-6, atol=0), (grid, heard, seconds)
 
 
 def record(*parts: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Videos reach Qwen's models as images in a batch; stock takes `pixel_values_videos` instead."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,8 +24,10 @@ from triptych_models.generate import generate
 
 NAMES = ("qwen2_5_vl_tiny", "qwen2_5_omni_tiny", "qwen3_omni_tiny")
 FOLDERS = [MODEL, *(MODEL.with_name(name) for name in NAMES)]
+# The last's positions are not whole at three frames a second.
+CASES = [*((folder, 2) for folder in FOLDERS), (FOLDERS[-1], 3)]
 # Qwen-Omni's processors heed no size or rate of a file.
-OMNI = {"size": {"shortest_edge": 1024, "longest_edge": 4096}, "fps": 2, "do_sample_frames": True}
+OMNI = {"size": {"shortest_edge": 1024, "longest_edge": 4096}, "do_sample_frames": True}
 SAMPLES = {
     "video": (["video"], [clip(40)]),
     "image and two videos": (
@@ -72,7 +76,7 @@ def encode(processor, names):
     return raws, [processor.encode(raw) for raw in raws]
 
 
-def stock_inputs(stock, raw, add_generation_prompt=False):
+def stock_inputs(stock, fps, raw, add_generation_prompt=False):
     """What stock makes of a sample, or of its question; clips have 24 or 13 frames a second."""
     media = [(kind, raw.media[index]) for kind, index in media_parts(raw.json)]
     videos = [decoded(data) for kind, data in media if kind == "video"]
@@ -91,7 +95,10 @@ def stock_inputs(stock, raw, add_generation_prompt=False):
             for (kind, data), is_heard in zip(media, heard, strict=True)
             if kind == "audio" or is_heard
         ]
-        settings = {"videos_kwargs": settings["videos_kwargs"] | OMNI, "audio": waves or None}
+        settings = {
+            "videos_kwargs": settings["videos_kwargs"] | OMNI | {"fps": fps},
+            "audio": waves or None,
+        }
         settings["videos_kwargs"]["use_audio_in_video"] = any(heard)
         settings["videos_kwargs"]["position_id_per_seconds"] = 25
     found = stock(
@@ -106,16 +113,19 @@ def stock_inputs(stock, raw, add_generation_prompt=False):
     return found
 
 
-@pytest.fixture(scope="module", params=FOLDERS, ids=lambda folder: folder.name)
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0].name} at {case[1]}")
 def models(request):
-    model = build_model(ModelConfig(path=request.param, init="random"), dtype=torch.float32)
+    """A model, stock's, our processor, and what makes inputs of stock."""
+    folder, fps = request.param
+    model = build_model(ModelConfig(path=folder, init="random"), dtype=torch.float32)
     shake(model)
     model.eval()  # routers' losses, which stock's loss has not, are training's
-    small = VideoConfig(fps=2, frame_pixels=tuple(OMNI["size"].values()))
-    video = small if "omni" in request.param.name else None
-    processor = Processor.from_directory(request.param, video=video)
+    small = VideoConfig(fps=fps, frame_pixels=tuple(OMNI["size"].values()))
+    video = small if "omni" in folder.name else None
+    processor = Processor.from_directory(folder, video=video)
     model.check_processor(processor)
-    return model, stock_twin(model), processor, AutoProcessor.from_pretrained(request.param)
+    stock = AutoProcessor.from_pretrained(folder)
+    return model, stock_twin(model), processor, partial(stock_inputs, stock, fps)
 
 
 @pytest.mark.parametrize("names", [[name] for name in SAMPLES] + [list(SAMPLES)])
@@ -127,7 +137,7 @@ def test_logits_of_packed_videos_equal_stocks_one_by_one(models, names):
     keep = ("shift_labels", "num_targets", "num_tokens", "sample_keys")
     with torch.no_grad():
         logits = model.logits(**{k: v for k, v in batch.items() if k not in keep})[0]
-        expected = torch.cat([twin(**stock_inputs(stock, raw)).logits[0] for raw in raws])
+        expected = torch.cat([twin(**stock(raw)).logits[0] for raw in raws])
     torch.testing.assert_close(logits[: len(expected)], expected, rtol=1e-4, atol=1e-4)
     assert len(expected) == seq_len - 9
 
@@ -140,9 +150,7 @@ def test_loss_and_gradients_of_packed_videos_are_stocks(models):
     ours = model(**{k: v for k, v in batch.items() if k not in ("num_tokens", "sample_keys")})
     ours.loss_sum.backward()
     losses = [
-        F.cross_entropy(
-            twin(**stock_inputs(stock, raw)).logits[0], each.shift_labels, reduction="sum"
-        )
+        F.cross_entropy(twin(**stock(raw)).logits[0], each.shift_labels, reduction="sum")
         for raw, each in zip(raws, encoded, strict=True)
     ]
     torch.stack(losses).sum().backward()
@@ -165,7 +173,7 @@ def test_answers_to_videos_are_stocks(models):
     stop = processor.eos_token_id
     answers = generate(model, prompts, eos_token_id=stop, **settings)
     for raw, prompt, answer in zip(raws, prompts, answers, strict=True):
-        inputs = stock_inputs(stock, raw, add_generation_prompt=True)
+        inputs = stock(raw, add_generation_prompt=True)
         assert inputs["input_ids"][0].tolist() == prompt.input_ids.tolist()
         tokens = twin.generate(**inputs, do_sample=False, eos_token_id=stop, **settings)
         assert answer == tokens[0, len(prompt.input_ids) :].tolist()

@@ -24,9 +24,9 @@ def collate(
 ) -> Batch:
     """Lay samples end to end in one row of `seq_len` tokens (T); none gives a row of padding.
 
-    - `input_ids`, `shift_labels` (1, T) int64, `position_ids` (3, 1, T) int64, of a processor with
-      one position axis (1, T), restarting with each document; the padding tail is the last
-      document, ignored, with positions from 0
+    - `input_ids`, `shift_labels` (1, T) int64, `position_ids` (3, 1, T) int64 (float32 of
+      a processor whose positions are fractional), with one position axis (1, T), restarting with
+      each document; the padding tail is the last document, ignored, with positions from 0
     - `cu_seqlens (num_docs + 1,)` int32; `max_seqlen` bounds a document, a multiple of 256 or T
     - `num_targets`: labels that are not -100; `num_tokens`: without padding; `sample_keys`
     - with images: `pixel_values (num_patches, patch_dim)` uint8, `image_grid_thw (num_images, 3)`

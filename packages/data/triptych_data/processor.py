@@ -161,6 +161,7 @@ class Processor:
         self.most_frames = most_frames(audio_rules) if audio_rules else 0  # of a recording
         is_turned = rules is not None and rules.side is None and has_mrope(directory)
         self.position_axes = 3 if is_turned else 1  # M-RoPE's, or plain
+        self.fractional = video_rules is not None and video_rules.fractional  # M-RoPE's positions
         self.image_mean = _statistics(directory, settings, "image_mean")
         self.image_std = _statistics(directory, settings, "image_std")
         self.eos_token_id = self._find_end()
@@ -364,7 +365,9 @@ class Processor:
         if self.position_axes == 3:
             times = [each for medium in media for each in medium.times]
             sounds = [medium.sound for medium in media for _ in medium.grids]
-            positions = mrope_positions(is_image, grids, self.merge_size, times, sounds)
+            positions = mrope_positions(
+                is_image, grids, self.merge_size, times, sounds, fractional=self.fractional
+            )
         return EncodedSample(
             key=raw.key,
             input_ids=torch.from_numpy(tokens.input_ids),
@@ -504,7 +507,11 @@ class Processor:
         assert layout.times is not None and rules.sound_chunk is not None
         _, height, width = layout.grid
         each = height * width // self.merge_size**2
-        order = sound_order(layout.times, each, sound, rules.sound_chunk)
+        times = layout.times
+        if rules.fractional:  # in double precision, as stock orders tokens
+            step = rules.temporal_patch_size / rules.fps
+            times = tuple((np.arange(len(times)) * step * rules.tokens_per_second).tolist())
+        order = sound_order(times, each, sound, rules.sound_chunk)
         before, after = self._text.sound_borders
         between = (n if kind == "video" else (kind, n) for kind, n in order.pieces)
         tokens = MediaTokens("video", (before, *between, after))
@@ -605,7 +612,7 @@ def _given(rules: ImageRules) -> dict[str, int]:
 
 def _stated(rules: VideoRules) -> dict[str, Any]:
     """Rules without those that came later where there are none: fingerprints stay."""
-    own = ("tokens_per_second", "total_pixels", "side", "tmrope", "sound_chunk")
+    own = ("tokens_per_second", "total_pixels", "side", "tmrope", "sound_chunk", "fractional")
     return {n: v for n, v in rules._asdict().items() if n not in own or v not in (None, False)}
 
 

@@ -184,7 +184,7 @@ def audio_inputs(
 
 def padded_positions(prompts: Sequence[Prompt], length: int) -> Tensor:
     """(4, B, length): places in the text, then M-RoPE's, as stock's decoder takes them."""
-    positions = torch.zeros(4, len(prompts), length, dtype=torch.int64)
+    positions = torch.zeros(4, len(prompts), length, dtype=prompts[0].position_ids.dtype)
     for row, prompt in enumerate(prompts):
         start = length - len(prompt.input_ids)
         positions[0, row, start:] = torch.arange(length - start)

@@ -28,7 +28,8 @@ class Omni(AudioModel, Qwen3VL):
     ) -> Tensor:
         """Hidden states (1, T, H) after the final norm, documents kept apart.
 
-        As `Qwen3VL.hidden_states`, and `insert_audio` of recordings.
+        As `Qwen3VL.hidden_states`, and `insert_audio` of recordings; position_ids may also be
+        float32, of a Qwen3-Omni.
         """
         embedded = self.hf.model.language_model.embed_tokens(input_ids)
         heard = self.insert_audio(embedded, audio_features, audio_lengths, audio_positions)

@@ -11,10 +11,13 @@ def mrope_positions(
     is_image: np.ndarray,
     grids: np.ndarray,
     merge_size: int,
-    times: Sequence[Sequence[int] | None] | None = None,
+    times: Sequence[Sequence[float] | None] | None = None,
     sounds: Sequence[SoundOrder | None] | None = None,
+    *,
+    fractional: bool = False,
 ) -> np.ndarray:
-    """Return (3, L) int64 positions (t, h, w) as transformers' `get_rope_index` does.
+    """Return (3, L) positions (t, h, w), int64 or, if fractional, float32, as transformers'
+    `get_rope_index` does.
 
     `is_image (L,) bool` marks image tokens; `grids (num_images, 3)` are the patch grids of the
     images in order, `times` where on axis t their frames are, one after another where it is None.
@@ -24,7 +27,7 @@ def mrope_positions(
     `get_rope_index` goes on inside of the video, see its issue 45381, but still generates after
     it). `sounds` says of a video whose sound is heard how the tokens of both stand.
     """
-    steps = np.ones(len(is_image), dtype=np.int64)  # how far each token moves the next one
+    steps = np.ones(len(is_image))  # how far each token moves the next one
     steps[is_image] = 0
     image_tokens = np.flatnonzero(is_image)
     sizes = grids // np.array([1, merge_size, merge_size])
@@ -34,7 +37,7 @@ def mrope_positions(
     nothing = [None] * len(grids)
     facts = zip(sizes, ends, times or nothing, sounds or nothing, strict=True)
     for (frames, height, width), end, each, sound in facts:
-        within = np.indices((frames, height, width)).reshape(3, -1)
+        within = np.indices((frames, height, width)).reshape(3, -1).astype(np.float64)
         if each is not None:
             within[0] = np.repeat(each, height * width)
         tokens = image_tokens[end - frames * height * width : end]
@@ -54,4 +57,4 @@ def mrope_positions(
     positions = np.tile(np.cumsum(steps) - steps, (3, 1))
     for tokens, within in placed:
         positions[:, tokens] = positions[0, tokens[0]] + within
-    return positions
+    return positions.astype(np.float32 if fractional else np.int64)

@@ -200,16 +200,9 @@ def _omni_rules(
     rules = _grid_rules(path, own, config)
     rules = rules._replace(tokens_per_second=a_second, tmrope=True, sound_chunk=chunk)
     seconds = rules.temporal_patch_size / rules.fps
-    step = seconds * a_second
-    # Stock's positions of a Qwen3-Omni are single precision's, and not cut; ours are whole.
-    is_whole = step == int(step) and (seconds * 256).is_integer()
-    if name == "Qwen3OmniMoeProcessor" and not is_whole:
-        raise ValueError(
-            f"data.video.fps: must put whole positions of {a_second} a second between two patches "
-            f"of {rules.temporal_patch_size} frames, got {rules.fps:g}, which puts {step:g}; set "
-            "1 or 2"
-        )
-    return rules
+    # Stock's positions of a Qwen3-Omni are single precision's, and not cut.
+    is_whole = (seconds * a_second).is_integer() and (seconds * 256).is_integer()
+    return rules._replace(fractional=name not in _CHUNKED_SOUND and not is_whole)
 
 
 def _thinker_number(path: Path, name: str, default: float) -> float:

@@ -29,8 +29,9 @@ class VideoRules(NamedTuple):
     With `tokens_per_second` a video is one grid, and so many positions are a second of it (Qwen2.5-
     VL); then `min_pixels` and `max_pixels` bound each frame, `total_pixels` all of them. With
     `tmrope` (Qwen-Omni) frames count as taken at `fps`, however many there are, and sound may come
-    with a video: as `soundtrack.sound_order` has it, by `sound_chunk`. With `side` every frame is
-    stretched to a square of so many pixels (LLaVA-OneVision).
+    with a video: as `soundtrack.sound_order` has it, by `sound_chunk`. `fractional` positions are
+    not cut to whole ones (Qwen3-Omni). With `side` every frame is stretched to a square of so many
+    pixels (LLaVA-OneVision).
     """
 
     patch_size: int
@@ -47,6 +48,7 @@ class VideoRules(NamedTuple):
     side: int | None = None
     tmrope: bool = False
     sound_chunk: int | None = None
+    fractional: bool = False
 
 
 class VideoLayout(NamedTuple):
@@ -57,7 +59,7 @@ class VideoLayout(NamedTuple):
     frames: np.ndarray
     grid: tuple[int, int, int]
     seconds: tuple[float, ...]
-    times: tuple[int, ...] | None = None
+    times: tuple[float, ...] | None = None
 
 
 def encode_video(data: bytes, rules: VideoRules) -> tuple[Tensor, VideoLayout]:
@@ -129,10 +131,11 @@ def video_pieces(layout: VideoLayout, merge_size: int) -> tuple[str | int, ...]:
     return tuple(pieces)
 
 
-def _time_positions(count: int, sampled_fps: float, rules: VideoRules) -> tuple[int, ...] | None:
+def _time_positions(count: int, sampled_fps: float, rules: VideoRules) -> tuple[float, ...] | None:
     """Where temporal patches are on M-RoPE's axis t; None where each is an image of its own.
 
-    In single precision and in the order of stock's tensors, since positions are cut to whole ones.
+    In single precision and in the order of stock's tensors, since positions are cut to whole ones
+    unless they are fractional.
     """
     if rules.tokens_per_second is None:
         return None
@@ -142,7 +145,7 @@ def _time_positions(count: int, sampled_fps: float, rules: VideoRules) -> tuple[
         positions = numbers * np.float32(depth / rules.fps) * a_second
     else:
         positions = numbers * (a_second * np.float32(depth / sampled_fps))
-    return tuple(positions.astype(np.int64).tolist())
+    return tuple((positions if rules.fractional else positions.astype(np.int64)).tolist())
 
 
 def _even_frames(num_frames: int, rate: float, rules: VideoRules) -> np.ndarray:
