@@ -93,7 +93,7 @@ class _Medium(NamedTuple):
 
     tokens: MediaTokens
     grids: list[Grid]
-    times: list[tuple[int, ...] | None]
+    times: list[tuple[float, ...] | None]
     """of each grid: where its frames are on M-RoPE's axis t, None for one after another"""
     frames: int = 0
     """of a recording, or of a video's sound"""
@@ -505,6 +505,7 @@ class Processor:
     def _video_with_sound(self, layout: VideoLayout, heard: int) -> _Medium:
         rules, sound = self._rules_for("video"), audio_tokens(heard, self._rules_of_sound().chunk)
         assert layout.times is not None and rules.sound_chunk is not None
+        assert rules.tokens_per_second is not None
         _, height, width = layout.grid
         each = height * width // self.merge_size**2
         times = layout.times
