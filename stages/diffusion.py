@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from running import UnplannedEngine, carry_out, share_seed
+from running import OF_ROWS, begin_samples, carry_out, plan_samples, refuse, share_seed
 
 from triptych_core.config import StageConfig, parse_args, run_main
 from triptych_core.sections import OptimConfig, ScheduleConfig
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from triptych_core.launch import Runtime
     from triptych_core.metrics import Metrics
+    from triptych_core.plan.plan import Plan
     from triptych_data.tensors.loader import TensorLoader
     from triptych_models.diffusion.model import DiffusionModel
 
@@ -69,25 +70,13 @@ class DiffusionConfig(StageConfig):
     data: TensorDataConfig
     sampler: SamplerConfig = SamplerConfig()
     samples: SamplesConfig = SamplesConfig()
-    engine: UnplannedEngine = UnplannedEngine()
     optim: DiffusionOptim = DiffusionOptim()
     schedule: DiffusionSchedule = DiffusionSchedule()
     export: bool = Field(True, description="write run.dir/export, weights and their configuration")
 
     @model_validator(mode="after")
     def _check_what_is_not_there(self) -> Self:
-        for key, value, wanted in (
-            ("plan.show", self.plan.show, "no"),
-            ("replay.step", self.replay.step, "no"),
-            ("parallel.sequence", self.parallel.sequence, 1),
-            ("parallel.tensor", self.parallel.tensor, 1),
-            ("parallel.expert", self.parallel.expert, 1),
-            ("engine.mlp_chunks", self.engine.mlp_chunks, 1),
-        ):
-            if value != wanted:
-                raise ValueError(
-                    f"{key}: must be {wanted} in this stage, got {value}; it is of packed rows"
-                )
+        refuse(self, OF_ROWS)
         return self
 
     @model_validator(mode="after")
@@ -120,6 +109,29 @@ class Job:
     part = staticmethod(dict)
 
 
+def plan(config: DiffusionConfig) -> "Plan":
+    """What a step needs and how long it takes; of a Wan, samples are like the shards' first."""
+    from triptych_core.engine.build import compute_dtype
+    from triptych_data.tensors.loader import open_batches
+    from triptych_models.diffusion.pretend import build_pretend_diffusion, pretend_samples
+
+    shape, classes = config.model, config.model.num_classes
+    if shape.compile == "auto" and config.run.device != "cpu":
+        shape = shape.model_copy(update={"compile": "layers"})
+    model = build_pretend_diffusion(shape, config.objective, dtype=compute_dtype(config.engine))
+    shapes = model.sample_shapes()
+    if not shapes:
+        shapes = dict(open_batches(config.data, config.data.shards, classes).shapes)
+        model.check_data(shapes)
+    make_batch = partial(
+        pretend_samples,
+        shapes,
+        has_labels=classes is not None,
+        given_frames=config.data.given_frames,
+    )
+    return plan_samples(config, model, make_batch)
+
+
 def build_job(config: DiffusionConfig, runtime: "Runtime") -> Job:
     """Wire data, model and engine together, as they are before the first step."""
     from triptych_core.engine.build import (
@@ -146,7 +158,7 @@ def build_job(config: DiffusionConfig, runtime: "Runtime") -> Job:
             dtype=compute_dtype(config.engine),
             gather=gather_parameters(config.engine),
         )
-    model.check_data(batches.batches.wanted.shapes)
+    model.check_data(batches.batches.shapes)
     model.set_checkpointing(config.engine.checkpointing)
     groups = parameter_groups(
         model.named_parameters(),
@@ -163,13 +175,14 @@ def build_job(config: DiffusionConfig, runtime: "Runtime") -> Job:
 
 
 def main(config: DiffusionConfig) -> None:
-    """Train, draw, export."""
+    """Train, draw, export; or show the plan, or verify."""
     config.model.check_path()
-    from triptych_core.launch import launch
+    if config.plan.show != "no":
+        from triptych_core.plan.plan import show_plan
 
-    runtime = launch(config.run)
-    if config.model.compile == "auto":
-        config.model.compile = "layers" if runtime.on_cuda else "none"
+        show_plan(plan(config), config.plan)
+        return
+    config, runtime, chosen = begin_samples(config, plan)
     if config.verify.only:
         from rehearsing import verify
 
@@ -185,9 +198,11 @@ def main(config: DiffusionConfig) -> None:
             "parameters": job.parameters,
             "data": job.batches.describe(),
             "loss": f"squared error of {config.objective.prediction}, an element",
+            "chosen": chosen,
         },
         test=partial(_test, config, job, runtime),
         export=export if config.export else None,
+        plan=plan,
         compiles=config.model.compile == "layers",
         unit="images",
         **_loop(job),

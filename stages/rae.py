@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from running import UnplannedEngine, carry_out, share_seed
+from running import OF_ROWS, begin_samples, carry_out, plan_samples, refuse, share_seed
 
 from triptych_core.config import StageConfig, parse_args, run_main
 from triptych_core.sections import OptimConfig, ScheduleConfig
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from triptych_core.launch import Runtime
     from triptych_core.metrics import Metrics
+    from triptych_core.plan.plan import Plan
     from triptych_data.pixels.loader import PixelLoader
     from triptych_models.autoencoder.rae import RAE
 
@@ -67,27 +68,14 @@ class RaeConfig(StageConfig):
     adversary: AdversaryConfig = AdversaryConfig()
     data: PixelDataConfig
     samples: SamplesConfig = SamplesConfig()
-    engine: UnplannedEngine = UnplannedEngine()
     optim: RaeOptim = RaeOptim()
     schedule: RaeSchedule = RaeSchedule()
     export: bool = Field(True, description="write run.dir/export, weights and their configuration")
 
     @model_validator(mode="after")
     def _check_what_is_not_there(self) -> Self:
-        for key, value, wanted in (
-            ("plan.show", self.plan.show, "no"),
-            ("replay.step", self.replay.step, "no"),
-            ("parallel.sequence", self.parallel.sequence, 1),
-            ("parallel.tensor", self.parallel.tensor, 1),
-            ("parallel.expert", self.parallel.expert, 1),
-            ("engine.mlp_chunks", self.engine.mlp_chunks, 1),
-            ("engine.zero.offload_optimizer", self.engine.zero.offload_optimizer, False),
-            ("engine.zero.offload_params", self.engine.zero.offload_params, False),
-        ):
-            if value != wanted:
-                raise ValueError(
-                    f"{key}: must be {wanted} in this stage, got {value}; leave it out"
-                )
+        offloads = {"engine.zero.offload_optimizer": False, "engine.zero.offload_params": False}
+        refuse(self, OF_ROWS | offloads)
         return self
 
     @model_validator(mode="after")
@@ -126,6 +114,23 @@ class Job:
         self.model.begin_step(step)
         if len(window) > 1:
             self.model.survey(to_device(batch, self.engine.device) for batch in window)
+
+
+def plan(config: RaeConfig) -> "Plan":
+    """What the last step needs, in which all judges are asked, and how long it takes."""
+    from triptych_core.engine.build import compute_dtype
+    from triptych_models.autoencoder.pretend import begin_window, build_pretend_rae, pretend_images
+
+    parts = config.model, config.perceptual, config.adversary
+    model = build_pretend_rae(*parts, dtype=compute_dtype(config.engine))
+    window = config.engine.gradient_accumulation_steps
+    return plan_samples(
+        config,
+        model,
+        partial(pretend_images, model),
+        begin=partial(begin_window, model, step=config.run.steps, micro_steps=window),
+        beside=model.beside,
+    )
 
 
 def build_job(config: RaeConfig, runtime: "Runtime") -> Job:
@@ -174,15 +179,16 @@ def build_job(config: RaeConfig, runtime: "Runtime") -> Job:
 
 
 def main(config: RaeConfig) -> None:
-    """Train, show, export."""
+    """Train, show, export; or show the plan, or verify."""
     config.model.check_path()
     config.perceptual.check_path("perceptual")
     config.adversary.check_path("adversary")
-    from triptych_core.launch import launch
+    if config.plan.show != "no":
+        from triptych_core.plan.plan import show_plan
 
-    runtime = launch(config.run)
-    if config.model.compile == "auto":
-        config.model.compile = "layers" if runtime.on_cuda else "none"
+        show_plan(plan(config), config.plan)
+        return
+    config, runtime, chosen = begin_samples(config, plan)
     if config.verify.only:
         from rehearsing import verify
 
@@ -201,9 +207,11 @@ def main(config: RaeConfig) -> None:
             "parameters": job.parameters,
             "data": job.batches.describe(),
             "loss": config.loss_in_words(),
+            "chosen": chosen,
         },
         test=partial(_test, config, job, runtime),
         export=export if config.export else None,
+        plan=plan,
         compiles=config.model.compile == "layers",
         unit="images",
         **_loop(job),

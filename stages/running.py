@@ -3,15 +3,14 @@
 No stage itself.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Protocol
-
-from pydantic import Field
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from triptych_core.config import StageConfig
-from triptych_core.sections import EngineConfig, ZeroConfig
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from triptych_core.checkpoint.saver import Saver
     from triptych_core.launch import Runtime
     from triptych_core.loop import Part
@@ -20,21 +19,14 @@ if TYPE_CHECKING:
     from triptych_data.plan.ledger import Ledger
 
 
-class UnplannedZero(ZeroConfig):
-    """What is partitioned; no plan chooses here."""
-
-    stage: Literal[0, 1, 2, 3] = Field(
-        0, description="0 nothing, 1 optimizer states, 2 + gradients, 3 + parameters"
-    )
-
-
-class UnplannedEngine(EngineConfig):
-    """How a step is computed."""
-
-    checkpointing: Literal["none", "selective", "full", "offload"] = Field(
-        "none", description="what a block keeps for its backward; see packages/models"
-    )
-    zero: UnplannedZero = UnplannedZero()
+# Of packed rows: keys, and what they are where batches are samples.
+OF_ROWS = {
+    "replay.step": "no",
+    "parallel.sequence": 1,
+    "parallel.tensor": 1,
+    "parallel.expert": 1,
+    "engine.mlp_chunks": 1,
+}
 
 
 def share_seed(config: Any) -> None:
@@ -42,6 +34,61 @@ def share_seed(config: Any) -> None:
     for section in (config.model, config.data):
         if "seed" not in section.model_fields_set:
             section.seed = config.run.seed
+
+
+def refuse(config: Any, wanted: dict[str, Any]) -> None:
+    """Raise ValueError where a key, by its dotted path, is not what it must be in this stage."""
+    for key, value in wanted.items():
+        found = config
+        for name in key.split("."):
+            found = getattr(found, name)
+        if found != value:
+            raise ValueError(f"{key}: must be {value} in this stage, got {found}; leave it out")
+
+
+def plan_samples(
+    config: Any,
+    model: "nn.Module",
+    make_batch: "Callable[[int], dict[str, Any]]",
+    *,
+    begin: "Callable[[dict[str, Any]], Any] | None" = None,
+    beside: "Sequence[nn.Module]" = (),
+) -> "Plan":
+    """What a step of `data.batch_size` samples needs and how long it takes.
+
+    model: on the meta device. make_batch: so many samples. begin: before a micro-step's forward;
+    what it returns is held as long. beside: frozen networks that the model asks.
+    """
+    from triptych_core.optim.groups import parameter_groups
+    from triptych_core.plan.plan import SAMPLES, plan_run, tracer, weights_of
+    from triptych_models.fake import WORKSPACES, pretend
+    from triptych_models.freeze import parameter_parts
+    from triptych_models.matrices import matrix_shapes
+
+    trainee: Any = model
+    groups = parameter_groups(
+        model.named_parameters(),
+        config.optim,
+        parameter_parts(trainee).__getitem__,
+        matrix_shapes(model),
+    )
+    threshold = config.engine.zero.persistence_threshold
+    weights = weights_of(model, groups, threshold, config.optim, trainee.layers(), beside)
+    with pretend(model, *beside):
+        trace = tracer(model, make_batch, WORKSPACES, begin=begin, beside=beside)
+        return plan_run(config, weights, trace, size=config.data.batch_size, unit=SAMPLES)
+
+
+def begin_samples(config: Any, plan: "Callable[[Any], Plan]") -> "tuple[Any, Runtime, str | None]":
+    """Join the other ranks and settle what the configuration leaves open, and why so."""
+    from triptych_core.launch import launch
+    from triptych_core.plan.settle import settle
+
+    runtime = launch(config.run)
+    if config.model.compile == "auto":
+        config.model.compile = "layers" if runtime.on_cuda else "none"
+    config, chosen = settle(config, plan)
+    return config, runtime, chosen
 
 
 class Trainee(Protocol):

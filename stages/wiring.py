@@ -194,16 +194,10 @@ def plan(config: PackedConfig) -> "Plan":
     from triptych_core.optim.groups import parameter_groups
     from triptych_core.plan.plan import plan_run, tracer, weights_of
     from triptych_models.experts import ExpertGroup
+    from triptych_models.fake import CROSSINGS, WORKSPACES, pretend
     from triptych_models.freeze import parameter_parts
     from triptych_models.matrices import matrix_shapes
-    from triptych_models.pretend import (
-        CROSSINGS,
-        WORKSPACES,
-        build_pretend_model,
-        pretend,
-        pretend_batch,
-        pretend_part,
-    )
+    from triptych_models.pretend import build_pretend_model, pretend_batch, pretend_part
     from triptych_models.sequence import SequenceGroup
 
     # Of both its first rank.
@@ -239,7 +233,7 @@ def plan(config: PackedConfig) -> "Plan":
             part=partial(pretend_part, sequence=sequence),
             sequence=sequence.size,
         )
-        return plan_run(config, weights, trace, seq_len=seq_len)
+        return plan_run(config, weights, trace, size=seq_len)
 
 
 def drawn_tokens(config: PackedConfig) -> int:

@@ -26,10 +26,11 @@ from tools.published import PUBLISHED
 from triptych_models.catalogue import FAMILIES
 from triptych_models.config import ModelConfig
 from triptych_models.export import export, stored_tensors
+from triptych_models.fake import pretend
 from triptych_models.families import build_model, build_shell
 from triptych_models.freeze import count_parameters
 from triptych_models.pack_cost import pack_cost
-from triptych_models.pretend import build_pretend_model, pretend, pretend_batch
+from triptych_models.pretend import build_pretend_model, pretend_batch
 from triptych_models.weights import whole
 
 # Its build takes minutes and gloo does without it.

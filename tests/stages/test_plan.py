@@ -190,8 +190,9 @@ def saved_bytes(model: Any) -> int:
 
 def kept_is_what_autograd_saves(folder: Path) -> None:
     from triptych_models.config import ModelConfig
+    from triptych_models.fake import pretend
     from triptych_models.families import build_model
-    from triptych_models.pretend import build_pretend_model, pretend
+    from triptych_models.pretend import build_pretend_model
 
     config = ModelConfig(path=folder, init="random")
     real = build_model(config, dtype=torch.float32).train()
@@ -201,7 +202,7 @@ def kept_is_what_autograd_saves(folder: Path) -> None:
     for checkpointing, tolerance in (("none", 0.07), ("full", 0.02)):
         step = traced(real, checkpointing)
         shapes = build_pretend_model(config, dtype=torch.float32)
-        with pretend(shapes, "cpu"):
+        with pretend(shapes, device="cpu"):
             planned = traced(shapes, checkpointing)
         assert planned.kept == pytest.approx(step.kept, rel=tolerance)
         assert planned.moments[0][0] == pytest.approx(step.moments[0][0], rel=0.1)

@@ -61,6 +61,7 @@ def words(workspace: Path, run_dir: Path, *more: str) -> list[str]:
         "data.num_workers=0",
         "engine.precision=fp32",
         "engine.zero.persistence_threshold=0",
+        "engine.zero.stage=0",
         "optim.lr=1e-3",
         "optim.ema_decay=0.9",
         "schedule.warmup_steps=2",
@@ -274,8 +275,6 @@ def test_a_handful_of_images_is_memorised(workspace: Path):
     ("word", "message"),
     [
         ("parallel.sequence=2", r"parallel.sequence: must be 1 in this stage, got 2"),
-        ("plan.show=table", r"plan.show: must be no in this stage, got table"),
-        ("engine.zero.stage=auto", r"engine.zero.stage: must be 0, 1, 2 or 3"),
         ("engine.zero={stage: 1, offload_optimizer: true}", r"offload_optimizer: must be False in"),
         ("model.decoder.sise=XL", r"model.decoder.sise: .* did you mean 'size'"),
         ("adversary.strat=3", r"adversary.strat: .* did you mean 'start'"),

@@ -114,13 +114,8 @@ def planned_and_real(folder: Path) -> list[tuple[Any, Any]]:
     from triptych_core.plan.trace import trace_micro_step
     from triptych_core.sections import ParallelConfig
     from triptych_models.config import ModelConfig
-    from triptych_models.pretend import (
-        CROSSINGS,
-        build_pretend_model,
-        pretend,
-        pretend_batch,
-        pretend_part,
-    )
+    from triptych_models.fake import CROSSINGS, pretend
+    from triptych_models.pretend import build_pretend_model, pretend_batch, pretend_part
     from triptych_models.sequence import SequenceGroup
 
     mesh = make_mesh(ParallelConfig(sequence=2), launch(RunConfig(device="cpu")))

@@ -1,18 +1,11 @@
-"""A model and a batch without memory behind them, to plan a run on any machine.
-
-Shapes, dtypes and the ops that run are those of the real ones; values there are none.
-"""
+"""A model and a row without memory behind them, to plan a run on any machine; see `fake`."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-
-from triptych_kernels.dispatch import assume_device
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .audio_model import AudioModel
 from .bagel.model import Bagel
@@ -30,95 +23,6 @@ from .sequence import ALONE, SequenceGroup
 from .sequence_batch import take_part
 
 FRAMES_PER_SECOND = 100  # of log-mel features, of every model that hears
-
-
-def _loss_bytes(
-    hidden_states: Tensor, weight: Tensor, bias: Any, labels: Any, weights: Any, *settings: Any
-) -> tuple[int, int]:
-    """One chunk of logits; and the head's gradient is fp32 where it is a sum over chunks."""
-    num_targets, chunk_rows = settings[1] or len(hidden_states), settings[2]
-    chunks = -(-num_targets // chunk_rows)
-    rows, width = -(-num_targets // chunks), weight.element_size()
-    logits = rows * (weight.shape[0] + weight.shape[1]) * width
-    return logits, weight.numel() * (4 - width) if chunks > 1 else 0
-
-
-def _attention_backward_bytes(d_out: Tensor, q: Tensor, k: Tensor, *rest: Any) -> tuple[int, int]:
-    """FlashAttention 2's fp32 sum of dq, and dk and dv for every query head before they are
-    summed over those that share a key head."""
-    expanded = 2 * q.numel() * q.element_size() if q.shape[1] != k.shape[1] else 0
-    return 4 * q.numel() + expanded, 0
-
-
-def _experts_bytes(
-    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, *rest: Any
-) -> tuple[int, int]:
-    """What the experts' activations are and what they give, a row for each choice of one here."""
-    (hidden, width), parts = down.shape[1:], rest[-1]
-    return weights.numel() // parts * (width + hidden) * x.element_size(), 0
-
-
-def _experts_backward_bytes(
-    d_out: Tensor,
-    x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    weights: Tensor,
-    pre: Tensor,
-    *rest: Any,
-) -> tuple[int, int]:
-    """Rows of d_out or x, and the gradients of all that lies between gate_up and down."""
-    hidden, width = down.shape[1:]
-    columns = max(hidden + 4 * width, 2 * hidden + 2 * width)
-    return len(pre) * columns * x.element_size(), 0
-
-
-def _exchange_bytes(x: Tensor, *rest: Any) -> tuple[int, int]:
-    """A copy of what is not contiguous."""
-    return 0 if x.is_contiguous() else x.numel() * x.element_size(), 0
-
-
-def _exchange_crosses(x: Tensor, sends: list[int], *rest: Any) -> float:
-    """All but a rank's own share."""
-    return x.numel() * x.element_size() * (1 - 1 / len(sends))
-
-
-def _gather_crosses(x: Tensor, size: int, group: str) -> float:
-    """A rank's rows to each of the others."""
-    return float(x.numel() * x.element_size() * (size - 1))
-
-
-def _sum_bytes(x: Tensor, size: int, group: str) -> tuple[int, int]:
-    """What came from the others, and its sum in fp32."""
-    return x.numel() * (x.element_size() + 4 // size), 0
-
-
-def _sum_crosses(x: Tensor, size: int, group: str) -> float:
-    """All but a rank's own rows."""
-    return x.numel() * x.element_size() * (1 - 1 / size)
-
-
-def _nothing_on_device(x: Tensor) -> tuple[int, int]:
-    """What is made lies in host memory."""
-    return 0, -x.numel() * x.element_size()
-
-
-# What ops hold that their outputs do not show: op -> (bytes while it runs, bytes with its outputs).
-WORKSPACES = {
-    "triptych::linear_cross_entropy": _loss_bytes,
-    "torch_attn::_varlen_attn_backward": _attention_backward_bytes,
-    "triptych::moe_mlp": _experts_bytes,
-    "triptych::moe_mlp_backward": _experts_backward_bytes,
-    "triptych_models::exchange": _exchange_bytes,
-    "triptych_models::sum_rows": _sum_bytes,
-    "triptych_models::to_host": _nothing_on_device,
-}
-# What ops send to other ranks.
-CROSSINGS = {
-    "triptych_models::exchange": _exchange_crosses,
-    "triptych_models::gather_rows": _gather_crosses,
-    "triptych_models::sum_rows": _sum_crosses,
-}
 
 
 def build_pretend_model(
@@ -141,17 +45,6 @@ def build_pretend_model(
     return model.train()
 
 
-@contextmanager
-def pretend(model: nn.Module, device: str = "cuda") -> Iterator[None]:
-    """Inside, the model's tensors are fake and ops take the backends they take on `device`."""
-    # Of the CPU, since autograd cannot run on fake tensors of a device that is not there.
-    with FakeTensorMode(allow_non_fake_inputs=True), assume_device(device):
-        _make_fake(model)
-        # Threads of other devices are not to be started.
-        with torch.autograd.set_multithreading_enabled(False):
-            yield
-
-
 def pretend_batch(
     model: PackedModel,
     seq_len: int,
@@ -163,7 +56,7 @@ def pretend_batch(
     audio_share: float = 0.0,
     audio_seconds: float = 30.0,
 ) -> dict[str, Any]:
-    """A packed row of full documents; call it inside `pretend`, or for a real model.
+    """A packed row of full documents; call it inside `fake.pretend`, or for a real model.
 
     image_share of its tokens are those of square images of about image_tokens each; there is
     always one image, of one token where there should be none, unless the model has no tower.
@@ -259,18 +152,3 @@ def _known(values: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
     """A real tensor, though fake ones are made around: its values are read on the host."""
     with unset_fake_temporarily():
         return torch.tensor(values, dtype=dtype)
-
-
-def _make_fake(model: nn.Module) -> None:
-    """Put a fake tensor in the place of each parameter and buffer; tied ones stay one."""
-    made: dict[int, Any] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in made:
-                    like = torch.empty(parameter.shape, dtype=parameter.dtype)
-                    made[id(parameter)] = nn.Parameter(like, parameter.requires_grad)
-                module._parameters[name] = made[id(parameter)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)

@@ -33,11 +33,13 @@ class Group:
     """An optimizer group: elements that a rank has of each parameter, bytes of states an element.
 
     holders ranks have a part each (of experts): what one of them has, `ranks / holders` have.
+    width: bytes of a weight; 4 where they stay fp32, and are their own masters.
     """
 
     sizes: Sizes
     state_bytes: int = 8
     holders: int = 1
+    width: int = 2
 
     @property
     def numel(self) -> int:
@@ -54,6 +56,7 @@ class Weights:
     persistent: int = 0  # in parameters that DeepSpeed's ZeRO-3 leaves whole
     layers: Layers = field(default_factory=dict)  # of what our ZeRO-3 gathers with a layer
     frozen: Sequence[Group] = ()  # what does not train, by how many hold parts of it
+    beside: int = 0  # bytes of networks that are whole on every rank under every stage
 
     @property
     def trained(self) -> int:
@@ -93,7 +96,8 @@ def plan_memory(
         sums = _sums(weights, engine, ranks)
         backward = sums | {"activations": _most(step)} if sums else _own(step, width, gas, trained)
         phases["backward"] = always | backward
-        phases["step"] = always | (sums or {"gradients": width * trained})
+        own = {"gradients": sum(group.width * group.numel for group in weights.groups)}
+        phases["step"] = always | (sums or own)
     elif not engine.zero.offloads:
         layers = weights.layers if stage == 3 else {}
         whole = _gathered(weights, engine, ranks) if stage == 3 else 0
@@ -122,41 +126,53 @@ def plan_memory(
 
 
 def resident(weights: Weights, engine: EngineConfig, *, stage: int, ranks: int) -> dict[str, int]:
-    """Bytes that are there all the time: weights, fp32 masters, optimizer states."""
+    """Bytes that are there all the time: weights, fp32 masters, optimizer states, and networks
+    beside the model."""
     width = 2 if engine.precision == "bf16" else 4
-    if stage > 0 and not engine.zero.offloads:
-        return _resident_divided(weights, engine, width, stage=stage, ranks=ranks)
+    beside = {"frozen networks": weights.beside} if weights.beside else {}
+    if stage == 0:
+        return beside | _resident_whole(weights, width)
+    if not engine.zero.offloads:
+        return beside | _resident_divided(weights, engine, width, stage=stage, ranks=ranks)
     whole = weights.persistent if stage == 3 else weights.numel
     rest = _rest(weights, ranks) if stage == 3 else 0
     held = {"weights": width * (whole + rest)}
     if not engine.zero.offload_optimizer:
-        has_masters = width == 2 or stage > 0
-        shares = [(_share(g, ranks) if stage > 0 else g.numel, g) for g in weights.groups]
+        shares = [(_share(group, ranks), group) for group in weights.groups]
         masters = sum(share for share, _ in shares) * _WIDE
         states = sum(share * group.state_bytes for share, group in shares)
-        held |= {"masters": masters if has_masters else 0, "optimizer states": states}
+        held |= {"masters": masters, "optimizer states": states}
     if stage == 3 and engine.zero.offload_params:
         held["weights"] = 0
-    return held
+    return beside | held
+
+
+def _resident_whole(weights: Weights, width: int) -> dict[str, int]:
+    frozen = width * (weights.numel - weights.trained)
+    return {
+        "weights": frozen + sum(group.width * group.numel for group in weights.groups),
+        "masters": sum(_WIDE * g.numel for g in weights.groups if g.width < _WIDE),
+        "optimizer states": sum(group.state_bytes * group.numel for group in weights.groups),
+    }
 
 
 def _resident_divided(
     weights: Weights, engine: EngineConfig, width: int, *, stage: int, ranks: int
 ) -> dict[str, int]:
     layers = weights.layers if stage == 3 else {}
-    states = (
-        _parts([group], engine, ranks, layers) * group.state_bytes for group in weights.groups
-    )
-    own = _parts(weights.groups, engine, ranks, layers)
+    own = [(_parts([group], engine, ranks, layers), group) for group in weights.groups]
     if stage == 3:
-        held = own + _parts(weights.frozen, engine, ranks, layers)
+        held = width * _parts(weights.frozen, engine, ranks, layers)
+        held += sum(group.width * part for part, group in own)
     else:
-        buckets = _buckets(weights.groups, engine, ranks, layers)
-        held = weights.numel - weights.trained + sum(bucket.numel for bucket in buckets)
+        held = width * (weights.numel - weights.trained)
+        for group in weights.groups:
+            buckets = _buckets([group], engine, ranks, layers)
+            held += group.width * sum(bucket.numel for bucket in buckets)
     return {
-        "weights": width * held,
-        "masters": _WIDE * own if width == 2 else 0,
-        "optimizer states": sum(states),
+        "weights": held,
+        "masters": sum(_WIDE * part for part, group in own if group.width < _WIDE),
+        "optimizer states": sum(part * group.state_bytes for part, group in own),
     }
 
 

@@ -38,9 +38,34 @@ class Traced(NamedTuple):
     flops: float
 
 
+class Unit(NamedTuple):
+    """What the size of a micro-batch counts: in what steps, by which keys, in which words."""
+
+    key: str
+    """of the configuration"""
+    words: str
+    longest: str
+    """over the largest size that fits"""
+    names: tuple[str, str]
+    """of a size, and of the largest that fits, in JSON"""
+    step: int
+    remedy_step: int
+
+
+ROWS = Unit(
+    "data.seq_len", "rows of {:,} tokens", "longest row", ("seq_len", "longest_seq_len"), 1024, 256
+)
+SAMPLES = Unit(
+    "data.batch_size",
+    "batches of {:,} samples",
+    "largest batch",
+    ("batch_size", "largest_batch_size"),
+    1,
+    1,
+)
 WAYS = ("none", "selective", "full", "offload")
 Stage = TypeVar("Stage", bound=StageConfig)
-Trace = Callable[[int, str], Traced]  # (seq_len, checkpointing) -> a traced micro-step
+Trace = Callable[[int, str], Traced]  # (size, checkpointing) -> a traced micro-step
 
 
 @dataclass(frozen=True)
@@ -53,7 +78,7 @@ class Choice:
     speed: SpeedPlan
     fits: bool
     longest: int
-    """The largest seq_len that fits, in steps of 1,024; 0 where none does."""
+    """The largest size that fits, in steps of the plan's unit; 0 where none does."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +88,11 @@ class Plan:
     choices: Sequence[Choice]
     chosen: Choice | None
     ranks: int
-    seq_len: int
+    size: int  # of a micro-batch: tokens of its row, or samples
     limit: float  # bytes a rank may use
     parameters: int
     sequence: int = 1  # ranks that hold one row
+    unit: Unit = ROWS
 
     def why(self) -> str:
         """One line: what was chosen, and why not what is less."""
@@ -75,7 +101,7 @@ class Plan:
             return (
                 f"nothing fits: ZeRO-{least.stage} with {least.checkpointing} checkpointing needs "
                 f"{least.memory.peak / GIB:.1f} of {self.limit / GIB:.1f} GiB at "
-                f"data.seq_len={self.seq_len}; {remedy(self)}"
+                f"{self.unit.key}={self.size}; {remedy(self)}"
             )
         chosen = self.chosen
         return (
@@ -102,12 +128,14 @@ def weights_of(
     threshold: int,
     config: OptimConfig,
     layers: Iterable[nn.Module] = (),
+    beside: Iterable[nn.Module] = (),
 ) -> Weights:
     """Elements of a model and of its optimizer's groups, and bytes of their states.
 
     AdamW has two of `state_dtype`; a group with a "rule", Muon's, has one of fp32; the average
     of `ema_decay` is another of fp32. `layers` of the model, in the order in which they run, are
-    what ZeRO-3 gathers; parameters of up to `threshold` elements it gathers at once.
+    what ZeRO-3 gathers; parameters of up to `threshold` elements it gathers at once. `beside` the
+    model are networks that never train, whole on every rank.
     """
     adamw = {"fp32": 8, "bf16": 4}[config.state_dtype]
     average = 0 if config.ema_decay is None else 4
@@ -121,6 +149,7 @@ def weights_of(
                 {arrival[p]: p.numel() for p in group["params"]},
                 state_bytes=average + (4 if group.get("rule") == "muon" else adamw),
                 holders=expert_part(group["params"][0])[1],
+                width=group["params"][0].element_size(),
             )
             for group in groups
         ],
@@ -130,6 +159,7 @@ def weights_of(
             Group({arrival[p]: p.numel() for p in some}, state_bytes=0, holders=holders)
             for holders, some in _by_holders(p for p in parameters if not p.requires_grad).items()
         ],
+        beside=sum(p.numel() * p.element_size() for net in beside for p in net.parameters()),
     )
 
 
@@ -146,28 +176,44 @@ def tracer(
     workspaces: Workspaces,
     *,
     crossings: Crossings | None = None,
+    begin: Callable[[dict[str, Any]], Any] | None = None,
     part: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     sequence: int = 1,
+    beside: Iterable[nn.Module] = (),
 ) -> Trace:
     """How to trace a micro-step of a model with fake tensors; call the result where they are made.
 
     Args:
         model: an nn.Module that returns a `loss_sum`, has `set_checkpointing(way)` and
             `flops(batch)`.
-        make_batch: seq_len -> a row.
+        make_batch: size -> a batch, e.g. tokens -> a row.
         workspaces, crossings: see trace_micro_step.
+        begin: what is done before the forward of a batch, and belongs to the micro-step, which
+            holds what is returned.
         part: what a rank computes of a row that `sequence` ranks hold between them.
+        beside: networks that the model asks, and that are none of its modules.
     """
+    nets = [model, *beside]
+    there = [x for net in nets for x in [*net.buffers(), *net.parameters()]]
 
-    def trace(seq_len: int, checkpointing: str) -> Traced:
+    def trace(size: int, checkpointing: str) -> Traced:
         model.set_checkpointing(checkpointing)
-        row = make_batch(seq_len)
+        row = make_batch(size)
         batch = part(row)
         given = [value for value in batch.values() if isinstance(value, Tensor)]
+
+        held = []
+
+        def forward() -> Tensor:
+            if begin is not None:
+                held.append(begin(batch))
+            loss: Tensor = model(**batch).loss_sum
+            return loss
+
         step = trace_micro_step(
-            lambda: model(**batch).loss_sum,
+            forward,
             model.parameters(),
-            [*model.buffers(), *given],
+            [*there, *given],
             workspaces,
             crossings,
         )
@@ -177,7 +223,9 @@ def tracer(
     return trace
 
 
-def plan_run(config: StageConfig, weights: Weights, trace: Trace, *, seq_len: int) -> Plan:
+def plan_run(
+    config: StageConfig, weights: Weights, trace: Trace, *, size: int, unit: Unit = ROWS
+) -> Plan:
     """Weigh what the configuration leaves open; to show, all that it could say instead."""
     stage, way = config.engine.zero.stage, config.engine.checkpointing
     shows = config.plan.show != "no"
@@ -195,7 +243,8 @@ def plan_run(config: StageConfig, weights: Weights, trace: Trace, *, seq_len: in
         config,
         weights,
         trace,
-        seq_len=seq_len,
+        size=size,
+        unit=unit,
         ranks=ranks,
         memory=device_memory(config),
         candidates=[(s, w) for w in ways for s in stages if _allows(config, s, w)],
@@ -244,19 +293,21 @@ def make_plan(
     weights: Weights,
     trace: Trace,
     *,
-    seq_len: int,
+    size: int,
+    unit: Unit = ROWS,
     ranks: int,
     memory: float,
     candidates: Sequence[tuple[int, str]],
 ) -> Plan:
-    """Weigh candidates for rows of seq_len.
+    """Weigh candidates for micro-batches of a size.
 
     Args:
         config: precision, accumulation, buckets, and what `plan` assumes.
         weights: elements.
         trace: runs a micro-step on fake tensors; called twice per way of checkpointing, since
-            memory is a line in seq_len.
-        seq_len: tokens of a row.
+            memory is a line in the size.
+        size: tokens of a row, or samples of a batch.
+        unit: which of them.
         ranks: data-parallel ranks.
         memory: bytes of a device.
         candidates: pairs of ZeRO stage and checkpointing to weigh.
@@ -265,14 +316,16 @@ def make_plan(
     choices = []
     trace = cache(trace)
     n = config.parallel.sequence
-    half_len = max(seq_len // 2 // n, 1) * n
-    least = trace(seq_len, "none").step.products
+    other = max(size // 2 // n, 1) * n
+    if other == size:
+        other = 2 * size
+    least = trace(size, "none").step.products
     for way in dict.fromkeys(way for _, way in candidates):
-        here, half = trace(seq_len, way), trace(half_len, way)
+        here, elsewhere = trace(size, way), trace(other, way)
         for stage in (stage for stage, its_way in candidates if its_way == way):
             at = {"stage": stage, "ranks": ranks}
             plan = plan_memory(weights, config.engine, here.step, **at)
-            below = plan_memory(weights, config.engine, half.step, **at)
+            beside = plan_memory(weights, config.engine, elsewhere.step, **at)
             speed = plan_speed(
                 weights,
                 config.engine,
@@ -282,9 +335,9 @@ def make_plan(
                 device=config.plan.device,
                 **at,
             )
-            longest = _longest(plan, below, (seq_len, half_len), limit)
+            longest = _longest(plan, beside, (size, other), limit, unit.step)
             choices.append(Choice(stage, way, plan, speed, plan.peak <= limit, longest))
-    return Plan(choices, _choose(choices), ranks, seq_len, limit, weights.numel, n)
+    return Plan(choices, _choose(choices), ranks, size, limit, weights.numel, n, unit)
 
 
 def _choose(choices: Sequence[Choice]) -> Choice | None:
@@ -299,19 +352,21 @@ def _choose(choices: Sequence[Choice]) -> Choice | None:
     )
 
 
-def _longest(plan: MemoryPlan, half: MemoryPlan, lengths: tuple[int, int], limit: float) -> int:
-    """Each phase is a line through its values at two lengths of rows; the first to end."""
-    seq_len, half_len = lengths
+def _longest(
+    plan: MemoryPlan, beside: MemoryPlan, sizes: tuple[int, int], limit: float, step: int
+) -> int:
+    """Each phase is a line through its values at two sizes; the first to end."""
+    size, other = sizes
     longest = 2**20
     for name, parts in plan.phases.items():
-        here, below = sum(parts.values()), sum(half.phases[name].values())
-        slope = max(0.0, (here - below) / (seq_len - half_len))
-        fixed = here - slope * seq_len
+        here, there = sum(parts.values()), sum(beside.phases[name].values())
+        slope = max(0.0, (here - there) / (size - other))
+        fixed = here - slope * size
         if fixed > limit:
             return 0
         if slope:
             longest = min(longest, int((limit - fixed) / slope))
-    return longest // 1024 * 1024
+    return longest // step * step
 
 
 def remedy(plan: Plan, current: tuple[int, str] | None = None) -> str:
@@ -328,9 +383,10 @@ def remedy(plan: Plan, current: tuple[int, str] | None = None) -> str:
     if fitting:
         return f"set {' '.join(_changes(fitting[0], current))}"
     longest = max(choice.longest for choice in failed or plan.choices)
-    shorter = min(longest, plan.seq_len * 3 // 4) // 256 * 256
+    step = plan.unit.remedy_step
+    shorter = min(longest, plan.size * 3 // 4) // step * step
     if shorter:
-        return f"set data.seq_len={shorter}"
+        return f"set {plan.unit.key}={shorter}"
     return "take more ranks, or set engine.zero.offload_optimizer=true"
 
 
@@ -348,17 +404,17 @@ def render_plan(plan: Plan) -> str:
     """A table for people: a line per stage and way of checkpointing, and the chosen one in full."""
     shared = f" on {plan.sequence} ranks each" if plan.sequence > 1 else ""
     lines = [
-        f"{plan.parameters / 1e9:.2f} B parameters, rows of {plan.seq_len:,} tokens{shared}, "
+        f"{plan.parameters / 1e9:.2f} B parameters, {plan.unit.words.format(plan.size)}{shared}, "
         f"{plan.ranks} rank{'s' * (plan.ranks > 1)}, {plan.limit / GIB:.1f} GiB to use",
         "",
-        f"{'ZeRO':>4}  {'checkpointing':13}{'peak GiB':>10}{'fits':>6}{'longest row':>13}"
+        f"{'ZeRO':>4}  {'checkpointing':13}{'peak GiB':>10}{'fits':>6}{plan.unit.longest:>15}"
         f"{'step s':>9}{'MFU':>8}  peak in",
     ]
     for choice in plan.choices:
         mark = "*" if choice is plan.chosen else " "
         lines.append(
             f"{choice.stage:>3}{mark}  {choice.checkpointing:13}{choice.memory.peak / GIB:10.1f}"
-            f"{'yes' if choice.fits else 'no':>6}{choice.longest:13,}"
+            f"{'yes' if choice.fits else 'no':>6}{choice.longest:15,}"
             f"{choice.speed.seconds:9.2f}{choice.speed.mfu:8.1%}  {choice.memory.peak_phase}"
         )
     shown = plan.chosen or min(plan.choices, key=lambda choice: choice.memory.peak)
@@ -376,10 +432,11 @@ def render_plan(plan: Plan) -> str:
 
 def plan_to_json(plan: Plan) -> str:
     """The same as JSON, sizes in bytes."""
+    size, longest = plan.unit.names
     return json.dumps(
         {
             "parameters": plan.parameters,
-            "seq_len": plan.seq_len,
+            size: plan.size,
             "ranks": plan.ranks,
             "limit_bytes": plan.limit,
             "chosen": plan.chosen and [plan.chosen.stage, plan.chosen.checkpointing],
@@ -392,7 +449,7 @@ def plan_to_json(plan: Plan) -> str:
                     "peak_phase": choice.memory.peak_phase,
                     "phases": choice.memory.phases,
                     "fits": choice.fits,
-                    "longest_seq_len": choice.longest,
+                    longest: choice.longest,
                     "step_seconds": choice.speed.seconds,
                     "mfu": choice.speed.mfu,
                 }

@@ -18,6 +18,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 _BLOCK = 512  # bytes: the CUDA allocator's granularity
+# Attention as fake tensors of the CPU take it, which torch does not count.
+_ATEN = torch.ops.aten
+_FLOPS = flop_registry | {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention
+    ],
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention_backward
+    ],
+}
 
 
 # Of an op, from its arguments: bytes it takes that its outputs do not show, while it runs and for
@@ -123,8 +133,8 @@ class _Live(TorchDispatchMode):
             self._count(tensor.untyped_storage(), held if index == 0 else 0)
         if new or func._schema.is_mutable:
             self.launches += 1
-            if func.namespace == "aten" and func._overloadpacket in flop_registry:
-                self.products += flop_registry[func._overloadpacket](*args, out_val=out)
+            if func.namespace == "aten" and func._overloadpacket in _FLOPS:
+                self.products += _FLOPS[func._overloadpacket](*args, out_val=out)
             else:
                 self.traffic += sum(_bytes(x) for x in tree_leaves((args, out)))
         self._note(transient)

@@ -58,6 +58,11 @@ class TensorBatches:
         return self.shards.num_samples
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of a sample's tensors in a batch, by name."""
+        return {name: shape for name, shape in self.wanted.shapes.items() if name != STD}
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of a sample's latents."""
         return self.wanted.shapes[LATENTS]
@@ -76,8 +81,7 @@ class TensorBatches:
         - `sample_keys`, `sample_ids` of those that are in it; `sample_epochs` of these, and then of
           those left out
         """
-        names = [name for name in self.wanted.shapes if name != STD]
-        rows = {name: torch.zeros(self.batch_size, *self.wanted.shapes[name]) for name in names}
+        rows = {n: torch.zeros(self.batch_size, *shape) for n, shape in self.shapes.items()}
         rows |= {"noise": torch.zeros_like(rows[LATENTS])}
         rows |= {name: torch.zeros(self.batch_size) for name in ("times", "drops", "weights")}
         labels = torch.zeros(self.batch_size, dtype=torch.int64)

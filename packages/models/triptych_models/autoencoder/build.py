@@ -32,6 +32,25 @@ def build_rae(
     Frozen networks are of dtype, as is the decoder; the discriminator is fp32. gather is as in
     `families.build_model`. Raises ValueError for folders that do not hold what they must.
     """
+    model = assemble(config, perceptual, adversary, dtype=dtype, sum_over_ranks=sum_over_ranks)
+    initialize(model, config.seed, gather)
+    if config.init == "pretrained":
+        assert config.path is not None
+        load_decoder(model, config.path, gather)
+    if config.compile == "layers":
+        model.compile_layers()
+    return model
+
+
+def assemble(
+    config: RAEModelConfig,
+    perceptual: PerceptualConfig,
+    adversary: AdversaryConfig,
+    *,
+    dtype: torch.dtype,
+    sum_over_ranks: SumOverRanks = nothing,
+) -> RAE:
+    """The same without first weights of what trains."""
     encoder = load_encoder(config, dtype)
     latents = (config.input_size // encoder.net.config.patch_size) ** 2
     with default_dtype(dtype):
@@ -45,11 +64,5 @@ def build_rae(
         adversary,
     )
     model = RAE(encoder, decoder, config, judges, sum_over_ranks)
-    initialize(model, config.seed, gather)
-    if config.init == "pretrained":
-        assert config.path is not None
-        load_decoder(model, config.path, gather)
     freeze(model, config.freeze if adversary.is_on else [*{*config.freeze} - {"discriminator"}])
-    if config.compile == "layers":
-        model.compile_layers()
     return model

@@ -22,7 +22,8 @@ class FrozenConfig(BaseModel):
     path: Path | None = Field(default=None, description="its folder")
     init: Literal["pretrained", "random"] = Field(
         default="pretrained",
-        description="random: of the folder only config.json is read; for tests alone",
+        description="random: of the folder only config.json is read, or a VGG16 is drawn where "
+        "there is none; for tests alone",
     )
 
     def check_path(self, key: str) -> None:

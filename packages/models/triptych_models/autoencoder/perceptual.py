@@ -87,6 +87,10 @@ def load_perceptual(config: PerceptualConfig, seed: int, dtype: torch.dtype) -> 
     assert config.path is not None
     if (config.path / "config.json").is_file():
         return Perceptual(load_vit(config, "perceptual", config.depths, seed, dtype))
+    if config.init == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return Perceptual(VggFeatures().to(dtype).requires_grad_(False).eval())
     held: dict[str, Tensor] = {}
     for file in sorted(config.path.iterdir()):
         if file.suffix in (".pth", ".pt", ".safetensors"):

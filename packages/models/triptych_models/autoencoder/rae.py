@@ -7,6 +7,7 @@ losses pull equally at the decoder's last layer, by their gradients over all ran
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -92,11 +93,24 @@ class RAE(nn.Module):
             self._frozen["perceptual"] = judges.perceptual
         if features is not None:
             self._frozen["features"] = features
-        self._digests = {name: digest(each) for name, each in self._frozen.items()}
         self.costs = Costs.measure(self._frozen, self.image_size, adversary.image_size)
         self._heeds = self._teaches = False  # the discriminator, in this step
         self._judged: list[Judged] = []  # of a window, before its forwards
         self._adaptive = torch.zeros(())
+
+    @property
+    def is_heeding(self) -> bool:
+        """Whether the decoder learns by the discriminator in this step."""
+        return self._heeds
+
+    @property
+    def beside(self) -> list[nn.Module]:
+        """What is frozen."""
+        return list(self._frozen.values())
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        return {name: digest(each) for name, each in self._frozen.items()}
 
     @property
     def image_size(self) -> int:

@@ -59,6 +59,10 @@ class DiffusionModel(nn.Module):
         """Write weights in the family's public layout; every rank calls it, is_main writes."""
         raise NotImplementedError
 
+    def sample_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of a sample's tensors by name, where the net's own shape says them; else none."""
+        return {}
+
     def check_data(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless tensors of these shapes, by name, are what the net takes."""
         raise NotImplementedError

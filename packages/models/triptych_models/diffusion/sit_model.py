@@ -55,6 +55,9 @@ class SiTModel(DiffusionModel):
     ) -> None:
         export_sit(self.net, out_dir, self.objective, dtype=dtype, gather=gather, is_main=is_main)
 
+    def sample_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"latents": self.latent_shape}
+
     def check_data(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         if shapes["latents"] != self.latent_shape:
             raise ValueError(
