@@ -61,7 +61,7 @@ def plan_samples(
     """
     from triptych_core.optim.groups import parameter_groups
     from triptych_core.plan.plan import SAMPLES, plan_run, tracer, weights_of
-    from triptych_models.fake import WORKSPACES, pretend
+    from triptych_models.fake import FORMULAS, WORKSPACES, pretend
     from triptych_models.freeze import parameter_parts
     from triptych_models.matrices import matrix_shapes
 
@@ -75,7 +75,7 @@ def plan_samples(
     threshold = config.engine.zero.persistence_threshold
     weights = weights_of(model, groups, threshold, config.optim, trainee.layers(), beside)
     with pretend(model, *beside):
-        trace = tracer(model, make_batch, WORKSPACES, begin=begin, beside=beside)
+        trace = tracer(model, make_batch, WORKSPACES, formulas=FORMULAS, begin=begin, beside=beside)
         return plan_run(config, weights, trace, size=config.data.batch_size, unit=SAMPLES)
 
 

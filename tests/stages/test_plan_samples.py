@@ -115,6 +115,7 @@ def traced(name: str, config: Any, model: Any, *, counts: bool = False) -> Any:
     from triptych_core.plan.trace import trace_micro_step
     from triptych_models.autoencoder.pretend import begin_window, pretend_images
     from triptych_models.diffusion.pretend import pretend_samples
+    from triptych_models.fake import FORMULAS
 
     if name == "rae":
         batch = pretend_images(model, 6)
@@ -128,7 +129,8 @@ def traced(name: str, config: Any, model: Any, *, counts: bool = False) -> Any:
         with FlopCounterMode(display=False) as counter:
             model(**batch).loss_sum.backward()
         return counter.get_total_flops()
-    return trace_micro_step(lambda: model(**batch).loss_sum, model.parameters(), known)
+    forward = lambda: model(**batch).loss_sum  # noqa: E731
+    return trace_micro_step(forward, model.parameters(), known, formulas=FORMULAS)
 
 
 def forward_is_as_planned(workspace: Path, name: str) -> None:

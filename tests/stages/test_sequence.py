@@ -139,7 +139,7 @@ def planned_and_real(folder: Path) -> list[tuple[Any, Any]]:
     first = SequenceGroup(size=2)
     config = ModelConfig(path=folder, init="random")
     shapes = build_pretend_model(config, dtype=torch.float32, sequence=first)
-    with pretend(shapes, "cpu"):
+    with pretend(shapes, device="cpu"):
         return list(zip(measured, [traced(shapes, first, way) for way in ways], strict=True))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import flop_registry
 
 from triptych_kernels.dispatch import assume_device
 
@@ -101,6 +102,14 @@ CROSSINGS = {
     "triptych_models::exchange": _exchange_crosses,
     "triptych_models::gather_rows": _gather_crosses,
     "triptych_models::sum_rows": _sum_crosses,
+}
+_ATTENTION = "_scaled_dot_product_flash_attention"
+# Products of attention as fake tensors of the CPU take it: op -> FLOPs.
+FORMULAS = {
+    f"aten::{_ATTENTION}_for_cpu": flop_registry[getattr(torch.ops.aten, _ATTENTION)],
+    f"aten::{_ATTENTION}_for_cpu_backward": flop_registry[
+        getattr(torch.ops.aten, f"{_ATTENTION}_backward")
+    ],
 }
 
 

@@ -25,7 +25,13 @@ from triptych_core.parallel.expert import expert_part
 from triptych_core.plan.config import PlanConfig
 from triptych_core.plan.memory import Group, MemoryPlan, Weights, plan_memory
 from triptych_core.plan.speed import SpeedPlan, plan_speed
-from triptych_core.plan.trace import Crossings, MicroStep, Workspaces, trace_micro_step
+from triptych_core.plan.trace import (
+    Crossings,
+    Formulas,
+    MicroStep,
+    Workspaces,
+    trace_micro_step,
+)
 
 GIB = 2**30
 DEFAULT_MEMORY = 79.1 * GIB  # of an "80 GB" H100, by torch.cuda.get_device_properties
@@ -176,6 +182,7 @@ def tracer(
     workspaces: Workspaces,
     *,
     crossings: Crossings | None = None,
+    formulas: Formulas | None = None,
     begin: Callable[[dict[str, Any]], Any] | None = None,
     part: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     sequence: int = 1,
@@ -187,7 +194,7 @@ def tracer(
         model: an nn.Module that returns a `loss_sum`, has `set_checkpointing(way)` and
             `flops(batch)`.
         make_batch: size -> a batch, e.g. tokens -> a row.
-        workspaces, crossings: see trace_micro_step.
+        workspaces, crossings, formulas: see trace_micro_step.
         begin: what is done before the forward of a batch, and belongs to the micro-step, which
             holds what is returned.
         part: what a rank computes of a row that `sequence` ranks hold between them.
@@ -216,6 +223,7 @@ def tracer(
             [*there, *given],
             workspaces,
             crossings,
+            formulas,
         )
         with unset_fake_temporarily():  # lengths of documents are real, and are read
             return Traced(step, model.flops(row) / sequence)

@@ -18,16 +18,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 _BLOCK = 512  # bytes: the CUDA allocator's granularity
-# Attention as fake tensors of the CPU take it, which torch does not count.
-_ATEN = torch.ops.aten
-_FLOPS = flop_registry | {
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[
-        _ATEN._scaled_dot_product_flash_attention
-    ],
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        _ATEN._scaled_dot_product_flash_attention_backward
-    ],
-}
 
 
 # Of an op, from its arguments: bytes it takes that its outputs do not show, while it runs and for
@@ -35,6 +25,8 @@ _FLOPS = flop_registry | {
 Workspaces = Mapping[str, Callable[..., tuple[int, int]]]
 # Of an op, from its arguments: bytes that it sends to other ranks.
 Crossings = Mapping[str, Callable[..., float]]
+# Of an op that torch does not count, from its arguments and `out_val`: FLOPs of its products.
+Formulas = Mapping[str, Callable[..., int]]
 
 
 class MicroStep(NamedTuple):
@@ -60,6 +52,7 @@ def trace_micro_step(
     others: Iterable[Tensor] = (),
     workspaces: Workspaces | None = None,
     crossings: Crossings | None = None,
+    formulas: Formulas | None = None,
 ) -> MicroStep:
     """Run `forward` and its backward under the active FakeTensorMode.
 
@@ -72,9 +65,10 @@ def trace_micro_step(
         workspaces: by the name of an op, e.g. "triptych::linear_cross_entropy", what it takes
             beside its outputs, from its arguments.
         crossings: by the name of an op, how many bytes it sends to other ranks.
+        formulas: by the name of an op, FLOPs of products that torch does not count.
     """
     parameters = list(parameters)
-    live = _Live([*parameters, *others], workspaces or {}, crossings or {})
+    live = _Live([*parameters, *others], workspaces or {}, crossings or {}, formulas or {})
     handles = [
         parameter.register_post_accumulate_grad_hook(live.take_gradient)
         for parameter in parameters
@@ -95,12 +89,16 @@ def trace_micro_step(
 
 class _Live(TorchDispatchMode):
     def __init__(
-        self, known: Iterable[Tensor], workspaces: Workspaces, crossings: Crossings
+        self,
+        known: Iterable[Tensor],
+        workspaces: Workspaces,
+        crossings: Crossings,
+        formulas: Formulas,
     ) -> None:
         super().__init__()
         self.bytes = self.products = self.traffic = self.launches = self._arrived = 0
         self.crossing = 0.0
-        self._workspaces, self._crossings = workspaces, crossings
+        self._workspaces, self._crossings, self._formulas = workspaces, crossings, formulas
         self._most: dict[int, int] = {}  # gradient elements handed over -> most bytes live then
         # Kept, so that no new storage can take the place of a known one.
         self._known = [tensor.untyped_storage() for tensor in known]
@@ -133,8 +131,10 @@ class _Live(TorchDispatchMode):
             self._count(tensor.untyped_storage(), held if index == 0 else 0)
         if new or func._schema.is_mutable:
             self.launches += 1
-            if func.namespace == "aten" and func._overloadpacket in _FLOPS:
-                self.products += _FLOPS[func._overloadpacket](*args, out_val=out)
+            if func.namespace == "aten" and func._overloadpacket in flop_registry:
+                self.products += flop_registry[func._overloadpacket](*args, out_val=out)
+            elif name in self._formulas:
+                self.products += self._formulas[name](*args, out_val=out)
             else:
                 self.traffic += sum(_bytes(x) for x in tree_leaves((args, out)))
         self._note(transient)
