@@ -2,9 +2,10 @@
 
     python tools/bench_families.py bench/families --compile-first
 
-Shapes are published ones, of random weights, with fewer layers where all would not fit; rows are
-those of bench_train.py. With --compile-first models of the same widths and few layers run before,
-several at once, so that the compiler finds its work done when a step is timed.
+Shapes are published ones, of random weights; where all layers would not fit, language model and
+towers have the same share of theirs. Rows are those of bench_train.py. With --compile-first models
+of the same widths and few layers run before, several at once, so that the compiler finds its work
+done when a step is timed.
 """
 
 import subprocess
@@ -61,14 +62,14 @@ CASES = {
     ),
     "qwen3-vl-30b-a3b, 6 of 48 layers": Case(
         "qwen3_vl_moe",
-        ("text_config.num_hidden_layers=6",),
+        ("text_config.num_hidden_layers=6", *DEEPSTACK),
         ("text_config.num_hidden_layers=3", *DEEPSTACK),
         LEAN,
         (*SEES, *LONG),
     ),
     "qwen3.5-9b, 12 of 32 layers": Case(
         "qwen3_5",
-        ("text_config.num_hidden_layers=12",),
+        ("text_config.num_hidden_layers=12", "vision_config.depth=10"),
         ("text_config.num_hidden_layers=4", "vision_config.depth=2"),
         LEAN,
         SEES,
@@ -127,7 +128,7 @@ CASES = {
     ),
     "bagel-7b-mot, 10 of 28 layers": Case(
         "bagel",
-        ("llm_config.num_hidden_layers=10",),
+        ("llm_config.num_hidden_layers=10", "vit_config.num_hidden_layers=11"),
         ("llm_config.num_hidden_layers=2", "vit_config.num_hidden_layers=3"),
         KEPT,
         (*SEES, "--seq-len", "11264", "--drawn-images", "5"),
@@ -150,7 +151,7 @@ CASES = {
     ),
     "qwen3-omni-30b-a3b, 6 of 48 layers": Case(
         "qwen3_omni_moe_thinker",
-        ("text_config.num_hidden_layers=6",),
+        ("text_config.num_hidden_layers=6", *DEEPSTACK, "audio_config.encoder_layers=4"),
         ("text_config.num_hidden_layers=3", *DEEPSTACK, "audio_config.encoder_layers=2"),
         KEPT,
         (*HEARS_AND_SEES, *LONG),

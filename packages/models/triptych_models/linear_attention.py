@@ -31,6 +31,14 @@ class LinearAttention(PackedModel):
             if hasattr(layer, "linear_attn"):
                 layer.linear_attn.forward = MethodType(run_packed, layer.linear_attn)
 
+    def run_decoder(
+        self, hidden_states: Tensor, position_ids: Tensor, *layout: Any, **settings: Any
+    ) -> Tensor:
+        """As `PackedModel.run_decoder`; positions of text alone stand for all three axes."""
+        if hasattr(decoder(self.hf).rotary_emb, "mrope_section") and position_ids.ndim == 2:
+            position_ids = position_ids.expand(3, -1, -1)  # transformers does it from 5.19 on
+        return super().run_decoder(hidden_states, position_ids, *layout, **settings)
+
     def set_sequence(self, group: SequenceGroup) -> None:
         """Refused for more than one rank: a state goes through a document token by token."""
         if group.size > 1:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import transformers
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -9,11 +10,19 @@ from .attention import pack_audio_attention
 from .audio_model import AudioModel
 from .qwen3_vl import Qwen3VL
 
+OLDEST = (5, 21)  # of transformers: before it, thinkers had their parts elsewhere
+
 
 class Omni(AudioModel, Qwen3VL):
     """The thinker of an omni model, `self.hf`: text, images and sound in, text out."""
 
     def __init__(self, hf_config: PretrainedConfig, **settings: Any) -> None:
+        version = transformers.__version__
+        if tuple(map(int, version.split(".")[:2])) < OLDEST:
+            raise ValueError(
+                f"model.path: a {self.model_type} must have transformers 5.21 or newer, got "
+                f"{version}; run: pip install -U transformers"
+            )
         super().__init__(hf_config, **settings)
         pack_audio_attention(self.hf)
 

@@ -82,7 +82,7 @@ def pretend_batch(
         if isinstance(model, LlavaOnevision):
             images |= {
                 "image_taps": torch.zeros(len(taken), 4, dtype=torch.int64),
-                "image_tap_weights": torch.zeros(len(taken), 4),
+                "image_tap_weights": torch.full((len(taken), 4), 0.25),
             }
     if audio_share and isinstance(model, AudioModel):
         around = sorted(set(range(seq_len)) - set(taken))
