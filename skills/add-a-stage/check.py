@@ -1,10 +1,12 @@
 """What every stage must have; exits with 1 and says what is missing."""
 
 import ast
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ROOT / "stages"
@@ -33,19 +35,22 @@ def faults(path: Path) -> list[str]:
         missing.append(f"imports {', '.join(strange)}")
     if ast.get_docstring(ast.parse(path.read_text())) is None:
         missing.append("has no docstring, which its --help would show")
-    shown = call(path, "--help")
-    if shown.returncode or f"stages/{path.name}" not in shown.stdout:
-        missing.append("its --help fails or shows no command of it")
     configs = sorted((STAGES / "configs").glob(f"{path.stem}_*.yaml"))
     if not any("tiny" in config.name for config in configs):
         missing.append(f"has no stages/configs/{path.stem}_*tiny.yaml")
-    for config in configs:
-        printed = call(path, "--config", str(config), "--print-config")
-        if printed.returncode:
-            missing.append(f"refuses {config.name}: {printed.stderr.strip()}")
-    refused = call(path, "optim.lrr=1")
-    if refused.returncode != 2 or "optim.lr" not in refused.stderr:
+    shown, refused, *printed = calls(
+        path,
+        ["--help"],
+        ["optim.lrr=1"],
+        *(["--config", str(config), "--print-config"] for config in configs),
+    )
+    if shown.code or f"stages/{path.name}" not in shown.out:
+        missing.append("its --help fails or shows no command of it")
+    if refused.code != 2 or "optim.lr" not in refused.err:
         missing.append("does not refuse optim.lrr by name")
+    for config, answer in zip(configs, printed, strict=True):
+        if answer.code:
+            missing.append(f"refuses {config.name}: {answer.err.strip()}")
     return missing
 
 
@@ -61,8 +66,36 @@ def imported(path: Path) -> set[str]:
     return tops - sys.stdlib_module_names
 
 
-def call(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(path), *words], capture_output=True, text=True)
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+# One process for all command lines of a script: most of a short call's time goes to imports.
+CALLS = """
+import contextlib, io, json, runpy, sys
+path, lines = sys.argv[1], json.loads(sys.argv[2])
+sys.path[0] = path.rpartition("/")[0]
+for words in lines:
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    sys.argv = [path, *words]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+    print(json.dumps([code, out.getvalue(), err.getvalue()]))
+"""
+
+
+def calls(path: Path, *lines: list[str]) -> list[Answer]:
+    """What a script answers to each of these command lines."""
+    command = [sys.executable, "-c", CALLS, str(path), json.dumps(lines)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{path}: {done.stderr}")
+    return [Answer(*json.loads(line)) for line in done.stdout.splitlines()]
 
 
 if __name__ == "__main__":
