@@ -224,49 +224,68 @@ def misspelt(key: str) -> str:
     return swapped if swapped != key else key + key[-1]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_misspelt_key_is_refused_with_the_nearest_one_before_torch(path, tmp_path):
-    tree = yaml.safe_load(path.read_text())
+def misspelt_trees(path: Path) -> list[tuple[str, str, dict[str, Any]]]:
+    """Of each key of a configuration: its misspelt dotted path, the key, and the tree with it."""
     cases = []
-    for dotted in leaves(tree):
+    for dotted in leaves(yaml.safe_load(path.read_text())):
         *parents, key = dotted.split(".")
         wrong = yaml.safe_load(path.read_text())
         node = wrong
         for parent in parents:
             node = node[parent]
         node[misspelt(key)] = node.pop(key)
-        cases.append((dotted, ".".join([*parents, misspelt(key)]), key, wrong))
+        cases.append((".".join([*parents, misspelt(key)]), key, wrong))
+    return cases
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory) -> dict[str, dict[str, str]]:
+    """By configuration, what each misspelt key's refusal said; of one process for each stage."""
+    folder, said = tmp_path_factory.mktemp("misspelt"), {}
+    others = {"diffusion": "DiffusionConfig", "rae": "RaeConfig"}
+    # The keys of sft are those of all stages of packed rows.
+    of_stage: dict[str, list[Path]] = {"sft": [], **{stage: [] for stage in others}}
+    for path in CONFIGS:
+        stage = path.stem.split("_")[0]
+        of_stage[stage if stage in others else "sft"].append(path)
+    for stage, paths in of_stage.items():
+        cases = {path.stem: misspelt_trees(path) for path in paths}
+        (folder / "cases.json").write_text(json.dumps(cases))
+        words = [str(ROOT / "stages"), stage, others.get(stage, "SftConfig"), str(folder)]
+        command = [sys.executable, "-c", CHECK, *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said |= json.loads(done.stdout)
+    return said
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_misspelt_key_is_refused_with_the_nearest_one_before_torch(path, refusals):
+    cases = misspelt_trees(path)
     assert len(cases) >= 20
-    script = tmp_path / "check.py"
-    stage, config = ("sft", "SftConfig")  # whose keys are those of all stages of packed rows
-    for other, its_config in (("diffusion", "DiffusionConfig"), ("rae", "RaeConfig")):
-        if path.stem.startswith(f"{other}_"):
-            stage, config = other, its_config
-    names = {"stages": str(ROOT / "stages"), "stage": stage, "config": config}
-    script.write_text(CHECK.format(cases=repr(cases), **names))
-    result = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    for wrong, key, _ in cases:
+        text = refusals[path.stem][wrong]
+        assert f"{wrong}:" in text and f"did you mean '{key}'" in text, (wrong, text)
 
 
 CHECK = """
-import sys, tempfile, pathlib, yaml
-sys.path.insert(0, {stages!r})
-from {stage} import {config} as Config
+import importlib, json, pathlib, sys, yaml
+stages, stage, config, folder = sys.argv[1:]
+sys.path.insert(0, stages)
+Config = getattr(importlib.import_module(stage), config)
 from triptych_core.config import load_config
-path = pathlib.Path(tempfile.mkdtemp()) / "config.yaml"
-for dotted, wrong_dotted, key, tree in {cases}:
-    path.write_text(yaml.safe_dump(tree))
-    try:
-        load_config(Config, path)
-    except ValueError as error:
-        text = str(error)
-        assert wrong_dotted + ":" in text, (dotted, text)
-        assert f"did you mean '{{key}}'" in text, (dotted, text)
-    else:
-        sys.exit(dotted + " misspelt was accepted")
+path, said = pathlib.Path(folder) / "config.yaml", {}
+for name, cases in json.loads((path.parent / "cases.json").read_text()).items():
+    said[name] = {}
+    for wrong, _, tree in cases:
+        path.write_text(yaml.safe_dump(tree))
+        try:
+            load_config(Config, path)
+            said[name][wrong] = "it was accepted"
+        except ValueError as error:
+            said[name][wrong] = str(error)
 assert "torch" not in sys.modules, "torch was imported to check a configuration"
+print(json.dumps(said))
 """
 
 
