@@ -124,7 +124,7 @@ def _first_words(jobs: dict[str, Job]) -> dict[str, float]:
         for name, job in jobs.items():
             if name not in found and "no progress for" in job.said():
                 found[name] = time.time()
-        if all(job.process.poll() is not None for job in jobs.values()):
+        if all(job.process.exitcode is not None for job in jobs.values()):
             break
         time.sleep(0.1)
     return found

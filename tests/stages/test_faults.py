@@ -3,70 +3,84 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.ranks import _free_port
 from tests.stages.test_sft import overrides
-from tests.tiny import ROOT, make_model_dir, make_shards
+from tests.tiny import ROOT, make_model_dir, make_shards, sft_stage
 from triptych_core.checkpoint.folders import checkpoints
 from triptych_core.faults.codes import HUNG, PEER_LOST, PREEMPTED
 
-# Two ranks as a launcher starts them, forked so that imports are paid once. `fault` is called in a
-# rank when its layer 1 is entered at step 6, `before` is done before it joins the others.
-LAUNCHER = """
+# What is done in a rank before it joins the others; `fault` is called when its layer 1 is entered
+# at step 6.
+RANK = """
 import os, signal, sys, time
-sys.path.insert(0, {root!r})
-from tests.ranks import _rank_main, _free_port
-from tests.stages.test_sft import run_stage
-import triptych_models.families, triptych_core.loop, triptych_data.loader
-from triptych_core.config import run_main
+import triptych_core.faults.heartbeat as heartbeat
 
 def fault(rank):
-{fault}
+    {fault}
 
-def rank_main(words, rank):
-    import triptych_core.faults.heartbeat as heartbeat
-    enter = heartbeat.Heartbeat._enter
-    def enter_or_fault(self, number, module, args):
-        enter(self, number, module, args)
-        if self._step == 6 and number == 4:
-            fault(rank)
-    heartbeat.Heartbeat._enter = enter_or_fault
-    from triptych_core.config import load_config
-    from tests.tiny import sft_stage
+enter = heartbeat.Heartbeat._enter
+def enter_or_fault(self, number, module, args):
+    enter(self, number, module, args)
+    if self._step == 6 and number == 4:
+        fault(self_rank)
+heartbeat.Heartbeat._enter = enter_or_fault
+{before}
+"""
+
+
+def launch(out: int, words: list[str], code: str) -> None:
+    """Two ranks as a launcher starts them; all forked from here, so that imports are paid once."""
+    import triptych_models.families  # noqa: F401
+
+    os.setsid()
+    os.chdir(ROOT)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.stdout, sys.stderr = (os.fdopen(fd, "w", 1, closefd=False) for fd in (1, 2))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    port, pids = _free_port(), []
+    for rank in (0, 1):
+        pid = os.fork()
+        if not pid:
+            rank_main(rank, port, words, code)
+        pids.append(pid)
+    print("pids", *pids, flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: [os.kill(pid, signal.SIGTERM) for pid in pids])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    print("codes", *codes, flush=True)
+    os._exit(0)
+
+
+def rank_main(rank: int, port: int, words: list[str], code: str) -> None:
+    from triptych_core.config import load_config, run_main
+
     sft = sft_stage()
     config = load_config(sft.SftConfig, None, words)
-{before}
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_SIZE="2",
-                       MASTER_ADDR="127.0.0.1", MASTER_PORT=port, DS_ACCELERATOR="cpu")
+    exec(code, {"self_rank": rank, "rank": rank})
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    os.environ |= ranks | place
     try:
         run_main(sft.main, config)
     except BaseException:
-        import traceback; traceback.print_exc()
+        traceback.print_exc()
         os._exit(1)
     os._exit(0)
-
-port, pids = str(_free_port()), []
-for rank in (0, 1):
-    pid = os.fork()
-    if not pid:
-        rank_main(sys.argv[1:], rank)
-    pids.append(pid)
-print("pids", *pids, flush=True)
-signal.signal(signal.SIGTERM, lambda *_: [os.kill(pid, signal.SIGTERM) for pid in pids])
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-print("codes", *codes, flush=True)
-sys.exit(max(codes, key=abs))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -81,21 +95,18 @@ class Job:
     """A run of two ranks under a small launcher, in a process group of its own."""
 
     def __init__(
-        self, workspace: Path, name: str, *words: str, fault: str = "pass", before: str = "pass"
+        self, workspace: Path, name: str, *more: str, fault: str = "pass", before: str = "pass"
     ) -> None:
         self.dir = workspace / "runs" / name
-        more = ["evaluation.shards=[]", "export=false", "run.steps=1000000", "log.every=1"]
-        more += ["checkpoint.every=5", "log.progress=false"]
-        words = tuple(overrides(workspace, self.dir, *more, *words))
-        code = LAUNCHER.format(root=str(ROOT), fault=f"    {fault}", before=f"    {before}")
+        usual = ["evaluation.shards=[]", "export=false", "run.steps=1000000", "log.every=1"]
+        usual += ["checkpoint.every=5", "log.progress=false"]
+        words = overrides(workspace, self.dir, *usual, *more)
         self.out = (workspace / f"{name}.txt").open("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, *words],
-            stdout=self.out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            cwd=ROOT,
+        code = RANK.format(fault=fault, before=before)
+        self.process = multiprocessing.get_context("fork").Process(
+            target=launch, args=(self.out.fileno(), words, code)
         )
+        self.process.start()
 
     def said(self) -> str:
         return Path(self.out.name).read_text()
@@ -103,7 +114,7 @@ class Job:
     def wait_for(self, seen: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 120
         while not seen():
-            assert self.process.poll() is None, self.said()
+            assert self.process.exitcode is None, self.said()
             assert time.monotonic() < deadline, self.said()
             time.sleep(0.02)
 
@@ -115,11 +126,10 @@ class Job:
 
     def end(self, timeout: float = 120) -> list[int]:
         """Codes of the ranks; none of the job's processes is left."""
-        try:
-            self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
             os.killpg(self.process.pid, signal.SIGKILL)
-            raise AssertionError(f"it did not end within {timeout:g} s: {self.said()}") from None
+            raise AssertionError(f"it did not end within {timeout:g} s: {self.said()}")
         group = _members(self.process.pid)
         deadline = time.monotonic() + 60  # data workers and sentinels see the end of their rank
         while group and time.monotonic() < deadline:
