@@ -14,7 +14,7 @@ import torch
 
 from tests.models import tiny
 from tests.ranks import run_ranks
-from tests.tiny import ROOT, make_model_dir, storages
+from tests.tiny import ROOT, make_model_dir, sft_stage, storages
 
 
 @pytest.fixture(scope="module")
@@ -229,10 +229,16 @@ def test_what_a_forward_keeps(folder, check):
     run_ranks(check, 1, folder)  # not here: after a backward on fake tensors one cannot fork
 
 
-def plan(*words: str) -> str:
-    """`--plan` as a user types it."""
-    command = [sys.executable, "stages/sft.py", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+def make_plans(runs: list[list[str]]) -> list[Any]:
+    from triptych_core.config import load_config
+
+    sft = sft_stage()
+    return [sft.plan(load_config(sft.SftConfig, None, words)) for words in runs]
+
+
+def planned(*runs: list[str]) -> list[Any]:
+    """The plans of some settings, in another process for the same reason."""
+    return run_ranks(make_plans, 1, [*runs])[0]
 
 
 def test_the_plan_of_a_2b_model_is_below_what_an_h100_measured_of_deepspeed(tmp_path):
@@ -241,36 +247,52 @@ def test_the_plan_of_a_2b_model_is_below_what_an_h100_measured_of_deepspeed(tmp_
     them of images of 64 tokens each, 2.4 % targets."""
     maker = [sys.executable, "tools/make_bench_model.py", str(tmp_path / "model")]
     subprocess.run(maker, check=True, cwd=ROOT)
-    answer = json.loads(
-        plan(
-            f"model.path={tmp_path / 'model'}",
-            "model.init=random",
-            "data.shards=[nowhere]",
-            "data.seq_len=16384",
-            "run.device=cpu",
-            "plan.document_len=93",
-            "plan.image_share=0.77",
-            "plan.target_share=0.1",
-            "plan.image_tokens=64",
-            "--plan",
-            "--json",
-        )
+    words = [
+        f"model.path={tmp_path / 'model'}",
+        "model.init=random",
+        "data.shards=[nowhere]",
+        "data.seq_len=16384",
+        "run.device=cpu",
+        "plan.document_len=93",
+        "plan.image_share=0.77",
+        "plan.target_share=0.1",
+        "plan.image_tokens=64",
+        "plan.gpu_memory_gib=79.1",
+    ]
+    full, none = planned(
+        [*words, "engine.checkpointing=full", "engine.zero.stage=auto"],
+        [*words, "engine.checkpointing=none", "engine.zero.stage=1"],
     )
-    peak = {(c["stage"], c["checkpointing"]): c["peak_bytes"] for c in answer["choices"]}
-    assert peak[1, "full"] / 2**30 < 47.6
-    assert 36 < peak[3, "full"] / 2**30 < 45.4
-    fits = {(c["stage"], c["checkpointing"]): c["fits"] for c in answer["choices"]}
-    assert fits[1, "full"] and not fits[1, "none"]
-    assert answer["chosen"] is not None
+    peak = {choice.stage: choice.memory.peak / 2**30 for choice in full.choices}
+    assert peak[1] < 47.6
+    assert 36 < peak[3] < 45.4
+    assert full.choices[1].stage == 1 and full.choices[1].fits
+    assert [choice.fits for choice in none.choices] == [False]
+    assert full.chosen is not None and none.chosen is None
 
 
 def test_more_ranks_need_less_and_a_small_device_is_told_what_to_do(folder):
-    words = [f"model.path={folder}", "model.init=random", "data.shards=[nowhere]", "--plan"]
+    from triptych_core.config import parse_args
+    from triptych_core.plan.plan import DEFAULT_MEMORY, device_memory, plan_to_json
+
+    words = [f"model.path={folder}", "model.init=random", "data.shards=[nowhere]"]
     words += ["data.seq_len=1024", "run.device=cpu", "engine.zero.bucket_size=1000"]
-    one, eight = (json.loads(plan(*words, f"plan.ranks={n}", "--json")) for n in (1, 8))
-    for few, many in zip(one["choices"], eight["choices"], strict=True):
-        assert many["peak_bytes"] < few["peak_bytes"] or few["stage"] == 0
+    auto = [*words, "engine.zero.stage=auto", "engine.checkpointing=auto"]
+    one, eight, compiled = planned(
+        [*auto, "plan.ranks=1"],
+        [*auto, "plan.ranks=8"],
+        [*auto, "plan.ranks=1", "engine.checkpointing=none", "model.compile=layers"],
+    )
+    assert len(one.choices) == 16
+    for few, many in zip(one.choices, eight.choices, strict=True):
+        assert many.memory.peak < few.memory.peak or few.stage == 0
     # What stock's own norms and gates would keep is not what compiled layers do.
-    assert json.loads(plan(*words, "plan.ranks=1", "model.compile=layers", "--json")) == one
-    table = plan(*words, "plan.gpu_memory_gib=0.001")
+    assert compiled.choices == [choice for choice in one.choices if choice.checkpointing == "none"]
+    listed = json.loads(plan_to_json(one))["choices"]
+    assert [each["peak_bytes"] for each in listed] == [choice.memory.peak for choice in one.choices]
+    shown = parse_args(sft_stage().SftConfig, [*words, "--plan", "--json"])
+    assert shown.plan.show == "json" and device_memory(shown) == DEFAULT_MEMORY
+    # As a user types it.
+    command = [sys.executable, "stages/sft.py", *words, "--plan", "plan.gpu_memory_gib=0.001"]
+    table = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert "nothing fits" in table and "take more ranks" in table

@@ -18,9 +18,9 @@ def workspace(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("settle")
     make_model_dir(path / "model")
     # Deep enough that the two layers ZeRO-3 gathers at a time are little of the model.
-    config = json.loads((path / "model/config.json").read_text())
+    config = json.loads((make_model_dir(path / "deep") / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] = 7
-    (path / "model/config.json").write_text(json.dumps(config))
+    (path / "deep/config.json").write_text(json.dumps(config))
     make_shards(path / "train", 20, seed=1)
     return path
 
@@ -67,43 +67,38 @@ def planned(arguments: list[str]) -> Any:
     return run_ranks(make_plan, 1, arguments)[0]
 
 
-@pytest.fixture(scope="module")
-def peaks(workspace) -> dict[tuple[int, str], float]:
-    """GiB on two ranks, by stage and checkpointing."""
-    plan = planned(words(workspace, "none", "plan.ranks=2", "plan.show=table"))
-    return {(c.stage, c.checkpointing): c.memory.peak / 2**30 for c in plan.choices}
-
-
-def test_the_lowest_stage_that_fits_is_taken_and_said(workspace, peaks, capfd):
-    lower = min(peaks[1, "full"], peaks[2, "full"])
-    assert peaks[3, "full"] < lower
-    for name, memory, stage in (
-        ("large", 1.0, 0),
-        ("small", (lower + peaks[3, "full"]) / 2, 3),
-    ):
-        run_ranks(run_stage, 2, words(workspace, name, f"plan.gpu_memory_gib={memory:.9f}"))
-        config = yaml.safe_load((workspace / name / "config.yaml").read_text())
-        assert config["engine"]["zero"]["stage"] == stage
-        said = json.loads((workspace / name / "run.json").read_text())["chosen"]
-        assert said.startswith(f"ZeRO-{stage}, full checkpointing")
-        assert f"chosen by the plan: {said}" in capfd.readouterr().out
+def test_the_lowest_stage_that_fits_is_taken_and_said(workspace, capfd):
+    deep = f"model.path={workspace / 'deep'}"
+    plan = planned(words(workspace, "none", deep, "plan.ranks=2", "plan.gpu_memory_gib=1"))
+    peaks = {choice.stage: choice.memory.peak / 2**30 for choice in plan.choices}
+    assert plan.chosen is not None and plan.chosen.stage == 0
+    lower = min(peaks[1], peaks[2])
+    assert peaks[3] < lower
     # On a larger device the run goes on under a lower stage, from the same files.
-    more = ["run.steps=3", "plan.gpu_memory_gib=1"]
-    run_ranks(run_stage, 2, words(workspace, "small", *more))
-    config = yaml.safe_load((workspace / "small/config.yaml").read_text())
-    assert config["engine"]["zero"]["stage"] == 0
-    assert len((workspace / "small/metrics.jsonl").read_text().splitlines()) == 3
+    for memory, stage, steps in (((lower + peaks[3]) / 2, 3, 2), (1.0, 0, 3)):
+        more = [deep, f"run.steps={steps}", f"plan.gpu_memory_gib={memory:.9f}"]
+        run_ranks(run_stage, 2, words(workspace, "run", *more))
+        config = yaml.safe_load((workspace / "run/config.yaml").read_text())
+        assert config["engine"]["zero"]["stage"] == stage
+        chosen = f"ZeRO-{stage}, full checkpointing"
+        assert f"chosen by the plan: {chosen}" in capfd.readouterr().out
+        if stage == 3:
+            said = json.loads((workspace / "run/run.json").read_text())["chosen"]
+            assert said.startswith(chosen)
+    assert len((workspace / "run/metrics.jsonl").read_text().splitlines()) == 3
 
 
-def test_checkpointing_is_chosen_with_the_stage(workspace, peaks):
+def test_checkpointing_is_chosen_with_the_stage(workspace):
     more = ["plan.ranks=2", "engine.checkpointing=auto", "engine.zero.stage=1"]
+    arguments = words(workspace, "no", *more)
+    plan = planned([*arguments, "plan.gpu_memory_gib=1"])
+    peaks = {choice.checkpointing: choice.memory.peak / 2**30 for choice in plan.choices}
+    assert plan.chosen is not None and plan.chosen.checkpointing == "none"
     for memory, way in (
-        (1.0, "none"),
-        ((peaks[1, "none"] + peaks[1, "selective"]) / 2, "selective"),
-        ((peaks[1, "selective"] + peaks[1, "full"]) / 2, "full"),
+        ((peaks["none"] + peaks["selective"]) / 2, "selective"),
+        ((peaks["selective"] + peaks["full"]) / 2, "full"),
     ):
-        arguments = words(workspace, "no", *more, f"plan.gpu_memory_gib={memory:.9f}")
-        plan = planned(arguments)
+        plan = planned([*arguments, f"plan.gpu_memory_gib={memory:.9f}"])
         assert plan.chosen is not None
         assert (plan.chosen.stage, plan.chosen.checkpointing) == (1, way)
 
