@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -83,8 +83,9 @@ class Choice:
     memory: MemoryPlan
     speed: SpeedPlan
     fits: bool
-    longest: int
-    """The largest size that fits, in steps of the plan's unit; 0 where none does."""
+    longest: int = 0
+    """The largest size that fits, in steps of the plan's unit; 0 where none does, and where one of
+    the choices fits and none is shown."""
 
 
 @dataclass(frozen=True)
@@ -312,8 +313,9 @@ def make_plan(
     Args:
         config: precision, accumulation, buckets, and what `plan` assumes.
         weights: elements.
-        trace: runs a micro-step on fake tensors; called twice per way of checkpointing, since
-            memory is a line in the size.
+        trace: runs a micro-step on fake tensors; called once per way of checkpointing, and where
+            the largest size is asked for (to show the plan, or as nothing fits) at another size,
+            since memory is a line in the size.
         size: tokens of a row, or samples of a batch.
         unit: which of them.
         ranks: data-parallel ranks.
@@ -329,11 +331,10 @@ def make_plan(
         other = 2 * size
     least = trace(size, "none").step.products
     for way in dict.fromkeys(way for _, way in candidates):
-        here, elsewhere = trace(size, way), trace(other, way)
+        here = trace(size, way)
         for stage in (stage for stage, its_way in candidates if its_way == way):
             at = {"stage": stage, "ranks": ranks}
             plan = plan_memory(weights, config.engine, here.step, **at)
-            beside = plan_memory(weights, config.engine, elsewhere.step, **at)
             speed = plan_speed(
                 weights,
                 config.engine,
@@ -343,8 +344,14 @@ def make_plan(
                 device=config.plan.device,
                 **at,
             )
-            longest = _longest(plan, beside, (size, other), limit, unit.step)
-            choices.append(Choice(stage, way, plan, speed, plan.peak <= limit, longest))
+            choices.append(Choice(stage, way, plan, speed, plan.peak <= limit))
+    if config.plan.show != "no" or not any(choice.fits for choice in choices):
+        for index, choice in enumerate(choices):
+            at = {"stage": choice.stage, "ranks": ranks}
+            elsewhere = trace(other, choice.checkpointing).step
+            beside = plan_memory(weights, config.engine, elsewhere, **at)
+            longest = _longest(choice.memory, beside, (size, other), limit, unit.step)
+            choices[index] = replace(choice, longest=longest)
     return Plan(choices, _choose(choices), ranks, size, limit, weights.numel, n, unit)
 
 
