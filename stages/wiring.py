@@ -230,7 +230,7 @@ def plan(config: PackedConfig) -> "Plan":
             make_batch,
             WORKSPACES,
             crossings=CROSSINGS,
-            part=partial(pretend_part, sequence=sequence),
+            part=partial(pretend_part, model=model),
             sequence=sequence.size,
         )
         return plan_run(config, weights, trace, size=seq_len)
@@ -338,7 +338,6 @@ def build_job(config: PackedConfig, runtime: "Runtime") -> Job:
     from triptych_models.lora import add_adapters
     from triptych_models.matrices import matrix_shapes
     from triptych_models.sequence import SequenceGroup
-    from triptych_models.sequence_batch import take_part
     from triptych_models.tensor import tensor_cuts
 
     mesh = make_mesh(config.parallel, runtime)
@@ -390,7 +389,7 @@ def build_job(config: PackedConfig, runtime: "Runtime") -> Job:
         model,
         batches,
         processor,
-        part=partial(take_part, group=sequence),
+        part=model.take_part,
         place=ranks,
         is_first=mesh.sp_rank == mesh.tp_rank == 0,
         is_synced=config.engine.stage == 3 or place.size > 1,

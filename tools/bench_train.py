@@ -389,7 +389,6 @@ def train_ours(
     from triptych_core.optim.groups import build_optimizer, parameter_groups
     from triptych_models.freeze import parameter_parts
     from triptych_models.matrices import matrix_shapes
-    from triptych_models.sequence_batch import take_part
 
     groups = parameter_groups(
         model.named_parameters(),
@@ -415,7 +414,7 @@ def train_ours(
             config,
             flops=model.flops,
             metrics=metrics,
-            part=partial(take_part, group=model.sequence),
+            part=model.take_part,
             on_step=[RecompileWatch(), watch, *watched.on_step],
             oversight=watched.oversight,
         )

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as stock_omni
 
 from tests.models import tiny_audio
+from tests.models.proofs import PROOFS
 from triptych_models.audio_tower import lay_out
 from triptych_models.config import ModelConfig
 from triptych_models.export import export
@@ -90,6 +92,29 @@ def test_positions_are_fp32_in_a_bf16_model(model: PackedModel) -> None:
     assert after.dtype == torch.float32 and torch.equal(before, after)
 
 
-def test_a_shared_row_is_refused(model: PackedModel) -> None:
-    with pytest.raises(ValueError, match=r"parallel\.sequence: must be 1 for a model that hears"):
-        model.set_sequence(SequenceGroup("x", 2, 0))
+@pytest.mark.parametrize("family", ["aero", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"])
+def test_ranks_that_share_a_row_share_its_recordings(family: str, tmp_path: Path) -> None:
+    """Each is heard once; features come as many as there are tokens, in their order."""
+    proof = PROOFS[family]
+    config = ModelConfig(path=proof.write(tmp_path / "tiny"), init="random")
+    model: Any = build_model(config, dtype=torch.float32)
+    row, parts = proof.pack(proof.documents(), 112), []
+    for rank in range(4):
+        model.sequence = SequenceGroup("", 4, rank)
+        parts.append(model.take_part(row))
+    heard = [part for part in parts if "audio_features" in part]
+    assert 1 < len(heard) < 5
+    for name in ("audio_features", "audio_lengths"):
+        assert torch.equal(torch.cat([part[name] for part in heard]), row[name])
+    places = [part["audio_positions"] + 28 * rank for rank, part in enumerate(parts)]
+    assert torch.equal(torch.cat(places), row["audio_positions"])
+    sends, receives = (torch.tensor([part[f"audio_{n}"] for part in parts]) for n in WAYS)
+    assert torch.equal(sends, receives.T)
+    assert sends.sum(1).tolist() == [
+        int(model.audio_tokens(part["audio_lengths"]).sum()) if "audio_lengths" in part else 0
+        for part in parts
+    ]
+    assert receives.sum(1).tolist() == [len(part["audio_positions"]) for part in parts]
+
+
+WAYS = ("sends", "receives")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,7 +100,6 @@ def steps(folder: Path, runtime: Any, run_dir: Path, run: list[str] | Run) -> li
     from triptych_models.masked_diffusion.noise import MaskRow
     from triptych_models.matrices import matrix_shapes
     from triptych_models.sequence import SequenceGroup
-    from triptych_models.sequence_batch import take_part
     from triptych_models.tensor import tensor_cuts
 
     words, numbers, change = run if isinstance(run, Run) else Run(run)
@@ -174,7 +172,7 @@ def steps(folder: Path, runtime: Any, run_dir: Path, run: list[str] | Run) -> li
             config,
             flops=model.flops,
             metrics=metrics,
-            part=partial(take_part, group=group),
+            part=model.take_part,
             after_update=model.after_update,
         )
     masters = whole_masters(engine) | router_biases(model)

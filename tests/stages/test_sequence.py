@@ -123,7 +123,7 @@ def planned_and_real(folder: Path) -> list[tuple[Any, Any]]:
 
     def traced(model: Any, group: SequenceGroup, way: str) -> Any:
         model.set_checkpointing(way)
-        part = pretend_part(pretend_batch(model, 1024, **shape), group)
+        part = pretend_part(pretend_batch(model, 1024, **shape), model)
         given = [x for x in part.values() if isinstance(x, torch.Tensor)]
         return trace_micro_step(
             lambda: model(**part).loss_sum,

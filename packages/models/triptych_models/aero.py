@@ -5,7 +5,7 @@ under another model_type, the projector's weights under another name. After `imp
 triptych_models.aero`, AutoConfig reads a folder as any other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -99,6 +99,8 @@ class Aero(AudioModel):
         audio_features: Tensor | None = None,
         audio_lengths: Tensor | None = None,
         audio_positions: Tensor | None = None,
+        audio_sends: Sequence[int] | None = None,
+        audio_receives: Sequence[int] | None = None,
         **settings: Any,
     ) -> Tensor:
         """Hidden states (1, T, H) after the final norm, documents kept apart.
@@ -107,7 +109,9 @@ class Aero(AudioModel):
         `insert_audio` of recordings; settings are for each language layer.
         """
         embedded = self.hf.model.language_model.embed_tokens(input_ids)
-        heard = self.insert_audio(embedded, audio_features, audio_lengths, audio_positions)
+        heard = self.insert_audio(
+            embedded, audio_features, audio_lengths, audio_positions, audio_sends, audio_receives
+        )
         return self.run_decoder(heard, position_ids, cu_seqlens, max_seqlen, **settings)
 
     def audio_features(self, frames: Tensor, lengths: Tensor) -> Tensor:

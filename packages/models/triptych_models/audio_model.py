@@ -1,6 +1,6 @@
 """What families that hear share: their features among the tokens, the processor they need."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from .audio_tower import halve
 from .layout import ear
 from .packed import PackedModel, compile_forward
-from .sequence import SequenceGroup
+from .sequence import exchange_features
+from .sequence_batch import take_part
 
 
 class AudioModel(PackedModel):
@@ -26,6 +27,10 @@ class AudioModel(PackedModel):
     def audio_features(self, frames: Tensor, lengths: Tensor) -> Tensor:
         """Features (audio tokens, H) of recordings: frames (N, num_mels), lengths on the host."""
         raise NotImplementedError
+
+    def take_part(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What of a row, on the host, this rank computes; see sequence_batch.take_part."""
+        return take_part(batch, self.sequence, self.audio_tokens)
 
     def heard_rows(self, lengths: Tensor) -> list[tuple[nn.Module, int]]:
         """Modules with linears that recordings run through, and of how many rows, for recordings
@@ -57,23 +62,28 @@ class AudioModel(PackedModel):
         audio_features: Tensor | None,
         audio_lengths: Tensor | None,
         audio_positions: Tensor | None,
+        audio_sends: Sequence[int] | None = None,
+        audio_receives: Sequence[int] | None = None,
     ) -> Tensor:
         """Embedded tokens (1, T, H) with what was heard in the places of the audio tokens.
 
         audio_features (N, num_mels) float, audio_lengths (num_audios,) int64 on the host: frames of
         each, beside `frames_behind`; audio_positions (audio tokens,) int64. None in a row without
-        recordings.
+        recordings. In a sequence group a rank runs the tower on its share of the row's, and
+        audio_positions are those of its own tokens.
         """
         device = hidden_states.device
-        if (
-            audio_features is None
-        ):  # a dummy, of whose features none is kept: they hang on the graph
-            features = self.audio_features(*self.dummy_audio(device))[:0]
+        positions = audio_positions
+        if positions is None:
             positions = torch.zeros(0, dtype=torch.int64, device=device)
+        # Of a dummy no feature is kept, but they hang on the graph.
+        if audio_features is None:
+            features = self.audio_features(*self.dummy_audio(device))[:0]
         else:
-            assert audio_lengths is not None and audio_positions is not None
+            assert audio_lengths is not None
             features = self.audio_features(audio_features, audio_lengths)
-            positions = audio_positions
+        if audio_sends is not None and audio_receives is not None:
+            (features,) = exchange_features([features], audio_sends, audio_receives, self.sequence)
         return hidden_states.index_copy(1, positions, features.to(hidden_states.dtype)[None])
 
     def dummy_audio(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
@@ -99,15 +109,6 @@ class AudioModel(PackedModel):
         super().compile_layers()
         for layer in self.audio_layers():
             compile_forward(layer, dynamic=True)
-
-    def set_sequence(self, group: SequenceGroup) -> None:
-        """Refused for more than one rank: recordings of a row are not shared out."""
-        if group.size > 1:
-            raise ValueError(
-                f"parallel.sequence: must be 1 for a model that hears, got {group.size}; take "
-                "shorter rows, or engine.checkpointing=offload"
-            )
-        super().set_sequence(group)
 
     def check_processor(self, processor: Any) -> None:
         """Raise ValueError unless the data's processor makes of recordings what this model

@@ -1,5 +1,6 @@
 """What Qwen's omni thinkers share: a Qwen-VL that hears."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import transformers
@@ -33,6 +34,8 @@ class Omni(AudioModel, Qwen3VL):
         audio_features: Tensor | None = None,
         audio_lengths: Tensor | None = None,
         audio_positions: Tensor | None = None,
+        audio_sends: Sequence[int] | None = None,
+        audio_receives: Sequence[int] | None = None,
         **batch: Any,
     ) -> Tensor:
         """Hidden states (1, T, H) after the final norm, documents kept apart.
@@ -41,5 +44,7 @@ class Omni(AudioModel, Qwen3VL):
         float32, of a Qwen3-Omni.
         """
         embedded = self.hf.model.language_model.embed_tokens(input_ids)
-        heard = self.insert_audio(embedded, audio_features, audio_lengths, audio_positions)
+        heard = self.insert_audio(
+            embedded, audio_features, audio_lengths, audio_positions, audio_sends, audio_receives
+        )
         return super().hidden_states(input_ids=input_ids, embedded=heard, **batch)

@@ -24,6 +24,7 @@ from .output import LossOutput
 from .read_config import read_config
 from .rotary import restore_rotary
 from .sequence import ALONE, SequenceGroup, check_heads
+from .sequence_batch import take_part
 
 # Of what triptych_kernels.fuse knows: what the language layers have. The loss is LossHead's, and
 # packed attention comes by its own name.
@@ -179,12 +180,16 @@ class PackedModel(nn.Module):
                 chunk_mlp(layer.mlp, chunks)
 
     def set_sequence(self, group: SequenceGroup) -> None:
-        """Say with whom this rank shares its rows; batches are then what `take_part` makes.
+        """Say with whom this rank shares its rows; batches are then what `take_part` gives.
 
         Raises ValueError where the heads cannot be dealt to the group's ranks.
         """
         check_heads(text_config(self.hf.config).num_attention_heads, group.size)
         self.sequence = group
+
+    def take_part(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What of a row, on the host, this rank computes; see sequence_batch.take_part."""
+        return take_part(batch, self.sequence)
 
     def trainable_parts(self) -> set[str]:
         """Names of the parts that have a parameter which trains."""

@@ -20,7 +20,6 @@ from .llava_onevision import LlavaOnevision
 from .lora import add_adapters
 from .packed import PackedModel
 from .sequence import ALONE, SequenceGroup
-from .sequence_batch import take_part
 
 FRAMES_PER_SECOND = 100  # of log-mel features, of every model that hears
 
@@ -142,10 +141,10 @@ def _pretend_images(model: Any, count: int, side: int) -> dict[str, Any]:
     }
 
 
-def pretend_part(batch: dict[str, Any], sequence: SequenceGroup) -> dict[str, Any]:
-    """`take_part` of a row of `pretend_batch`."""
+def pretend_part(batch: dict[str, Any], model: PackedModel) -> dict[str, Any]:
+    """The model's `take_part` of a row of `pretend_batch`."""
     with unset_fake_temporarily():  # or what is known would become fake, and have no value
-        return dict(take_part(batch, sequence))
+        return dict(model.take_part(batch))
 
 
 def _known(values: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:

@@ -1,6 +1,6 @@
 """The part of a packed row that one rank of a sequence group computes, cut on the host."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -12,12 +12,19 @@ from .sequence import SequenceGroup
 _TOKENS = ("input_ids", "shift_labels", "position_ids", "target_weights")
 
 
-def take_part(batch: Mapping[str, Any], group: SequenceGroup) -> Mapping[str, Any]:
+TokensOf = Callable[[Tensor], Tensor]
+"""Of recordings of so many frames (num_audios,) int64, how many tokens each becomes."""
+
+
+def take_part(
+    batch: Mapping[str, Any], group: SequenceGroup, tokens_of: TokensOf | None = None
+) -> Mapping[str, Any]:
     """This rank's part of a row of T tokens, N ranks holding T/N each.
 
     Labels were shifted before, so no target is lost where parts meet. `num_targets` is the part's;
     cu_seqlens and max_seqlen stay the row's, since attention sees all of it. Of the images the
-    rank gets a share to run through the tower, see `image_part`.
+    rank gets a share to run through the tower, see `image_part`, and of recordings as well, for
+    which tokens_of is needed.
     """
     if group.size == 1:
         return batch
@@ -35,6 +42,11 @@ def take_part(batch: Mapping[str, Any], group: SequenceGroup) -> Mapping[str, An
         for name in ("pixel_values", "image_grid_thw", "vision_cu_seqlens"):
             del part[name]
         part |= image_part(batch, length, group)
+    if "audio_features" in batch:
+        assert tokens_of is not None
+        for name in ("audio_features", "audio_lengths"):
+            del part[name]
+        part |= audio_part(batch, length, group, tokens_of)
     return part
 
 
@@ -73,6 +85,33 @@ def image_part(batch: Mapping[str, Any], length: int, group: SequenceGroup) -> d
             "pixel_values": batch["pixel_values"][patch_cuts[rank] : patch_cuts[rank + 1]],
             "image_grid_thw": grids[first:last],
             "vision_cu_seqlens": ends - ends[0],
+        }
+    return part
+
+
+def audio_part(
+    batch: Mapping[str, Any], length: int, group: SequenceGroup, tokens_of: TokensOf
+) -> dict[str, Any]:
+    """The same of a row's recordings, by their frames: `audio_features`, `audio_lengths`,
+    `audio_positions`, `audio_sends` and `audio_receives`."""
+    n, rank = group.size, group.rank
+    lengths, positions = batch["audio_lengths"], batch["audio_positions"]
+    rows = lengths + (len(batch["audio_features"]) - int(lengths.sum())) // len(lengths)
+    tokens = tokens_of(lengths)
+    cuts = _cut_by_weight(lengths, n)
+    made = [_sum_before(tokens, cut) for cut in cuts]
+    held = torch.searchsorted(positions, torch.arange(n + 1) * length).tolist()
+    part: dict[str, Any] = {
+        "audio_positions": positions[held[rank] : held[rank + 1]] - rank * length,
+        "audio_sends": [_overlap(made, rank, held, other) for other in range(n)],
+        "audio_receives": [_overlap(made, other, held, rank) for other in range(n)],
+    }
+    first, last = cuts[rank], cuts[rank + 1]
+    if first < last:
+        begin, end = _sum_before(rows, first), _sum_before(rows, last)
+        part |= {
+            "audio_features": batch["audio_features"][begin:end],
+            "audio_lengths": lengths[first:last],
         }
     return part
 
