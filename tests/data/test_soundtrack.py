@@ -25,7 +25,7 @@ from triptych_data.processor import Processor
 from triptych_data.sample import RawSample
 from triptych_data.shards.reader import Shards
 from triptych_data.shards.scan import build_index
-from triptych_data.shards.write import write_shards
+from triptych_data.shards.write import check_records, write_shards
 
 NAMES = ("audio", "image", "video", "vision_bos", "vision_eos", "audio_bos", "audio_eos")
 IDS = {name: number for number, name in enumerate(NAMES, 1)}
@@ -138,7 +138,9 @@ def shards(tmp_path: Path) -> Shards:
     ]
     (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, records)))
     report = write_shards(tmp_path / "chats.jsonl", tmp_path / "shards")
-    assert (report.num_videos, report.num_audios) == (5, 5)
+    assert (report.num_videos, report.num_audios) == (5, 3)
+    checked = check_records(tmp_path / "chats.jsonl")
+    assert (checked.num_videos, checked.num_audios) == (5, 3)
     return Shards.open([tmp_path / "shards"])
 
 

@@ -39,7 +39,7 @@ def plot(shards: Shards, path: Path, forecast: Forecast | None = None) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     media = ", ".join(
         f"{count:,} {kind}s"
-        for kind, count in zip(KINDS, np.bincount(shards.media.kind, minlength=3), strict=True)
+        for kind, count in zip(KINDS, shards.media.counts(), strict=True)
         if count
     )
     figure.suptitle(f"{shards.num_samples:,} samples{f', {media}' if media else ''}")

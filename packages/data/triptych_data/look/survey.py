@@ -20,7 +20,8 @@ def survey(shards: Shards) -> dict[str, Any]:
     kinds = shards.media.kind
     images = np.concatenate([[0], np.cumsum(kinds == KINDS.index("image"))])
     counts = np.diff(images[shards.media_start])
-    videos, audios = (kinds == KINDS.index(kind) for kind in ("video", "audio"))
+    videos = kinds == KINDS.index("video")
+    audios = (kinds == KINDS.index("audio")) & (shards.media.seconds > 0)  # a video may be silent
     widths, heights = shards.media.size[kinds == KINDS.index("image")].T.astype(np.float64)
     side = np.sqrt(widths * heights)
     aspect = np.maximum(widths, heights) / np.minimum(widths, heights)

@@ -63,6 +63,11 @@ class MediaColumns(NamedTuple):
     def rows(self, first: int, last: int) -> "MediaColumns":
         return MediaColumns(*(column[first:last] for column in self))
 
+    def counts(self) -> np.ndarray:
+        """(len(KINDS),) media of each kind, the sound of videos among them where there is some."""
+        is_silent = (self.kind == KINDS.index("audio")) & (self.seconds == 0)
+        return np.bincount(self.kind[~is_silent], minlength=len(KINDS))
+
     @classmethod
     def joined(cls, tables: Sequence["MediaColumns"]) -> "MediaColumns":
         return cls(*(np.concatenate(columns) for columns in zip(*tables, strict=True)))

@@ -100,7 +100,7 @@ class Intake(Reopened):
                 rejected.append(Rejected(row, " ".join(str(error).split())))
                 continue
             kinds = [info.kind for info in sample.measures]
-            kinds += ["audio" for info in sample.measures if info.sound is not None]
+            kinds += ["audio" for info in sample.measures if info.sound]
             table[at] = (sample.tar_bytes, sample.text_bytes, *map(kinds.count, KINDS))
         return table, rejected
 

@@ -5,9 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from triptych_data.sample import KINDS
 from triptych_data.shards.index import read_index
 from triptych_data.shards.intake import Rejected
 
@@ -40,7 +37,7 @@ class ShardReport:
     def count(self) -> None:
         """Add up what the indexes of `shards` say."""
         for index in map(read_index, self.shards):
-            images, videos, audios = np.bincount(index.media_kind, minlength=len(KINDS)).tolist()
+            images, videos, audios = index.media.counts().tolist()
             self.num_samples += index.num_samples
             self.num_images += images
             self.num_videos += videos
