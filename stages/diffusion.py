@@ -175,7 +175,7 @@ def build_job(config: DiffusionConfig, runtime: "Runtime") -> Job:
 
 
 def main(config: DiffusionConfig) -> None:
-    """Train, draw, export; or show the plan, or verify."""
+    """Train, draw, export; or show the plan, verify, or replay a step."""
     config.model.check_path()
     if config.plan.show != "no":
         from triptych_core.plan.plan import show_plan
@@ -187,6 +187,11 @@ def main(config: DiffusionConfig) -> None:
         from rehearsing import verify
 
         verify(config, runtime, build_job, _loop)
+        return
+    if config.replay.step != "no":
+        from replaying_samples import replay
+
+        replay(config, runtime, build_job, _loop)
         return
     job = build_job(config, runtime)
     export = partial(_export, config, job.model, is_main=runtime.is_main)

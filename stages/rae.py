@@ -179,7 +179,7 @@ def build_job(config: RaeConfig, runtime: "Runtime") -> Job:
 
 
 def main(config: RaeConfig) -> None:
-    """Train, show, export; or show the plan, or verify."""
+    """Train, show, export; or show the plan, verify, or replay a step."""
     config.model.check_path()
     config.perceptual.check_path("perceptual")
     config.adversary.check_path("adversary")
@@ -194,6 +194,11 @@ def main(config: RaeConfig) -> None:
 
         config.adversary.discriminator_start = config.adversary.start = 1
         verify(config, runtime, build_job, _loop)
+        return
+    if config.replay.step != "no":
+        from replaying_samples import replay
+
+        replay(config, runtime, build_job, _loop)
         return
     job = build_job(config, runtime)
     if runtime.is_main:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 # Of packed rows: keys, and what they are where batches are samples.
 OF_ROWS = {
-    "replay.step": "no",
     "parallel.sequence": 1,
     "parallel.tensor": 1,
     "parallel.expert": 1,

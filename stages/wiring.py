@@ -414,7 +414,7 @@ def run(config: PackedConfig) -> None:
         verify(config)
         return
     if config.replay.step != "no":
-        from replaying import replay
+        from replaying_rows import replay
 
         replay(config)
         return

@@ -48,13 +48,14 @@ def replays(words: list[str], *several: list[str]) -> list[str]:
 
     stage = sft_stage()
     import replaying
+    import replaying_rows
     import wiring
 
     said = []
     for more in several:
         config, runtime, _ = wiring.begin(load_config(stage.SftConfig, None, [*words, *more]))
         try:
-            replaying.replay_step(config, runtime)
+            replaying.replay_step(config, runtime, replaying_rows.ROWS)
             said.append("")
         except ValueError as error:
             said.append(str(error))

@@ -61,6 +61,10 @@ class RankLoader:
         """The first position from there on at which a batch may begin."""
         return position
 
+    def where(self, sample: int) -> str:
+        """File and key of one of a batch's `sample_ids`, for people."""
+        return self.shards.where(sample)
+
     @property
     def has_workers(self) -> bool:
         """Whether other processes prepare the batches."""

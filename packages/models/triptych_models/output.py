@@ -15,3 +15,5 @@ class LossOutput(NamedTuple):
     metrics: dict[str, Tensor]
     """Further tensors to log, by name, left on the device: () are sums over targets like the loss,
     tables are counts. Each is summed over the window and all ranks."""
+    losses: Tensor | None = None
+    """(N,) fp32, detached, of a batch of samples: what each adds to the sum."""

@@ -60,6 +60,27 @@ def replayed_run(config: Stage, folder: Any) -> Stage:
     )
 
 
+class Losses:
+    """What a model made of each batch of samples: its loss and that of each sample, (N,).
+
+    Args:
+        model: gives a `loss_sum` and `losses`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.sums: list[Tensor] = []
+        self.each: list[Tensor] = []
+        self._handle = model.register_forward_hook(self._keep)
+
+    def close(self) -> None:
+        """Keep nothing any more."""
+        self._handle.remove()
+
+    def _keep(self, model: nn.Module, args: Any, output: Any) -> None:
+        self.sums.append(output.loss_sum.detach())
+        self.each.append(output.losses.detach())
+
+
 class Heads:
     """What a model's head was given, pack by pack, and the loss that the model made of each.
 

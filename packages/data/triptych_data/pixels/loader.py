@@ -55,6 +55,10 @@ class PixelLoader(RankLoader):
         """Counts for people: images of an epoch."""
         return {"images": self.batches.num_samples}
 
+    def where(self, sample: int) -> str:
+        """Of an image, that of the sample it is in."""
+        return self.shards.where(int(self.batches.places[sample, 0]))
+
     def identity(self) -> dict[str, Any]:
         """Shards, and what is drawn; the number of images a batch may be another."""
         return {"plan": self._depends}

@@ -47,6 +47,8 @@ class Judged(NamedTuple):
     l1: Tensor
     perceptual: Tensor
     deceit: Tensor
+    losses: Tensor
+    """(N,), of L1 and, times its weight, the perceptual distance"""
     slopes: Tensor
     """(1 or 2, N, L, P), to the decoder's output: of L1 and perceptual distance; of the deceit"""
     pulls: Tensor
@@ -170,8 +172,9 @@ class RAE(nn.Module):
         self.input_store = InputStore()
         images, hidden, logits = self._reconstruct(pixels, noise, levels)
         if not self.training:
-            l1, perceptual = self._distances(self.pixels_of(logits), images, weights)
-            return LossOutput(l1 + self._judges.perceptual_weight * perceptual, num_targets, {})
+            l1, perceptual = self._distances(self.pixels_of(logits), images)
+            losses = (l1 + self._judges.perceptual_weight * perceptual) * weights
+            return LossOutput(losses.sum(), num_targets, {}, losses.detach())
         if self._judged:
             judged = self._judged.pop(0)
         else:
@@ -190,7 +193,7 @@ class RAE(nn.Module):
             found = self._teach(images, judged.made, draws, weights)
             loss = loss + _without_value(found["discriminator"])
             metrics |= {name: value.detach() for name, value in found.items()}
-        return LossOutput(loss, num_targets, metrics)
+        return LossOutput(loss, num_targets, metrics, judged.losses)
 
     @torch.no_grad()
     def reconstruct(self, pixels: Tensor) -> Tensor:
@@ -223,10 +226,11 @@ class RAE(nn.Module):
         hidden = decoder.decoder_norm(x)[:, 1:]
         return images, hidden, decoder.decoder_pred(hidden)
 
-    def _distances(self, made: Tensor, images: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        l1 = (made - images).abs().mean((1, 2, 3)) @ weights
+    def _distances(self, made: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,) each."""
+        l1 = (made - images).abs().mean((1, 2, 3))
         judge = self._judges.perceptual
-        return l1, l1.new_zeros(()) if judge is None else judge(made, images) @ weights
+        return l1, torch.zeros_like(l1) if judge is None else judge(made, images)
 
     def _judge(
         self, images: Tensor, hidden: Tensor, logits: Tensor, weights: Tensor, draws: Tensor
@@ -235,8 +239,10 @@ class RAE(nn.Module):
         with torch.enable_grad():
             leaf = logits.detach().float().requires_grad_()
             made = self.pixels_of(leaf)
-            l1, perceptual = self._distances(made, images, weights)
-            total = l1 + self._judges.perceptual_weight * perceptual
+            distances = self._distances(made, images)
+            l1, perceptual = (each @ weights for each in distances)
+            factor = self._judges.perceptual_weight
+            total = l1 + factor * perceptual
             slopes = list(torch.autograd.grad(total, leaf, retain_graph=self._heeds))
             fooled = l1.new_zeros(())
             if self._heeds:
@@ -247,7 +253,8 @@ class RAE(nn.Module):
         if self._heeds:
             pulls = by.flatten(1, 2).mT @ hidden.detach().flatten(0, 1).float()
         values = l1.detach(), perceptual.detach(), fooled.detach()
-        return Judged(*values, by, pulls, made.detach())
+        losses = (distances[0] + factor * distances[1]).detach() * weights
+        return Judged(*values, losses, by, pulls, made.detach())
 
     def _weigh(self, judged: Sequence[Judged], weights: Sequence[Tensor]) -> Tensor:
         """The adaptive weight, () fp32, alike on every rank."""

@@ -120,8 +120,8 @@ class DiffusionModel(nn.Module):
         out = self.predict(x, moments, self.dropped(condition, drop), given_frames)
         error = squared_error(out.to(latents.dtype), latents, noise, at, self.objective)
         error = error[:, :, given_frames:] if given_frames else error
-        loss_sum = (error.flatten(1).sum(1) * weights).sum()
-        return LossOutput(loss_sum, num_targets, {})
+        losses = error.flatten(1).sum(1) * weights
+        return LossOutput(losses.sum(), num_targets, {}, losses.detach())
 
     def velocity(
         self, x: Tensor, time: float, guidance: float, condition: Condition, given_frames: int = 0
