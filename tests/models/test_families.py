@@ -275,6 +275,12 @@ def test_a_plan_can_trace_it_and_weigh_its_packs(tmp_path: Path, family: str) ->
         assert 12 <= len(heard) <= 16 and len({*heard.tolist(), *seen.tolist()}) == len(
             heard
         ) + len(seen)
+        with pretend(model):  # recordings of the usual length do not fit
+            for share, tokens in ((0.25, (8, 16)), (1.0, (48, 64))):
+                settings |= {"audio_share": share, "audio_seconds": 30.0, "image_share": 1 - share}
+                batch = pretend_batch(model, 64, document_len=32, **settings)
+                model(**batch).loss_sum.backward()
+                assert tokens[0] <= len(batch["audio_positions"]) <= tokens[1]
     ratios = pack_cost(model.flops, images=sees, sound=hears)
     assert ("audio" in ratios) == hears and ratios.get("audio", 1) > 0
     assert ratios["linear"] > 0 and ratios["target"] > 0 and (ratios["vision"] > 0) == sees

@@ -85,8 +85,10 @@ def pretend_batch(
             }
     if audio_share and isinstance(model, AudioModel):
         around = sorted(set(range(seq_len)) - set(taken))
-        images |= _pretend_recordings(model, around, round(seq_len * audio_share), audio_seconds)
-        taken += images["audio_positions"].tolist()
+        tokens = min(round(seq_len * audio_share), len(around))
+        recordings = _pretend_recordings(model, around, tokens, audio_seconds)
+        taken += recordings["audio_positions"].tolist() if recordings else []
+        images |= recordings
     free = sorted(set(range(seq_len)) - set(taken)) or [0]
     num_targets = max(1, round(len(free) * target_share))
     labels = [-100] * seq_len
@@ -113,13 +115,19 @@ def pretend_batch(
 def _pretend_recordings(
     model: AudioModel, places: list[int], tokens: int, seconds: float
 ) -> dict[str, Any]:
-    """As many recordings as have about so many tokens, in places of the row; at least one."""
+    """As many recordings as have about so many tokens, in places of the row.
+
+    One that would have more than all of them together is shorter; of too few for one there is none.
+    """
     frames = round(seconds * FRAMES_PER_SECOND)
     frames = min(frames, model.stock_frames or frames)
-    length = _known([frames])
-    with unset_fake_temporarily():
-        each = int(model.audio_tokens(length))
-    count = max(1, min(round(tokens / each), len(places) // each))
+    each = _tokens_of(model, frames)
+    if each > tokens:
+        frames = frames * tokens // each
+        each = _tokens_of(model, frames)
+    if not each:
+        return {}
+    count = min(round(tokens / each), len(places) // each)
     starts = [len(places) * recording // count for recording in range(count)]
     num_mels = model.hf.config.audio_config.num_mel_bins
     return {
@@ -127,6 +135,12 @@ def _pretend_recordings(
         "audio_lengths": _known([frames] * count),
         "audio_positions": _known([places[at + token] for at in starts for token in range(each)]),
     }
+
+
+def _tokens_of(model: AudioModel, frames: int) -> int:
+    lengths = _known([frames])
+    with unset_fake_temporarily():
+        return int(model.audio_tokens(lengths))
 
 
 def _pretend_images(model: Any, count: int, side: int) -> dict[str, Any]:

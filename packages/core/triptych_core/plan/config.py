@@ -42,4 +42,4 @@ class PlanConfig(BaseModel):
         le=1,
         description="of the row's tokens, those of recordings, where a model hears",
     )
-    audio_seconds: float = Field(30.0, gt=0, description="seconds of a recording")
+    audio_seconds: float = Field(30.0, ge=0.1, description="most seconds of a recording")
