@@ -289,7 +289,7 @@ class Processor:
             )
         for is_heard in heard:
             kind, (width, height), frames, seconds = rows.pop(0)
-            sound = rows.pop(0)[-1] if is_heard else 0.0
+            sound = rows.pop(0)[-1] if is_heard else None
             medium = self._measure_medium(
                 KINDS[kind], width, height, frames, seconds, is_alone, sound
             )
@@ -456,9 +456,9 @@ class Processor:
         frames: int,
         seconds: float,
         is_alone: bool = True,
-        sound: float = 0.0,
+        sound: float | None = None,
     ) -> _Medium:
-        """sound: seconds of that of a video which is heard."""
+        """sound: seconds of that of a video which is heard; None: it is not."""
         if kind == "image" and self.tiling is not None:
             check_ratio(width, height)
             return self._tiled(tile_layout(width, height, self.tiling) if is_alone else None)
@@ -468,7 +468,7 @@ class Processor:
             return self._audio(heard_frames(seconds, self._rules_of_sound()))
         rules = self._rules_for(kind)
         heard = 0
-        if sound and self._hears_videos:
+        if sound is not None and self._hears_videos and sound:
             heard = heard_frames(sound, self._rules_of_sound())
         return self._video(video_layout(width, height, frames, seconds, rules), heard)
 
@@ -533,7 +533,7 @@ class Processor:
             return False
         if self._video_rules is None or self._video_rules.sound_chunk is None:
             raise ValueError(
-                f"{self._directory}: the model must hear videos, got one with sound; set "
+                f"{self._directory}: the model must hear videos, got one to be heard; set "
                 "data.video.sound=false"
             )
         return True
