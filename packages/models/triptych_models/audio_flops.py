@@ -52,12 +52,16 @@ def whisper_rows(lengths: Tensor, chunk: int) -> tuple[int, int]:
     return int(halve(cut(lengths, chunk)).sum()), int((halve(lengths) // 2).sum())
 
 
-def conv2d_audio_flops(audio: Any, batch: Mapping[str, Any], trainable: Collection[str]) -> float:
+def conv2d_audio_flops(
+    audio: Any, batch: Mapping[str, Any], trainable: Collection[str], *, adapted: bool
+) -> float:
     """The same of Qwen3-Omni's, whose convolutions halve mel bands, too."""
     lengths = batch.get("audio_lengths")
     if lengths is None:
         return 0.0
     hears, projects = "audio" in trainable, "projector" in trainable
+    weights = set() if adapted else trainable
+    learns = "audio" in weights
     hidden, channels = audio.d_model, audio.downsample_hidden_size
     times, bands, inputs = cut(lengths, 2 * audio.n_window), audio.num_mel_bins, 1
     work = 0.0
@@ -65,7 +69,7 @@ def conv2d_audio_flops(audio: Any, batch: Mapping[str, Any], trainable: Collecti
         times, bands = halve(times), (bands + 1) // 2
         convolution = Work(2.0 * 9 * inputs * channels * bands * int(times.sum()), 0.0)
         # Frames need no gradient.
-        work += with_backward(convolution, weight=hears, inputs=hears and number > 0)
+        work += with_backward(convolution, weight=learns, inputs=learns and number > 0)
         inputs = channels
     tokens = int(times.sum())
     each = cut(tokens_of(lengths, 2 * audio.n_window), window_tokens(audio))
@@ -74,9 +78,9 @@ def conv2d_audio_flops(audio: Any, batch: Mapping[str, Any], trainable: Collecti
     projector = Work(2.0 * hidden * (hidden + audio.output_dim) * tokens, 0.0)
     return (
         work
-        + with_backward(embedding, weight=hears, inputs=hears)
-        + with_backward(layers, weight=hears, inputs=hears)
-        + with_backward(projector, weight=projects, inputs=hears or projects)
+        + with_backward(embedding, weight=learns, inputs=learns)
+        + with_backward(layers, weight=learns, inputs=hears)
+        + with_backward(projector, weight="projector" in weights, inputs=hears or projects)
     )
 
 

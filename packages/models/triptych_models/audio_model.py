@@ -34,7 +34,7 @@ class AudioModel(PackedModel):
 
     def heard_rows(self, lengths: Tensor) -> list[tuple[nn.Module, int]]:
         """Modules with linears that recordings run through, and of how many rows, for recordings
-        of lengths (num_audios,) int64 frames on the host; of a model that takes adapters."""
+        of lengths (num_audios,) int64 frames on the host."""
         raise NotImplementedError
 
     def audio_tokens(self, lengths: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ class LoraConfig(BaseModel):
         default_factory=lambda: ["language"],
         min_length=1,
         description="linear layers that get one: all of a part (vision, audio, projector, "
-        "language) but the output layer, or those whose names end in it, e.g. q_proj",
+        "language; in a mixture its attention) but the output layer, or those whose names end in "
+        "it, e.g. q_proj",
     )
     dora: bool = Field(
         default=False, description="also a magnitude for each row of a weight (arXiv 2402.09353)"
@@ -162,10 +163,10 @@ class ModelConfig(BaseModel):
                 f"model.moe.bias_rate: must be 0 with model.freeze=[router], got "
                 f"{self.moe.bias_rate}; a bias is the router's"
             )
-        if self.lora is not None and "experts" in parts:
+        if self.lora is not None and self.moe is not None and self.moe.bias_rate:
             raise ValueError(
-                f"model.lora: must be left out for a mixture of experts, got {self.path}; "
-                "take a dense model"
+                f"model.moe.bias_rate: must be 0 with model.lora, got {self.moe.bias_rate}; a "
+                "router keeps its bias, as all of the base is kept"
             )
         if set(parts) <= set(self.freeze):
             raise ValueError("model.freeze: must leave a part to train, got all; name fewer")

@@ -48,13 +48,19 @@ def qwen3_flops(
 
 
 def mixture_flops(
-    text: PretrainedConfig, batch: Mapping[str, Any], trainable: Collection[str], num_sparse: int
+    text: PretrainedConfig,
+    batch: Mapping[str, Any],
+    trainable: Collection[str],
+    num_sparse: int,
+    *,
+    adapted: bool = False,
 ) -> float:
     """Forward + backward FLOPs of a language model of which num_sparse layers have experts.
 
     A token costs its top_k experts, the shared one if there is one, and the router all of them.
-    Gradients flow back through everything as soon as anything trains.
+    Gradients flow back through everything as soon as anything trains. adapted: see qwen3_vl_flops.
     """
+    weights = set() if adapted else trainable
     inputs, tokens = bool(trainable), int(batch["cu_seqlens"][-1])
     shape, hidden_size = mixture_shape(text), text.hidden_size
     each = 2.0 * num_sparse * hidden_size * tokens
@@ -68,7 +74,7 @@ def mixture_flops(
         "experts": Work(each * 3 * shape.top_k * shape.width, 0.0),
     }
     return sum(
-        with_backward(work, weight=part in trainable, inputs=inputs) for part, work in works.items()
+        with_backward(work, weight=part in weights, inputs=inputs) for part, work in works.items()
     )
 
 

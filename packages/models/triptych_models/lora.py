@@ -30,6 +30,9 @@ from .packed import PackedModel
 from .weights import Gather, whole
 
 NAME = "default"  # of the adapter, as peft calls the first
+# Linears of a mixture beside its experts. Peft 0.21.2 takes their names for those of experts, where
+# it loads an adapter (transformers_weight_conversion.py), so none stands beside them.
+MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def add_adapters(model: PackedModel, config: LoraConfig, seed: int, gather: Gather = whole) -> None:
@@ -73,7 +76,8 @@ def quantize(model: PackedModel, names: list[str], gather: Gather) -> None:
 
 
 def find_targets(model: PackedModel, config: LoraConfig) -> list[str]:
-    """Names in `model.hf` of the linears that `targets` mean: a part's, or by their last words.
+    """Names in `model.hf` of the linears that `targets` mean: a part's, or by their last words. Of
+    a mixture's language model they are those of attention.
 
     Raises ValueError if one means none, and for DoRA outside of layers: it reads a linear's weight
     beside its forward, and ZeRO-3 has weights whole only in the module that runs, or in a layer.
@@ -81,9 +85,11 @@ def find_targets(model: PackedModel, config: LoraConfig) -> list[str]:
     names = {id(module): name for name, module in model.hf.named_modules()}
     in_layers = {id(module) for layer in model.layers() for module in layer.modules()}
     linears: dict[str, str] = {}  # name -> part
+    is_mixture = "experts" in model.parts()
     for part, modules in model.parts().items():
         for module in (inner for each in modules for inner in each.modules()):
-            if isinstance(module, nn.Linear) and not isinstance(module, LossHead):
+            is_left = is_mixture and names[id(module)].endswith(MLP)
+            if isinstance(module, nn.Linear) and not isinstance(module, LossHead) and not is_left:
                 linears[names[id(module)]] = part
     found: set[str] = set()
     for target in config.targets:
@@ -95,7 +101,7 @@ def find_targets(model: PackedModel, config: LoraConfig) -> list[str]:
         if not meant:
             raise ValueError(
                 "model.lora.targets: must name parts or linear layers of the model "
-                f"({', '.join(sorted({*model.parts()}))}; "
+                f"({', '.join(sorted({*linears.values()}))}; "
                 f"{', '.join(sorted({name.rpartition('.')[2] for name in linears}))}), got "
                 f"{target!r}; correct the name"
             )
@@ -179,11 +185,11 @@ def adapter_flops(model: PackedModel, batch: Mapping[str, Any]) -> float:
     patches = 0 if grid is None else sum(int(t) * int(h) * int(w) for t, h, w in grid)
     drawn = sum(int(h) * int(w) for h, w in batch.get("latent_grids", ()))
     text = int(batch["cu_seqlens"][-1]) - drawn
-    tokens = {"language": text, "generation": drawn, "vision": patches, "audio": 0, "projector": 0}
+    tokens = {"language": text, "generation": drawn, "vision": patches}
     if isinstance(model, ImageModel):
         tokens["projector"] = model.projector_tokens(patches)
     rows = {
-        id(inner): tokens[part]
+        id(inner): tokens.get(part, 0)
         for part, modules in model.parts().items()
         for module in modules
         for inner in module.modules()

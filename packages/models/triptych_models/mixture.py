@@ -26,6 +26,7 @@ from .layout import (
     text_config,
     tower,
 )
+from .lora import adapter_flops
 from .offload import InputStore
 from .output import LossOutput
 from .packed import PackedModel
@@ -127,9 +128,12 @@ class Mixture(PackedModel):
 
     def flops(self, batch: Mapping[str, Any]) -> float:
         """Forward and backward FLOPs of one packed row, of experts only those that run."""
-        config, trainable = self.hf.config, self.trainable_parts()
-        vision = 0.0 if tower(self.hf) is None else vision_flops(config, batch, trainable)
-        return vision + mixture_flops(text_config(config), batch, trainable, len(self.blocks()))
+        config, trains, adapted = self.hf.config, self.trainable_parts(), self.lora is not None
+        seen, text, num_sparse = 0.0, text_config(config), len(self.blocks())
+        if tower(self.hf) is not None:
+            seen = vision_flops(config, batch, trains, adapted=adapted)
+        read = mixture_flops(text, batch, trains, num_sparse, adapted=adapted)
+        return seen + read + adapter_flops(self, batch)
 
     @torch.no_grad()
     def after_update(self, figures: Mapping[str, Tensor], taken: Tensor) -> None:

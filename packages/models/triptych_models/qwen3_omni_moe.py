@@ -49,4 +49,10 @@ class Qwen3OmniMoE(Mixture, Omni):
     def flops(self, batch: Mapping[str, Any]) -> float:
         """Forward and backward FLOPs of one packed row, of experts only those that run."""
         audio = self.hf.config.audio_config
-        return conv2d_audio_flops(audio, batch, self.trainable_parts()) + super().flops(batch)
+        trains, adapted = self.trainable_parts(), self.lora is not None
+        heard = conv2d_audio_flops(audio, batch, trains, adapted=adapted)
+        return heard + super().flops(batch)
+
+    def heard_rows(self, lengths: Tensor) -> list[tuple[nn.Module, int]]:
+        """Modules with linears that recordings run through, and of how many rows."""
+        return [(self.hf.model.audio_tower, int(self.audio_tokens(lengths).sum()))]
