@@ -41,7 +41,9 @@ class RaeOptim(OptimConfig):
 
     lr: float = Field(2e-4, gt=0, description="peak rate; lr_by_part={discriminator: …} of that")
     weight_decay: float = Field(0.0, ge=0, description="on matrices; never on norms and biases")
-    max_grad_norm: float = Field(0.0, ge=0, description="clip the global norm; 0 = never")
+    max_grad_norm: float = Field(
+        0.0, ge=0, description="clip the norms of decoder and discriminator, each; 0 = never"
+    )
     ema_decay: float | None = Field(0.9978, gt=0, lt=1, description="of what is kept and shown")
 
 
@@ -170,6 +172,7 @@ def build_job(config: RaeConfig, runtime: "Runtime") -> Job:
     for group in groups:
         if group["name"].startswith("discriminator/"):
             group["first_step"] = config.adversary.discriminator_start
+            group["clip"] = "discriminator"
     optimizer = build_optimizer(groups, config.optim, seed=config.run.seed)
     parameters = count_parameters(model)  # before a rank has only a part of them
     engine = build_engine(

@@ -6,7 +6,7 @@ No stage itself: a stage says what of this it sets otherwise, and begins it.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 from running import carry_out, share_seed
@@ -33,10 +33,16 @@ if TYPE_CHECKING:
     from triptych_models.packed import PackedModel
 
 
+class GenerationData(TensorDataConfig):
+    """What `data` is of stages on latents."""
+
+    KEY: ClassVar[str] = "generation.data"
+
+
 class GenerationConfig(DrawConfig):
     """Images that a row holds beside its chats, their latents kept by `triptych-data latents`."""
 
-    data: TensorDataConfig
+    data: GenerationData
 
 
 class PackedConfig(StageConfig):

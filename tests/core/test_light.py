@@ -131,6 +131,53 @@ def steps_with_one_overflow(words: list[str]) -> tuple[list[dict[str, Tensor]], 
     return found, norms
 
 
+def moved_by_set(stage: int, most: float) -> dict[str, float]:
+    """How far a step moves two parts that are clipped each for itself, over its rate."""
+    from triptych_core.engine.build import build_engine
+    from triptych_core.optim.groups import build_optimizer, parameter_groups
+
+    # With eps so large a step is as long as the gradient.
+    words = ["run.device=cpu", "engine.precision=fp32", "optim.lr=100", "optim.eps=1e4"]
+    words += ["optim.weight_decay=0", f"engine.zero.stage={stage}", f"optim.max_grad_norm={most}"]
+    config, net = load_config(StageConfig, None, words), make_net()
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    named = net.named_parameters()
+    groups = parameter_groups(named, config.optim, lambda name: name.partition(".")[0])
+    for group in groups:
+        if group["name"].startswith("late/"):
+            group["clip"] = "late"
+    optimizer = build_optimizer(groups, config.optim)
+    engine = build_engine(net, optimizer, config.engine, config.optim, 1)
+    engine.backward(engine(x=rows(0, 0), with_late=True))
+    engine.step()
+    squares: dict[str, float] = {}
+    for name, p in net.named_parameters():
+        part = "late" if name.startswith("late") else "first"
+        moved = float((p.detach() - before[name]).square().sum())
+        squares[part] = squares.get(part, 0.0) + moved
+    norm = float(engine.get_global_grad_norm())
+    engine.destroy()
+    return {part: square**0.5 * 1e4 / 100 for part, square in squares.items()} | {"norm": norm}
+
+
+def moved_in_all_ways(stages: list[int]) -> list[Any]:
+    from triptych_core.config import RunConfig
+    from triptych_core.launch import launch
+
+    launch(RunConfig(device="cpu"))
+    return [[moved_by_set(stage, most) for most in (0, 20)] for stage in stages]
+
+
+def test_sets_of_groups_are_clipped_each_by_its_own_norm():
+    for free, clipped in run_ranks(moved_in_all_ways, 1, [0, 2, 3])[0]:
+        norms = free["first"], free["late"]
+        assert min(norms) > 30
+        assert free["norm"] == pytest.approx(sum(n**2 for n in norms) ** 0.5, rel=0.01)
+        assert clipped["norm"] == pytest.approx(free["norm"], rel=1e-5)  # before clipping
+        assert clipped["first"] == pytest.approx(20, rel=0.01)
+        assert clipped["late"] == pytest.approx(20, rel=0.01)
+
+
 CASES = list(product((0, 1, 2, 3), ("adamw", "muon"), (0, 0.1)))
 
 

@@ -123,6 +123,27 @@ def test_latents_are_normalised_and_drawn_from_their_posterior(tmp_path):
     assert abs(apart[0, 1]) < 0.05
 
 
+def test_latents_of_a_condition_are_normalised_as_diffusers_does(tmp_path):
+    """In WanImageToVideoPipeline and WanVideoToVideoPipeline: by the mean and spread of all."""
+    frames = torch.randn(3, 2, 3, 2, 2)
+    names = ("latents", "image_latents", "source_latents", "masks")
+    samples = [({}, {name: row.clone() for name in names}) for row in frames]
+    write_tensor_shards(samples, tmp_path / "shards")
+    config = TensorDataConfig(
+        shards=[str(tmp_path / "shards")],
+        batch_size=3,
+        num_workers=0,
+        features=list(names[1:]),
+        mean=[1, -1],
+        std=[2.0],
+    )
+    (batch,) = take(TensorLoader(config, rank=0, world_size=1, num_classes=None), 1)
+    expected = (frames[batch["sample_ids"]] - torch.tensor([1.0, -1.0]).view(2, 1, 1, 1)) / 2
+    for name in names[:3]:
+        assert torch.equal(batch[name], expected), name
+    assert torch.equal(batch["masks"], frames[batch["sample_ids"]])  # no latents
+
+
 def test_heldout_samples_come_once_on_every_rank_as_often_and_always_alike(shards):
     config = TensorDataConfig(shards=["x"], batch_size=2)
     ranks = [list(heldout_batches(config, [str(shards)], r, 2, 3)) for r in range(2)]

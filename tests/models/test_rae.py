@@ -240,6 +240,15 @@ def test_lpips_is_that_of_a_straight_formula(tmp_path):
         torch.testing.assert_close(weighed(made, images), straight(list(lins)))
 
 
+def test_a_distance_of_no_features_has_a_gradient():
+    """Features that are all zero, as ReLU may leave a token, are no direction."""
+    from triptych_models.autoencoder.perceptual import _unit
+
+    features = torch.zeros(2, 3, 4, requires_grad=True)
+    (_unit(features) - 0.5).square().sum().backward()
+    assert features.grad is not None and features.grad.isfinite().all()
+
+
 def test_means_of_latents_go_through(tmp_path):
     """Those by which diffusers scales latents for others, of the encoder's folder."""
     model = tiny(tmp_path / "nets")
@@ -277,6 +286,13 @@ def test_what_does_not_fit_is_refused(tmp_path):
         build(config=config.model_copy(update={"input_size": 30}))
     with pytest.raises(ValueError, match=r"adversary.depths: must be below the 2 blocks"):
         build(adversary=adversary.model_copy(update={"depths": [2]}))
+    with pytest.raises(
+        ValueError, match=r"adversary.image_size: must be a multiple .* \(4\), got 14"
+    ):
+        build(adversary=adversary.model_copy(update={"image_size": 14}))
+    decoder = config.decoder.model_copy(update={"patch_size": 5})
+    with pytest.raises(ValueError, match=r"perceptual.path: .* must divide .* side \(10\), got 4"):
+        build(config=config.model_copy(update={"decoder": decoder}))
     with pytest.raises(ValueError, match=r"adversary.path: must hold a vit, .* got vit_mae"):
         mae = write_encoder(tmp_path / "mae", "mae")
         build(adversary=adversary.model_copy(update={"path": mae}))

@@ -247,6 +247,7 @@ def test_latents_of_another_autoencoder_are_refused(workspace: Path) -> None:
     ("more", "message"),
     [
         (["generation.data.text_field=null"], "generation.data.text_field: must name the words"),
+        (["generation.data.std=[0.0]"], "generation.data.std: must be finite and above 0"),
         (["replay.step=2"], "replay.step: must be no with generation"),
         (["generation.weight=0"], "generation.weight: must be above 0 for a part that trains"),
     ],

@@ -166,6 +166,24 @@ def test_losses_and_gradients_are_those_of_straight_formulas(workspace: Path, ra
                 )
 
 
+def clipped_with(workspace: Path) -> dict[str, str]:
+    from triptych_core.config import load_config
+    from triptych_core.launch import launch
+
+    rae = stage()
+    config = load_config(rae.RaeConfig, None, words(workspace, workspace / "x"))
+    engine = rae.build_job(config, launch(config.run)).engine
+    return {group["name"]: group.get("clip", "") for group in engine.optimizer.param_groups}
+
+
+def test_the_discriminator_is_clipped_for_itself(workspace: Path):
+    """How is tested in tests/core/test_light.py."""
+    found = run_ranks(clipped_with, 1, workspace)[0]
+    assert len(found) == 8
+    for name, clip in found.items():
+        assert clip == ("discriminator" if name.startswith("discriminator/") else ""), name
+
+
 @pytest.fixture(scope="module")
 def alone(workspace: Path) -> Path:
     """One rank, two micro-batches a step."""

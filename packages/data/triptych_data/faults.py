@@ -45,11 +45,14 @@ def reason_of(error: BaseException) -> str:
 
 
 class Faults:
-    """Counts one rank's holes by (source, reason), and stops the run when they are too many."""
+    """Counts one rank's holes by (source, reason), and stops the run when they are too many.
 
-    def __init__(self, max_bad_rate: float) -> None:
+    key: the section of the configuration that says how many may be.
+    """
+
+    def __init__(self, max_bad_rate: float, key: str = "data") -> None:
         self.counts: Counter[tuple[str, str]] = Counter()
-        self._max_bad_rate = max_bad_rate
+        self._max_bad_rate, self._key = max_bad_rate, key
         self._recent: deque[tuple[int, int]] = deque()  # (samples, holes) of each batch
         self._samples = self._holes = 0  # in _recent
 
@@ -71,9 +74,9 @@ class Faults:
         seen_enough = self._samples >= _FEWEST or self._max_bad_rate == 0
         if holes and seen_enough and self._holes > self._max_bad_rate * self._samples:
             raise ValueError(
-                f"data.max_bad_rate: at most {self._max_bad_rate:.4g} of samples may be bad, got "
-                f"{self._holes} of the last {self._samples} ({self.summary()}); the last one: "
-                f"{holes[-1].message}; repair the data, or allow more"
+                f"{self._key}.max_bad_rate: at most {self._max_bad_rate:.4g} of samples may be "
+                f"bad, got {self._holes} of the last {self._samples} ({self.summary()}); the last "
+                f"one: {holes[-1].message}; repair the data, or allow more"
             )
 
     def summary(self) -> str:

@@ -41,7 +41,8 @@ class RankLoader:
     def __init__(self, config: Settings, shards: Shards, stream: Work) -> None:
         self.position = 0
         self.shards = shards
-        self.faults = Faults(config.max_bad_rate)
+        self._key = getattr(config, "KEY", "data")
+        self.faults = Faults(config.max_bad_rate, self._key)
         self._config = config
         self._overridden: list[dict[str, Any]] = []
         self._stream = stream
@@ -109,12 +110,12 @@ class RankLoader:
         if changed and not self._config.resume_anyway:
             raise ValueError(
                 f"checkpoint data state: {in_words(changed)}; restore what has changed, start the "
-                "data anew in another run.dir, or go on with data.resume_anyway=true"
+                f"data anew in another run.dir, or go on with {self._key}.resume_anyway=true"
             )
         self._overridden = list(state.get("resumed_anyway", []))
         self.position = state["position"]
         if changed:
-            _log.warning("data.resume_anyway: goes on although %s", in_words(changed))
+            _log.warning("%s.resume_anyway: goes on although %s", self._key, in_words(changed))
             self._overridden.append({"position": self.position, "changed": changed})
             self.position = self.next_begin(self.position)
 
@@ -134,6 +135,7 @@ class RankLoader:
                 timeout=self._config.timeout_s,
                 where=self.shards.where,
                 waits=self._wait_for,
+                key=self._key,
             )
 
     def _take_note(self, sample: int) -> None:

@@ -171,7 +171,7 @@ class Division:
         return {b.master: b.gradient for b in self._buckets if b.gradient is not None}
 
     def norm(self, gradients: Mapping[Tensor, Tensor]) -> Tensor:
-        """The 2-norm of all gradients, alike on every rank, () fp32: no element is on two ranks."""
+        """The 2-norm of these, alike on every rank, () fp32: no element is on two ranks."""
         square = total_norm(list(gradients.values())).square()
         dist.all_reduce(square)
         return square.sqrt()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from triptych_core.engine.division import Division
 from triptych_core.engine.replica import Replica
 from triptych_core.optim.adamw import AdamW
-from triptych_core.optim.clipping import clip_scale
+from triptych_core.optim.clipping import clip_scale, clip_sets
 from triptych_core.optim.muon import Muon
 from triptych_core.optim.shards import Flat, find_shards
 from triptych_core.parallel.expert import replicas_of
@@ -38,7 +38,8 @@ class LightEngine:
         model: on any device; it is moved to `device`.
         optimizer: over the model's parameters; its groups get the masters in their place.
         config: stage, precision, accumulation and `reduce_dtype`.
-        max_grad_norm: clip the global norm; 0 = never.
+        max_grad_norm: clip the global norm, or that of each set of groups with the same `clip`;
+            0 = never.
         device: of this rank.
         layers: in the order in which they run; under ZeRO-3 each is whole only while it does.
     """
@@ -103,9 +104,20 @@ class LightEngine:
     @torch.no_grad()
     def _update(self) -> None:
         gradients = self._held.gradients()
-        self._norm = self._held.norm(gradients)
-        scale = clip_scale(self._norm, self._max_grad_norm)
-        self.optimizer.step(gradients=gradients, grad_scale=scale)
+        most, own_scales = self._max_grad_norm, {}
+        sets = clip_sets(self.optimizer.param_groups) if most else {}
+        if len(sets) > 1:  # each by its own norm
+            norms = {
+                name: self._held.norm({master: gradients[master] for master in masters})
+                for name, masters in sets.items()
+            }
+            self._norm = torch.stack(list(norms.values())).square().sum().sqrt()
+            own_scales = {name: clip_scale(norm, most) for name, norm in norms.items()}
+            scale = clip_scale(self._norm, 0)
+        else:
+            self._norm = self._held.norm(gradients)
+            scale = clip_scale(self._norm, most)
+        self.optimizer.step(gradients=gradients, grad_scale=scale, own_scales=own_scales)
         self._held.spread()
 
     def gradients(self) -> Mapping[nn.Parameter, Tensor]:

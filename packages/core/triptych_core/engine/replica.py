@@ -72,8 +72,9 @@ class Replica:
         }
 
     def norm(self, gradients: Mapping[Tensor, Tensor]) -> Tensor:
-        """The 2-norm of all gradients, alike on every rank, () fp32."""
-        return norm_over_holders({p: gradients[master] for p, master in self._masters.items()})
+        """The 2-norm of these gradients, by master, alike on every rank, () fp32."""
+        masters = self._masters.items()
+        return norm_over_holders({p: gradients[m] for p, m in masters if m in gradients})
 
     def spread(self) -> None:
         """Every rank has updated all weights itself."""

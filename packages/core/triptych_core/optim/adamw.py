@@ -72,6 +72,7 @@ class AdamW(torch.optim.Optimizer):
         *,
         gradients: Gradients | None = None,
         grad_scale: Tensor | None = None,
+        own_scales: Mapping[str, Tensor] | None = None,
     ) -> Any:
         """Update the masters that have a gradient in all groups that are in `param_groups` now.
 
@@ -81,6 +82,7 @@ class AdamW(torch.optim.Optimizer):
             closure: computes the loss, which is returned.
             gradients: by master, fp32 or bf16; a master that is not in it has its `grad`.
             grad_scale: () fp32 on the masters' device, multiplied into gradients.
+            own_scales: further such of the groups with a `clip`, by that; beside `grad_scale`.
         """
         loss = None
         if closure is not None:
@@ -93,7 +95,9 @@ class AdamW(torch.optim.Optimizer):
                 continue
             if self._ema is not None:
                 self._ema.begin(self.state, group["params"])
-            self._step_group(group, gradients or {}, grad_scale)
+            own = (own_scales or {}).get(group.get("clip", ""))
+            scale = grad_scale if own is None or grad_scale is None else own * grad_scale
+            self._step_group(group, gradients or {}, scale)
             if self._ema is not None:
                 self._ema.follow(self.state, group["params"], grad_scale)
         return loss

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,14 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(
         torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
     )
+
+
+def clip_sets(groups: Iterable[Mapping[str, Any]]) -> dict[str, list[Tensor]]:
+    """What is clipped by one norm: parameters of optimizer groups, by the groups' `clip`."""
+    found: dict[str, list[Tensor]] = {}
+    for group in groups:
+        found.setdefault(group.get("clip", ""), []).extend(group["params"])
+    return found
 
 
 def clip_scale(norm: Tensor, max_norm: float) -> Tensor:

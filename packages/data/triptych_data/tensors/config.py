@@ -1,7 +1,7 @@
 """The data part of a stage on latents; it imports neither torch nor numpy."""
 
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -20,6 +20,8 @@ class TensorDataConfig(BaseModel):
     """What is read, how many samples a batch has, and how many processes prepare batches."""
 
     model_config = ConfigDict(extra="forbid")
+    KEY: ClassVar[str] = "data"
+    """where in a stage's configuration it is, for messages"""
 
     shards: list[str] = Field(
         min_length=1,
@@ -31,7 +33,8 @@ class TensorDataConfig(BaseModel):
     mean: list[float] = Field(
         default=[0.0],
         min_length=1,
-        description="Latents become (x - mean) / std; one, or a number for each channel.",
+        description="Latents become (x - mean) / std, and so do image_latents and source_latents; "
+        "one, or a number for each channel.",
     )
     std: list[float] = Field(
         default=[1.0],
@@ -78,6 +81,6 @@ class TensorDataConfig(BaseModel):
     def _check_std(self) -> Self:
         if not all(0 < std < float("inf") for std in self.std):
             raise ValueError(
-                f"data.std: must be finite and above 0, got {self.std}; leave it out for 1"
+                f"{self.KEY}.std: must be finite and above 0, got {self.std}; leave it out for 1"
             )
         return self

@@ -92,11 +92,11 @@ def open_batches(
     shape, given = wanted.shapes[LATENTS], config.given_frames
     if given and (len(shape) != 4 or given >= shape[1]):
         raise ValueError(
-            "data.given_frames: must be fewer than the frames of latents (C, F, H, W), got "
-            f"{given} of {shape}; lower it"
+            f"{config.KEY}.given_frames: must be fewer than the frames of latents (C, F, H, W), "
+            f"got {given} of {shape}; lower it"
         )
     mean, std = (
-        _channels(values, name, shape)
+        _channels(values, f"{config.KEY}.{name}", shape)
         for name, values in (("mean", config.mean), ("std", config.std))
     )
     size, seed = config.batch_size, config.seed
@@ -113,7 +113,7 @@ def _wanted(
         if name not in first:
             raise ValueError(
                 f"{where}: must hold a tensor named {name}, got {sorted(first)[:6]}; correct "
-                "data.features and data.text_len"
+                f"{config.KEY}.features and {config.KEY}.text_len"
             )
     shapes = {name: tuple(first[name].shape) for name in names}
     shapes[STD] = shapes[LATENTS]
@@ -127,7 +127,7 @@ def _empty_text(config: TensorDataConfig, wanted: Wanted) -> Tensor | None:
     if path is None:
         return None
     if not path.is_file():
-        raise ValueError(f"data.empty_text: must be a file, got '{path}'; correct the path")
+        raise ValueError(f"{config.KEY}.empty_text: must be a file, got '{path}'; correct it")
     found = load_tensors(memoryview(path.read_bytes()), str(path)).get(TEXT)
     most, width = wanted.shapes[TEXT]
     if found is None or found.ndim != 2 or len(found) > most or found.shape[1] != width:
@@ -139,10 +139,10 @@ def _empty_text(config: TensorDataConfig, wanted: Wanted) -> Tensor | None:
     return found.float()
 
 
-def _channels(values: list[float], name: str, shape: Shape) -> Tensor:
+def _channels(values: list[float], key: str, shape: Shape) -> Tensor:
     if len(values) not in (1, shape[0]):
         raise ValueError(
-            f"data.{name}: must be one number, or one for each of the {shape[0]} channels, got "
+            f"{key}: must be one number, or one for each of the {shape[0]} channels, got "
             f"{len(values)}; correct it"
         )
     return torch.tensor(values).view(-1, *[1] * (len(shape) - 1))

@@ -22,6 +22,8 @@ NAMES = ["json", "safetensors"]
 """What follows the key in the names of a sample's members."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LATENTS, STD, TEXT = "latents", "latents_std", "text_features"
+SCALED = (LATENTS, "image_latents", "source_latents")
+"""What one autoencoder gave, and a model takes by the same mean and spread."""
 
 Shape = tuple[int, ...]
 

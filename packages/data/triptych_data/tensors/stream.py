@@ -14,7 +14,7 @@ from triptych_data.faults import BadSample, Hole, reason_of
 from triptych_data.plan.permutation import permute, stream_key
 from triptych_data.prepare import Place
 from triptych_data.shards.reader import Shards
-from triptych_data.tensors.record import LATENTS, STD, TEXT, TensorSample, Wanted, decode
+from triptych_data.tensors.record import LATENTS, SCALED, STD, TEXT, TensorSample, Wanted, decode
 from triptych_data.workers.server import Note
 
 HELDOUT = -1
@@ -46,7 +46,7 @@ class TensorBatches:
     wanted: Wanted
     mean: Tensor
     std: Tensor
-    """(C or 1, 1, ...): latents become (x - mean) / std"""
+    """(C or 1, 1, ...): latents become (x - mean) / std, those of a condition, too"""
     seed: int
     given_frames: int = 0
     empty_text: Tensor | None = None
@@ -126,11 +126,12 @@ class TensorBatches:
         noise, latents = _normal(draws, self.shape), tensors[LATENTS]
         if STD in tensors:
             latents = latents + tensors[STD] * _normal(draws, self.shape)
-        latents = (latents - self.mean) / self.std
         kept = {name: value for name, value in tensors.items() if name != STD}
+        scaled = {LATENTS: latents} | {n: kept[n] for n in SCALED[1:] if n in kept}
+        scaled = {name: (value - self.mean) / self.std for name, value in scaled.items()}
         one = torch.ones(())
-        drawn = {"noise": noise, "times": time, "drops": drop, "weights": one, LATENTS: latents}
-        return kept | drawn
+        drawn = {"noise": noise, "times": time, "drops": drop, "weights": one}
+        return kept | drawn | scaled
 
     def _conditions(self, labels: Tensor) -> Batch:
         found: Batch = {} if self.wanted.num_classes is None else {"labels": labels}

@@ -55,11 +55,13 @@ def run_workers(
     timeout: float,
     where: Callable[[int], str],
     waits: Callable[[Callable[[], str]], None] = lambda says: None,
+    key: str = "data",
 ) -> Generator[Any]:
     """Yield what the work of `job`, called with (note, w, num_workers, *args), yields in worker w:
     one item of each worker in turn.
 
-    Before each wait `waits` is given a function that says what the worker waited for is on.
+    Before each wait `waits` is given a function that says what the worker waited for is on. `key`
+    is the section of the configuration that errors name.
 
     Ends when the worker whose turn it is has no more. Each worker is ahead by `prefetch` items at
     most. Workers end with this iterator and with this process, whatever kills it.
@@ -77,7 +79,7 @@ def run_workers(
         for worker in itertools.cycle(workers):
             waits(partial(worker.says, where))
             try:
-                yield worker.next_item(timeout, where)
+                yield worker.next_item(timeout, where, key)
             except StopIteration:
                 return
     finally:
@@ -190,13 +192,13 @@ class _Worker:
         finally:
             theirs.close()
 
-    def next_item(self, timeout: float, where: Callable[[int], str]) -> Any:
+    def next_item(self, timeout: float, where: Callable[[int], str], key: str) -> Any:
         """Return the worker's next item; raises StopIteration after the last."""
         self._connection.settimeout(timeout)
         try:
             (kind, *rest), _ = receive(self._connection)
         except TimeoutError:
-            raise self._hanging(timeout, where) from None
+            raise self._hanging(timeout, where, key) from None
         except (EOFError, ConnectionResetError):
             raise self._dead(where) from None
         if kind == "end":
@@ -226,7 +228,7 @@ class _Worker:
         """Which worker it is, and the sample it is on."""
         return f"data worker {self._number} {self._place(where)}"
 
-    def _hanging(self, timeout: float, where: Callable[[int], str]) -> ValueError:
+    def _hanging(self, timeout: float, where: Callable[[int], str], key: str) -> ValueError:
         assert self._pid is not None
         place = self._place(where)
         with suppress(ProcessLookupError):
@@ -234,7 +236,7 @@ class _Worker:
         stack = self._stack()
         _log.error("data worker %d, process %d, %s:\n%s", self._number, self._pid, place, stack)
         return ValueError(
-            f"data.timeout_s: a data worker must give a batch within {timeout:g} s, got none from "
+            f"{key}.timeout_s: a data worker must give a batch within {timeout:g} s, got none from "
             f"worker {self._number} {place}; its stack was logged: look at that sample and its "
             "storage, or allow more time"
         )

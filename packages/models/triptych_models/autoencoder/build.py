@@ -8,7 +8,7 @@ from ..freeze import freeze
 from ..weights import Gather, whole
 from .config import AdversaryConfig, PerceptualConfig, RAEModelConfig
 from .encoder import load_encoder, make_decoder
-from .features import load_vit
+from .features import VitFeatures, load_vit
 from .perceptual import load_perceptual
 from .rae import RAE, Judges, SumOverRanks
 from .weights import initialize, load_decoder
@@ -63,6 +63,24 @@ def assemble(
         else None,
         adversary,
     )
+    _check_sides(judges, decoder.image_size)
     model = RAE(encoder, decoder, config, judges, sum_over_ranks)
     freeze(model, config.freeze if adversary.is_on else [*{*config.freeze} - {"discriminator"}])
     return model
+
+
+def _check_sides(judges: Judges, side: int) -> None:
+    """Raise ValueError for a ViT that would not see all of its images, of which that of the
+    perceptual distance gets reconstructions as they are."""
+    if judges.features is not None and judges.adversary.image_size % judges.features.patch:
+        patch, found = judges.features.patch, judges.adversary.image_size
+        raise ValueError(
+            f"adversary.image_size: must be a multiple of its network's patches ({patch}), got "
+            f"{found}; take {found - found % patch or patch}"
+        )
+    compared = None if judges.perceptual is None else judges.perceptual.features
+    if isinstance(compared, VitFeatures) and side % compared.patch:
+        raise ValueError(
+            f"perceptual.path: its network's patches must divide the images' side ({side}), got "
+            f"{compared.patch}; name another network, or change model.decoder.patch_size"
+        )

@@ -42,6 +42,11 @@ class VitFeatures(nn.Module):
         self._more = {"interpolate_pos_encoding": True} if vit.config.model_type == "vit" else {}
 
     @property
+    def patch(self) -> int:
+        """Pixels of a patch's side."""
+        return int(self.vit.config.patch_size)
+
+    @property
     def width(self) -> int:
         """Channels of a token."""
         return int(self.vit.config.hidden_size)

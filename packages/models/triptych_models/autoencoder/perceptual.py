@@ -119,7 +119,8 @@ def load_perceptual(config: PerceptualConfig, seed: int, dtype: torch.dtype) -> 
 
 def _unit(features: Tensor) -> Tensor:
     wide = features.float()
-    return wide / (wide.square().sum(-1, keepdim=True).sqrt() + EPS)
+    # Of a vector of zeros its gradient is zero; that of a root would be no number.
+    return wide / (torch.linalg.vector_norm(wide, dim=-1, keepdim=True) + EPS)
 
 
 def _read(file: Path) -> dict[str, Tensor]:
