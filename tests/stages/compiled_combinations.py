@@ -7,14 +7,17 @@ FOLDER has a model, MIXTURE one with experts, and each a `reference`, the pickle
 
 import pickle
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.stages.combinations import COMPILED, MIXTURES, words
+from tests.stages.combinations import COMPILED, INDUCTOR, MIXTURES, words
 from tests.stages.one_step import compare, on_a_rank
+
+compile_with = torch.compile
 
 
 def main(dense: Path, mixture: Path) -> None:
@@ -23,6 +26,8 @@ def main(dense: Path, mixture: Path) -> None:
         folder = mixture if mode in MIXTURES else dense
         wanted = pickle.loads((folder / "reference").read_bytes())
         torch._dynamo.reset()  # parts of rows are no rows of another length
+        backend = "inductor" if mode in INDUCTOR else "aot_eager"
+        torch.compile = partial(compile_with, backend=backend)
         settings = [words(mode, run) for run in runs]
         for run, found in zip(
             runs, on_a_rank(folder, folder / f"compiled {mode}", settings), strict=True
@@ -44,6 +49,7 @@ def check_recompiles(folder: Path) -> None:
     from triptych_models.experts import ExpertGroup
 
     torch._dynamo.reset()
+    torch.compile = partial(compile_with, backend="aot_eager")  # guards are of what is traced
     place = make_expert_place(ParallelConfig(expert=2), launch(RunConfig(device="cpu")))
     model = build(folder, experts=ExpertGroup(place.group, place.size, place.rank)).train()
     model.compile_layers()
