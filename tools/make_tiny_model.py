@@ -22,13 +22,11 @@ import tiny_bagel
 import tiny_omni
 import tiny_vlms
 from assemble_vlm import CHATML
-from make_digits import WORDINGS
+from tiny_checks import check, check_bagel, check_text
 from tiny_languages import LANGUAGES, language_config
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from tokenizers.trainers import BpeTrainer
+from tiny_tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, VOCAB_SIZE, train_tokenizer
 
 CONFIGS = Path(__file__).parent.parent / "stages/configs"
-VOCAB_SIZE = 512  # rows of the embedding; the tokenizer may fill fewer, as Qwen's does
 KINDS = {
     "vision": "qwen3_vl_tiny",
     "text": "qwen3_tiny",
@@ -45,45 +43,6 @@ KINDS = {
 """Kinds whose folders are shipped."""
 SIGLIP_SIDE = 32  # pixels: 16 tokens an image
 PATCH_SIZE, MERGE_SIZE, TEMPORAL_PATCH_SIZE = 8, 2, 2
-SPECIAL_TOKENS = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
-# Qwen's own rule for cutting text before the BPE: words with their leading space, single digits.
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-CHAT_TEMPLATE = """\
-{%- macro render(content) -%}
-    {%- if content is string -%}
-        {{- content -}}
-    {%- else -%}
-        {%- for part in content -%}
-            {%- if part.type == 'image' -%}
-                {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
-            {%- elif part.type == 'video' -%}
-                {{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
-            {%- elif part.type == 'text' -%}
-                {{- part.text -}}
-            {%- else -%}
-                {{- raise_exception('chat template: unknown content type ' ~ part.type) -}}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
-{%- for message in messages -%}
-    {{- '<|im_start|>' ~ message.role ~ '\\n' ~ render(message.content) ~ '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
 
 
 @click.command()
@@ -300,34 +259,6 @@ def aero_files(ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def train_tokenizer(special_tokens: list[str]) -> Tokenizer:
-    """Train a byte-level BPE on the demo's own words; the special tokens come last, as in Qwen."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(special_tokens),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus(), trainer)
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in special_tokens])
-    return tokenizer
-
-
-def corpus() -> list[str]:
-    """The demo's questions and answers, and the words of a chat."""
-    questions = [w.format(a="\n", b="\n") for group in WORDINGS.values() for w in group]
-    answers = ["yes", "no", "It is", "The digit is", "The answer is"]
-    return [*questions, *answers, "system\nYou are a helpful assistant.", "user\n", "assistant\n"]
-
-
 def model_config(ids: dict[str, int]) -> dict[str, Any]:
     """config.json: a Qwen3-VL of about 3.8 M parameters."""
     return {
@@ -454,60 +385,6 @@ def video_config() -> dict[str, Any]:
     frame = {key: value for key, value in image_config().items() if key != "image_processor_type"}
     size = {"shortest_edge": 4 * 32 * 32, "longest_edge": 32 * 128 * 128}
     return {"video_processor_type": "Qwen3VLVideoProcessor", **frame, "size": size}
-
-
-def check_text(path: Path) -> None:
-    """Load the directory as a user would, run one forward pass, print the parameter count."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    with torch.no_grad():
-        logits = model(**tokenizer(["Which digit is this?"], return_tensors="pt")).logits
-    total = sum(p.numel() for p in model.parameters())
-    shape = tuple(logits.shape)
-    click.echo(f"{path}: {total:,} parameters, {len(tokenizer)} tokens, logits {shape}")
-
-
-def check(path: Path) -> None:
-    """Load the directory as a user would, run one forward pass, print the parameter counts."""
-    import torch
-    from PIL import Image
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
-    processor = AutoProcessor.from_pretrained(path)
-    content = [{"type": "image"}, {"type": "text", "text": "Which digit is this?"}]
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True
-    )
-    inputs = processor(text=[text], images=[Image.new("RGB", (64, 64))], return_tensors="pt")
-    with torch.no_grad():
-        logits = model(**inputs).logits
-    tower = getattr(model.model, "visual", getattr(model.model, "vision_tower", None))
-    vision = sum(p.numel() for p in tower.parameters())
-    total = sum(p.numel() for p in model.parameters())
-    click.echo(
-        f"{path}: {total:,} parameters ({vision:,} vision, {total - vision:,} language), "
-        f"{len(processor.tokenizer)} tokens, logits {tuple(logits.shape)}"
-    )
-
-
-def check_bagel(path: Path) -> None:
-    """Build the model, which transformers has not, and print its parameter counts."""
-    import torch
-
-    from triptych_models.config import ModelConfig
-    from triptych_models.families import build_shell
-    from triptych_models.freeze import count_parameters
-
-    with torch.device("meta"):
-        counts = count_parameters(build_shell(ModelConfig(path=path), dtype=torch.float32))
-    parts = ", ".join(f"{count:,} {part}" for part, count in counts.items())
-    click.echo(f"{path}: {sum(counts.values()):,} parameters ({parts})")
 
 
 if __name__ == "__main__":
