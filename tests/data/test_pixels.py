@@ -10,9 +10,13 @@ import torch
 from PIL import Image
 
 from tests.data.chats import chat, write_chats, write_jsonl
+from tests.data.media import clip
+from triptych_data.media.probe import probe_media
 from triptych_data.pixels.batches import Cut, cut_out
 from triptych_data.pixels.config import PixelDataConfig
 from triptych_data.pixels.loader import PixelLoader, first_pixels, heldout_pixels
+from triptych_data.sample import dump_json
+from triptych_data.shards.tarwriter import TarWriter
 from triptych_data.shards.write import write_shards
 
 SIDE, NOISE = 8, (4, 3)
@@ -46,6 +50,30 @@ def test_every_image_is_a_sample(shards: Path):
     assert sum(batch["num_targets"] for batch in held) == count
     first = first_pixels(loader._config, [str(shards)], 3, SIDE)
     assert torch.equal(first, held[0]["pixels"][:3])
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_images_beside_a_video_that_is_heard_are_found(tmp_path: Path, told: bool):
+    """Also by an index from before, which has no row for its sound."""
+    colours = {"red": (255, 0, 0), "blue": (0, 0, 255)}
+    for name, colour in colours.items():
+        Image.new("RGB", (16, 16), colour).save(tmp_path / f"{name}.png")
+    (tmp_path / "a.mp4").write_bytes(clip(8, heard=0.4))
+    parts = [{"type": "video", "index": 0, "sound": True}]
+    parts += [{"type": "image", "index": number} for number in (1, 2)]
+    content = [*parts, {"type": "text", "text": "What?"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "Red."}]
+    data = [(tmp_path / name).read_bytes() for name in ("a.mp4", "red.png", "blue.png")]
+    measures = [
+        probe_media(each, kind, "x", sound=told)
+        for kind, each in zip(("video", "image", "image"), data, strict=True)
+    ]
+    with TarWriter(tmp_path / "shard-000000.tar") as tar:
+        tar.add("a", dump_json({"messages": messages}), data, measures, 9)
+        tar.finish()
+    (batch,) = heldout_pixels(open_loader(tmp_path)._config, [str(tmp_path)], 0, 1, SIDE)
+    found = [tuple(each.tolist()) for each in batch["pixels"][:, :, 4, 4]]
+    assert found == list(colours.values())
 
 
 @pytest.mark.parametrize("more", [{}, {"num_workers": 2}, {"shorter_side": 11, "flip": True}])

@@ -167,15 +167,6 @@ def hear_videos(record: dict[str, Any]) -> None:
                 part.setdefault("sound", True)
 
 
-def media_rows(record: dict[str, Any]) -> list[tuple[str, int]]:
-    """Kind and media index of each row that an index has of a sample: of a video whose sound is
-    heard two, the second for that."""
-    parts = zip(media_parts(record), heard_parts(record), strict=True)
-    return [
-        row for part, heard in parts for row in ([part, ("audio", part[1])] if heard else [part])
-    ]
-
-
 def media_kinds(record: dict[str, Any]) -> list[str]:
     """The kind of each of a checked chat's media, in the order of their numbers."""
     return [kind for _, kind in sorted({(index, kind) for kind, index in media_parts(record)})]

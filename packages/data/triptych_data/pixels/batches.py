@@ -12,7 +12,7 @@ from triptych_data.batch import Batch
 from triptych_data.faults import BadSample, Hole, reason_of
 from triptych_data.media.images import check_ratio, decode_image, resize
 from triptych_data.plan.permutation import stream_key
-from triptych_data.sample import KINDS, media_rows
+from triptych_data.sample import KINDS, media_parts
 from triptych_data.shards.reader import Shards
 from triptych_data.tensors.stream import HELDOUT
 from triptych_data.workers.server import Note
@@ -40,7 +40,7 @@ class PixelBatches:
 
     shards: Shards
     places: np.ndarray
-    """(K, 2) int64: the sample of each image, and its place among the sample's media"""
+    """(K, 2) int64: the sample of each image, and its place among the sample's images"""
     batch_size: int
     cut: Cut
     noise_shape: tuple[int, ...]
@@ -104,8 +104,8 @@ class PixelBatches:
     def _read(self, sample: int, number: int) -> Tensor | Hole:
         try:
             raw = self.shards.read(sample)
-            _, member = media_rows(raw.json)[number]
-            image = decode_image(raw.media[member])
+            members = [member for kind, member in media_parts(raw.json) if kind == "image"]
+            image = decode_image(raw.media[members[number]])
             check_ratio(image.shape[2], image.shape[1])
             return image
         except BadSample as error:
@@ -135,10 +135,12 @@ def cut_out(image: Tensor, cut: Cut, down: float, right: float, turn: float) -> 
 
 
 def find_images(shards: Shards) -> np.ndarray:
-    """(K, 2) int64: the sample of each image, and its place among the sample's media."""
-    rows = np.flatnonzero(shards.media.kind == KINDS.index("image"))
+    """(K, 2) int64: the sample of each image, and its place among the sample's images."""
+    is_image = shards.media.kind == KINDS.index("image")
+    rows = np.flatnonzero(is_image)
+    before = np.cumsum(is_image) - is_image
     samples = np.searchsorted(shards.media_start, rows, side="right") - 1
-    return np.stack([samples, rows - shards.media_start[samples]], 1)
+    return np.stack([samples, before[rows] - before[shards.media_start[samples]]], 1)
 
 
 def _generator(seed: int, image: int, epoch: int) -> np.random.Generator:
