@@ -6,14 +6,13 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch._functorch import config as functorch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from triptych_kernels import fuse
 
 from .attention import PACKED, register
-from .checkpointing import Checkpointing, run_layer
+from .checkpointing import Checkpointed, run_layer
 from .config import LoraConfig
 from .head import LossHead
 from .layout import decoder, text_config
@@ -30,15 +29,11 @@ from .sequence_batch import take_part
 # packed attention comes by its own name.
 FUSED_OPS = ("gated_rms_norm", "rms_norm", "swiglu")
 
-# Of what a compiled layer could keep for its backward, the share that it may with selective
-# checkpointing: what products and attention gave is 0.53 of it in Qwen3-1.7B.
-KEPT = 0.5
-
 # Keys of config.json that two runs of one model may differ in.
 IMMATERIAL = frozenset({"architectures", "dtype", "transformers_version", "use_cache"})
 
 
-class PackedModel(nn.Module):
+class PackedModel(Checkpointed):
     """A transformers model, `self.hf`; a family says what its parts are and how a row runs.
 
     The weights are not filled in: see triptych_models.weights.
@@ -60,8 +55,6 @@ class PackedModel(nn.Module):
         if fused:
             fuse(self.hf, ops=FUSED_OPS)
         restore_rotary(self.hf)
-        self.checkpointing: Checkpointing = "none"
-        self.is_compiled = False
         self.input_store = InputStore()
         self.sequence = ALONE
         self.lora: LoraConfig | None = None  # see triptych_models.lora
@@ -167,12 +160,6 @@ class PackedModel(nn.Module):
         for layer in decoder(self.hf).layers:
             compile_forward(layer)
 
-    def set_checkpointing(self, checkpointing: Checkpointing) -> None:
-        """Say what every layer keeps for its backward; see triptych_models.checkpointing."""
-        self.checkpointing = checkpointing
-        if self.is_compiled:
-            functorch.activation_memory_budget = KEPT if checkpointing == "selective" else 1.0
-
     def set_mlp_chunks(self, chunks: int) -> None:
         """Let the language layers' MLPs take a row in chunks; once, before layers compile."""
         if chunks > 1:
@@ -232,10 +219,7 @@ class PackedModel(nn.Module):
         return language.norm(hidden_states)
 
     def _run_layer(self, layer: nn.Module, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        checkpointing = self.checkpointing if self.training else "none"
-        if checkpointing == "selective" and self.is_compiled:
-            checkpointing = "none"  # the compiler does it, within its budget
-        return run_layer(checkpointing, self.input_store, layer, hidden_states, **kwargs)
+        return run_layer(self.what_is_kept(), self.input_store, layer, hidden_states, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # behind .to(), .bfloat16(), .cuda()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checkpointing import Checkpointing, run_layer
+from ..checkpointing import Checkpointed, run_layer
 from ..freeze import Holder, OwnParameters
 from ..offload import InputStore
 from ..output import LossOutput
@@ -57,7 +57,7 @@ class Judged(NamedTuple):
     """(N, 3, S, S), the reconstructions"""
 
 
-class RAE(nn.Module):
+class RAE(Checkpointed):
     """A decoder that trains, with a discriminator that does, and frozen networks around them.
 
     What is frozen is whole on every rank, under every ZeRO stage, and in no checkpoint: it is no
@@ -87,7 +87,6 @@ class RAE(nn.Module):
             layers = len(features.depths)
             self.discriminator = Discriminator(layers, features.width, adversary.kernel_size)
         self.config = config
-        self.checkpointing: Checkpointing = "none"
         self.input_store = InputStore()
         self._judges, self._sum_over_ranks = judges, sum_over_ranks
         self._frozen: dict[str, Any] = {"encoder": encoder}
@@ -220,7 +219,7 @@ class RAE(nn.Module):
         x = decoder.decoder_embed(tokens.to(decoder.decoder_embed.weight.dtype))
         x = torch.cat([decoder.trainable_cls_token.expand(len(x), -1, -1), x], 1)
         x = x + decoder.decoder_pos_embed.to(x.dtype)
-        way = self.checkpointing if self.training else "none"
+        way = self.what_is_kept()
         for layer in decoder.decoder_layers:
             x = run_layer(way, self.input_store, layer, x)
         hidden = decoder.decoder_norm(x)[:, 1:]
@@ -332,12 +331,9 @@ class RAE(nn.Module):
 
     def compile_layers(self) -> None:
         """Compile every layer in place."""
+        self.is_compiled = True
         for layer in self.layers():
             compile_forward(layer)
-
-    def set_checkpointing(self, checkpointing: Checkpointing) -> None:
-        """Say what every layer keeps for its backward; see triptych_models.checkpointing."""
-        self.checkpointing = checkpointing
 
     def diffusers_config(self) -> dict[str, Any]:
         """The configuration of diffusers' AutoencoderRAE."""

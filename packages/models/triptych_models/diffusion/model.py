@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpointing import Checkpointing, run_layer
+from ..checkpointing import Checkpointed, run_layer
 from ..freeze import Holder
 from ..offload import InputStore
 from ..output import LossOutput
@@ -21,14 +21,13 @@ from .objective import draw_times, mix, path_point, squared_error
 Condition = dict[str, Tensor]
 
 
-class DiffusionModel(nn.Module):
+class DiffusionModel(Checkpointed):
     """`self.net` and its objective; a family says what its parts are and how it is conditioned."""
 
     def __init__(self, net: nn.Module, objective: ObjectiveConfig) -> None:
         super().__init__()
         self.net = net
         self.objective = objective
-        self.checkpointing: Checkpointing = "none"
         self.input_store = InputStore()
 
     def predict(
@@ -149,17 +148,13 @@ class DiffusionModel(nn.Module):
 
     def compile_layers(self) -> None:
         """Compile every layer in place."""
+        self.is_compiled = True
         for layer in self.layers():
             compile_forward(layer)
 
-    def set_checkpointing(self, checkpointing: Checkpointing) -> None:
-        """Say what every layer keeps for its backward; see triptych_models.checkpointing."""
-        self.checkpointing = checkpointing
-
     def run_layer(self, layer: Callable[..., Tensor], x: Tensor, **kwargs: Any) -> Tensor:
         """A layer, so that it keeps what was said."""
-        way = self.checkpointing if self.training else "none"
-        return run_layer(way, self.input_store, layer, x, **kwargs)
+        return run_layer(self.what_is_kept(), self.input_store, layer, x, **kwargs)
 
 
 @contextmanager
