@@ -46,7 +46,7 @@ FAMILIES: dict[str, Family] = {
         (*_SEEING, "generation"),
         ("pretrain", "sft"),
         "7B-MoT (with latents of FLUX's autoencoder, kept before)",
-        "tiny on CPUs",
+        "10 of 7B-MoT's 28 layers on one H200",
     ),
     "dots1": Family(
         "triptych_models.dots1:Dots1",
@@ -61,7 +61,7 @@ FAMILIES: dict[str, Family] = {
         _SEEING,
         ("align", "pretrain", "sft"),
         "InternVL3 and 3.5: 1B, 2B, 8B, 14B, 38B (folders ending in -hf)",
-        "tiny on CPUs",
+        "3-2B on one H200",
     ),
     "llava": Family(
         "triptych_models.llava:Llava",
@@ -75,14 +75,14 @@ FAMILIES: dict[str, Family] = {
         _SEEING,
         ("align", "pretrain", "sft"),
         "LLaVA-OneVision: 0.5B, 7B, 72B (folders ending in -hf)",
-        "tiny on CPUs",
+        "7B on one H200",
     ),
     "llavaonevision1_5": Family(
         "triptych_models.llava_onevision1_5:LlavaOnevision15",
         _SEEING,
         ("align", "pretrain", "sft"),
         "LLaVA-OneVision-1.5: 4B, 8B (images)",
-        "tiny on CPUs",
+        "4B on one H200",
     ),
     "llava_projector": Family(
         "triptych_models.llava_projector:LlavaProjector",
@@ -194,7 +194,7 @@ FAMILIES: dict[str, Family] = {
         _SEEING_MIXTURE,
         ("align", "pretrain", "sft", "moe"),
         "30B-A3B, 235B-A22B",
-        "tiny on CPUs",
+        "6 layers of 30B-A3B on one H200",
     ),
 }
 
