@@ -218,6 +218,8 @@ def test_what_is_no_alignment_is_refused(tmp_path):
     words = overrides(tmp_path, tmp_path / "run")
     with pytest.raises(ValueError, match=r"model\.freeze: must be \[vision, language\]"):
         align([*words, "model.freeze=[vision]"])
+    with pytest.raises(ValueError, match=r"model\.lora: must be left out in this stage"):
+        align([*words, "model.lora.rank=4"])
     text = tiny.write_text_model_dir(tmp_path / "text")
     with pytest.raises(ValueError, match=r"model\.path: must hold a model with a projector"):
         align([*words, f"model.path={text}"])
