@@ -39,6 +39,11 @@ class AlignModel(ModelConfig):
 
     @model_validator(mode="after")
     def _settle_freeze(self) -> Self:
+        if self.lora is not None:
+            raise ValueError(
+                "model.lora: must be left out in this stage, got adapters; its projector trains "
+                "whole: train adapters with stages/sft.py"
+            )
         if not self.path.is_dir():  # refused later
             return self
         rest = [part for part in FAMILIES[self.find_family()].parts if part != "projector"]
