@@ -425,8 +425,10 @@ def run(config: PackedConfig) -> None:
         replay(config)
         return
     # Not at the top: the configuration is checked before torch is imported.
+    from triptych_core.engine.build import compute_dtype
     from triptych_data.heldout import Heldout
     from triptych_data.plan.ledger import Ledger
+    from triptych_models.backends import backends
 
     config, runtime, chosen = begin(config)
     job = build_job(config, runtime)
@@ -454,6 +456,7 @@ def run(config: PackedConfig) -> None:
             "data": job.batches.describe(),
             "chosen": chosen,
             "frozen": frozen,
+            "kernels": backends(job.model, job.engine.device, compute_dtype(config.engine)),
             **_loss_told(config),
         },
         test=partial(_test, job, heldout),

@@ -66,6 +66,9 @@ def describe_run(
     data = ", ".join(f"{count:,} {name}" for name, count in facts["data"].items())
     chosen = f"\nchosen by the plan: {facts['chosen']}" if facts.get("chosen") else ""
     frozen = f"\nfrozen: {facts['frozen']}" if facts.get("frozen") else ""
+    # On a CPU there is nothing to choose from.
+    kernels = facts.get("kernels", {}) if get_accelerator().device_name() == "cuda" else {}
+    ops = "\nkernels: " + ", ".join(map(" ".join, kernels.items())) if kernels else ""
     goes_on = f"; goes on after step {start_step}" if start_step else ""
     n = config.parallel.ranks_per_row
     packs = runtime.world_size // n * engine.gradient_accumulation_steps
@@ -73,7 +76,7 @@ def describe_run(
     return (
         f"{runtime.world_size} × {device_name()}, ZeRO-{engine.zero.stage}, {engine.precision}, "
         f"{config.run.steps} steps of {packs} packs{shared}{goes_on}\n"
-        f"parameters: {parts}; data: {data}{frozen}{chosen}"
+        f"parameters: {parts}; data: {data}{frozen}{ops}{chosen}"
     )
 
 

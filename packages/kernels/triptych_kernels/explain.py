@@ -40,6 +40,17 @@ def explain(
     return "\n".join(lines)
 
 
+def taken(op: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
+    """The backend that runs `op` here; with what keeps it off the first, where it is another.
+
+    "varlen (not flash4: needs a head_dim of 32, 64, 128, got 72)". Arguments as `explain`'s.
+    """
+    name = requested(op, None)[0] or first_able(op, device, dtype, width)
+    best, reason = next(iter(BACKENDS[op].items()))
+    why_not = reason(device, dtype, width)
+    return name if name == best or not why_not else f"{name} (not {best}: {why_not})"
+
+
 def _states(op: str, device: torch.device, dtype: torch.dtype, width: int) -> dict[str, str]:
     reasons = BACKENDS[op]
     name, asked_by = requested(op, None)
