@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from triptych_core.config import StageConfig
+from triptych_core.plan.config import PlanConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,6 +26,10 @@ OF_ROWS = {
     "parallel.tensor": 1,
     "parallel.expert": 1,
     "engine.mlp_chunks": 1,
+} | {
+    f"plan.{name}": field.default
+    for name, field in PlanConfig.model_fields.items()
+    if name.startswith(("document_", "image_", "target_", "audio_"))
 }
 
 

@@ -149,6 +149,7 @@ def test_a_handful_of_latents_is_memorised(workspace: Path):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
+        ("plan.image_share=0.1", r"plan.image_share: must be 0.5 in this stage, got 0.1"),
         ("parallel.sequence=2", r"parallel.sequence: must be 1 in this stage, got 2"),
         ("model.sit.sise=XL", r"model.sit.sise: .* did you mean 'size'"),
         ("model.freeze=[vision]", r"model.freeze: must name parts of the model \(embedders"),

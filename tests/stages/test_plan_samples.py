@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
+from tests.models import test_wan
 from tests.models.tiny_rae import configs
 from tests.ranks import run_ranks
 from tests.stages import test_diffusion, test_rae
@@ -19,6 +20,7 @@ from tests.tiny import ROOT, make_shards, storages
 from triptych_core.config import load_config
 from triptych_data.tensors.write import write_tensor_shards
 
+VIDEO = {"latents": (4, 3, 4, 4), "text_features": (5, 6)}
 STAGES = {"diffusion": test_diffusion, "rae": test_rae}
 
 
@@ -27,6 +29,7 @@ def workspace(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("plan")
     samples = [({"label": 0}, {"latents": torch.zeros(SHAPE)}) for _ in range(4)]
     write_tensor_shards(samples, path / "diffusion/train")
+    test_wan.folder(path / "wan", in_channels=4)
     configs(path / "rae/nets")
     make_shards(path / "rae/train", 4)
     return path
@@ -121,7 +124,8 @@ def traced(name: str, config: Any, model: Any, *, counts: bool = False) -> Any:
         batch = pretend_images(model, 6)
         begin_window(model, batch, step=config.run.steps, micro_steps=1)
     else:
-        batch = pretend_samples(model.sample_shapes(), 6, has_labels=True)
+        shapes = model.sample_shapes() or VIDEO
+        batch = pretend_samples(shapes, 6, has_labels=name == "diffusion")
     beside = getattr(model, "beside", [])
     known = [x for net in [model, *beside] for x in [*net.buffers(), *net.parameters()]]
     known += [value for value in batch.values() if isinstance(value, torch.Tensor)]
@@ -142,12 +146,14 @@ def forward_is_as_planned(workspace: Path, name: str) -> None:
     from triptych_models.diffusion.pretend import build_pretend_diffusion
     from triptych_models.fake import pretend
 
-    config = config_of(name, workspace, "model.compile=none")
-    parts = [config.model, config.objective] if name == "diffusion" else []
+    wan = [f"model={{family: wan, path: {workspace / 'wan'}, compile: none}}"]
+    more = wan if name == "wan" else ["model.compile=none"]
+    config = config_of("rae" if name == "rae" else "diffusion", workspace, *more)
+    parts = [config.model, config.objective] if name != "rae" else []
     parts = parts or [config.model, config.perceptual, config.adversary]
     build, shell = (
         (build_diffusion, build_pretend_diffusion)
-        if name == "diffusion"
+        if name != "rae"
         else (build_rae, build_pretend_rae)
     )
     real, shapes = (make(*parts, dtype=torch.float32).train() for make in (build, shell))
@@ -163,13 +169,13 @@ def forward_is_as_planned(workspace: Path, name: str) -> None:
         )
         assert planned.products == step.products
         if way == "none":
-            # The profiler sees attention where it is written out.
+            # Written out, so that the profiler sees it; flash attention makes its scores again.
             with sdpa_kernel(SDPBackend.MATH):
                 counted = traced(name, config, real, counts=True)
-            assert planned.products == pytest.approx(counted, rel=0.01)
+            assert counted <= planned.products < 1.03 * counted
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", [*STAGES, "wan"])
 def test_a_forward_keeps_and_computes_what_was_planned(workspace: Path, name: str):
     run_ranks(forward_is_as_planned, 1, workspace, name)  # one cannot fork after fake backwards
 
@@ -211,3 +217,9 @@ def test_a_plan_is_shown_and_says_how_a_batch_would_fit(workspace: Path, name: s
     why = json.loads(capfd.readouterr().out)["why"]
     batch = int(why.rpartition("set data.batch_size=")[2])
     assert "nothing fits" in why and 0 < batch < 64
+    few = ["data.batch_size=1", f"plan.gpu_memory_gib={1e-6:.9f}"]
+    run_ranks(show, 1, name, workspace, "engine.zero.stage=3", *few)
+    why = json.loads(capfd.readouterr().out)["why"]
+    # An autoencoder's stage refuses to offload.
+    assert why.endswith("take more ranks") == (name == "rae")
+    assert why.endswith("offload_optimizer=true") == (name == "diffusion")

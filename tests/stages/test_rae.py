@@ -292,6 +292,7 @@ def test_a_handful_of_images_is_memorised(workspace: Path):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
+        ("plan.image_share=0.1", r"plan.image_share: must be 0.5 in this stage, got 0.1"),
         ("parallel.sequence=2", r"parallel.sequence: must be 1 in this stage, got 2"),
         ("engine.zero={stage: 1, offload_optimizer: true}", r"offload_optimizer: must be False in"),
         ("model.decoder.sise=XL", r"model.decoder.sise: .* did you mean 'size'"),

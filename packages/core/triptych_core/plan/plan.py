@@ -100,6 +100,7 @@ class Plan:
     parameters: int
     sequence: int = 1  # ranks that hold one row
     unit: Unit = ROWS
+    may_offload: bool = True  # by the stage's rules
 
     def why(self) -> str:
         """One line: what was chosen, and why not what is less."""
@@ -271,6 +272,16 @@ def with_choice(config: Stage, stage: int | str, checkpointing: str) -> Stage:
     return type(config).model_validate(tree)
 
 
+def _may_offload(config: StageConfig) -> bool:
+    tree = config.model_dump()
+    tree["engine"]["zero"] |= {"stage": "auto", "offload_optimizer": True}
+    try:
+        type(config).model_validate(tree)
+    except ValidationError:
+        return False
+    return True
+
+
 def _allows(config: StageConfig, stage: int | str, checkpointing: str) -> bool:
     try:
         with_choice(config, stage, checkpointing)
@@ -352,7 +363,17 @@ def make_plan(
             beside = plan_memory(weights, config.engine, elsewhere, **at)
             longest = _longest(choice.memory, beside, (size, other), limit, unit.step)
             choices[index] = replace(choice, longest=longest)
-    return Plan(choices, _choose(choices), ranks, size, limit, weights.numel, n, unit)
+    return Plan(
+        choices,
+        _choose(choices),
+        ranks,
+        size,
+        limit,
+        weights.numel,
+        n,
+        unit,
+        _may_offload(config),
+    )
 
 
 def _choose(choices: Sequence[Choice]) -> Choice | None:
@@ -402,7 +423,8 @@ def remedy(plan: Plan, current: tuple[int, str] | None = None) -> str:
     shorter = min(longest, plan.size * 3 // 4) // step * step
     if shorter:
         return f"set {plan.unit.key}={shorter}"
-    return "take more ranks, or set engine.zero.offload_optimizer=true"
+    offload = ", or set engine.zero.offload_optimizer=true" if plan.may_offload else ""
+    return f"take more ranks{offload}"
 
 
 def _changes(choice: Choice, current: tuple[int, str] | None) -> list[str]:
