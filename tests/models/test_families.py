@@ -29,6 +29,7 @@ from triptych_models.export import export, stored_tensors
 from triptych_models.fake import pretend
 from triptych_models.families import build_model, build_shell
 from triptych_models.freeze import count_parameters
+from triptych_models.llava import Llava
 from triptych_models.pack_cost import pack_cost
 from triptych_models.pretend import build_pretend_model, pretend_batch
 from triptych_models.weights import whole
@@ -270,6 +271,12 @@ def test_a_plan_can_trace_it_and_weigh_its_packs(tmp_path: Path, family: str) ->
         model(**batch).loss_sum.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert ("audio_lengths" in batch) == hears
+    if sees and not isinstance(model, Llava):  # nor does an image of the usual size fit
+        with pretend(model):
+            large = settings | {"image_tokens": 256, "audio_share": 0.0}
+            short = pretend_batch(model, 20, document_len=20, **large)
+            model(**short).loss_sum.backward()
+        assert int(short["image_positions"].max()) < 20
     if hears:  # as many tokens as asked for, and none of an image
         heard, seen = batch["audio_positions"], batch.get("image_positions", torch.tensor([]))
         assert 12 <= len(heard) <= 16 and len({*heard.tolist(), *seen.tolist()}) == len(

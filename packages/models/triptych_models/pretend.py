@@ -66,6 +66,7 @@ def pretend_batch(
     taken: list[int] = []  # by images
     if tower(model.hf) is not None:
         side = max(1, round(math.sqrt(image_tokens))) if image_share else 1  # in tokens
+        side = min(side, math.isqrt(seq_len))  # a row may be shorter than an image
         each = side**2
         if isinstance(model, Llava):
             side, each = model.grid_side, model.tokens_per_image
