@@ -199,6 +199,10 @@ def show(name: str, workspace: Path, *more: str) -> None:
     STAGES[name].stage().main(config_of(name, workspace, "plan.show=json", *more))
 
 
+def reason(name: str, workspace: Path, *more: str) -> str:
+    return STAGES[name].stage().plan(config_of(name, workspace, *more)).why()
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_a_plan_is_shown_and_says_how_a_batch_would_fit(workspace: Path, name: str, capfd):
     """Nothing of the run is begun. With several micro-batches an autoencoder surveys them first."""
@@ -213,13 +217,12 @@ def test_a_plan_is_shown_and_says_how_a_batch_would_fit(workspace: Path, name: s
     largest = max(c["largest_batch_size"] for c in found["choices"])
     assert largest >= 64 and not (workspace / name / "x").exists()
     memory = 0.6 * min(peaks.values()) / 2**30
-    run_ranks(show, 1, name, workspace, *asked, several, f"plan.gpu_memory_gib={memory:.9f}")
-    why = json.loads(capfd.readouterr().out)["why"]
+    asked.append(several)
+    why = run_ranks(reason, 1, name, workspace, *asked, f"plan.gpu_memory_gib={memory:.9f}")[0]
     batch = int(why.rpartition("set data.batch_size=")[2])
     assert "nothing fits" in why and 0 < batch < 64
-    few = ["data.batch_size=1", f"plan.gpu_memory_gib={1e-6:.9f}"]
-    run_ranks(show, 1, name, workspace, "engine.zero.stage=3", *few)
-    why = json.loads(capfd.readouterr().out)["why"]
+    few = ["engine.zero.stage=3", "data.batch_size=1", "plan.gpu_memory_gib=0.000001"]
+    why = run_ranks(reason, 1, name, workspace, *few)[0]
     # An autoencoder's stage refuses to offload.
     assert why.endswith("take more ranks") == (name == "rae")
     assert why.endswith("offload_optimizer=true") == (name == "diffusion")

@@ -80,7 +80,8 @@ def train(
     replicas = world_size // parallel.tensor
     watch = oversight or Oversight(engine, config, metrics.note, Resumed(start_step))
     engine.train()
-    for step in range(start_step + 1, (last_step or config.run.steps) + 1):
+    last_step = config.run.steps if last_step is None else last_step
+    for step in range(start_step + 1, last_step + 1):
         started = time.perf_counter()
         watch.heart.begin(step)
         scale = lr_scale(config.schedule, step, config.run.steps)
