@@ -117,7 +117,7 @@ class Aero(AudioModel):
     def audio_features(self, frames: Tensor, lengths: Tensor) -> Tensor:
         """Features (audio tokens, H) of recordings: frames (N, num_mels), lengths on the host."""
         model = self.hf.model
-        features = audio_features(model.audio_tower, frames, lengths, self._run_layer)
+        features = audio_features(model.audio_tower, frames, lengths, self.run_layer)
         projected: Tensor = model.multi_modal_projector(features)
         return projected
 

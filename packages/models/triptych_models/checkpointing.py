@@ -40,6 +40,7 @@ class Checkpointed(nn.Module):
 
     checkpointing: Checkpointing = "none"
     is_compiled = False
+    input_store: InputStore
 
     def set_checkpointing(self, checkpointing: Checkpointing) -> None:
         """Say what every layer keeps; see `run_layer`. Layers compile before, if they do."""
@@ -47,11 +48,16 @@ class Checkpointed(nn.Module):
         if self.is_compiled:
             functorch.activation_memory_budget = KEPT if checkpointing == "selective" else 1.0
 
-    def what_is_kept(self) -> Checkpointing:
-        """By `run_layer`, now."""
-        if not self.training or (self.checkpointing == "selective" and self.is_compiled):
-            return "none"  # of a compiled layer the compiler sees to it, within its budget
-        return self.checkpointing
+    def run_layer(self, layer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """`run_layer` by what was said."""
+        way = self.checkpointing if self.training else "none"
+        if self.is_compiled:
+            if way == "selective":
+                way = "none"  # the compiler sees to it, within its budget
+            if hidden_states._is_view():
+                # The graph of a view is another one: the first layer's would be compiled apart.
+                hidden_states = hidden_states.clone()
+        return run_layer(way, self.input_store, layer, hidden_states, **kwargs)
 
 
 def run_layer(

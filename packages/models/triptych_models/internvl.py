@@ -107,5 +107,5 @@ class InternVL(Llava):
         scaled = normalize_pixels(pixels, self.image_mean, self.image_std)
         hidden_states = tower(self.hf).embeddings(self.whole_images(scaled))
         for block in self.tower_layers():
-            hidden_states = self._run_layer(block, hidden_states)
+            hidden_states = self.run_layer(block, hidden_states)
         return self.project(hidden_states).flatten(0, 1)

@@ -223,7 +223,7 @@ class Llava(ImageModel):
         places = torch.arange(num_patches, device=pixels.device)
         hidden_states = hidden_states + embeddings.position_embedding(places)
         for block in self.tower_layers():
-            hidden_states = self._run_layer(block, hidden_states, attention_mask=None)
+            hidden_states = self.run_layer(block, hidden_states, attention_mask=None)
         return self.project(hidden_states).flatten(0, 1)
 
 

@@ -239,5 +239,5 @@ class LlavaOnevision15(Qwen3VL):
     ) -> tuple[Tensor, list[Tensor]]:
         scaled = normalize_pixels(pixel_values, self.image_mean, self.image_std)
         visual = self.hf.model.visual
-        features = rice_features(visual, scaled, grid_thw, cu_seqlens, max_seqlen, self._run_layer)
+        features = rice_features(visual, scaled, grid_thw, cu_seqlens, max_seqlen, self.run_layer)
         return features, []

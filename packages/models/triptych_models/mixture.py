@@ -158,7 +158,7 @@ class Mixture(PackedModel):
                 "engine.checkpointing=full or offload for long rows"
             )
 
-    def _run_layer(
+    def run_layer(
         self,
         layer: nn.Module,
         hidden_states: Tensor,
@@ -168,8 +168,8 @@ class Mixture(PackedModel):
         **kwargs: Any,
     ) -> Tensor:
         if segments is None or not isinstance(getattr(layer, "mlp", None), MoEBlock):
-            return super()._run_layer(layer, hidden_states, **kwargs)
-        given: Any = super()._run_layer(layer, hidden_states, segments=segments, **kwargs)
+            return super().run_layer(layer, hidden_states, **kwargs)
+        given: Any = super().run_layer(layer, hidden_states, segments=segments, **kwargs)
         hidden_states, *found = given
         assert figures is not None, "segments are given for figures"
         figures.append(RouterFigures(*found))

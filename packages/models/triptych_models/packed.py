@@ -12,7 +12,7 @@ from transformers.initialization import no_init_weights
 from triptych_kernels import fuse
 
 from .attention import PACKED, register
-from .checkpointing import Checkpointed, run_layer
+from .checkpointing import Checkpointed
 from .config import LoraConfig
 from .head import LossHead
 from .layout import decoder, text_config
@@ -203,7 +203,7 @@ class PackedModel(Checkpointed):
         language = decoder(self.hf)
         rotary = language.rotary_emb(hidden_states, position_ids)
         for index, layer in enumerate(language.layers):
-            hidden_states = self._run_layer(
+            hidden_states = self.run_layer(
                 layer,
                 hidden_states,
                 position_embeddings=rotary,
@@ -217,9 +217,6 @@ class PackedModel(Checkpointed):
             if after_layer is not None:
                 hidden_states = after_layer(index, hidden_states)
         return language.norm(hidden_states)
-
-    def _run_layer(self, layer: nn.Module, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        return run_layer(self.what_is_kept(), self.input_store, layer, hidden_states, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # behind .to(), .bfloat16(), .cuda()

@@ -27,7 +27,7 @@ class Qwen2_5Omni(Omni, Qwen2_5VL):
 
     def audio_features(self, frames: Tensor, lengths: Tensor) -> Tensor:
         """Features (audio tokens, H) of recordings: frames (N, num_mels), lengths on the host."""
-        return audio_features(self.hf.model.audio_tower, frames, lengths, self._run_layer)
+        return audio_features(self.hf.model.audio_tower, frames, lengths, self.run_layer)
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """Modules of each part; every parameter is in exactly one."""

@@ -47,6 +47,6 @@ class Qwen2_5VL(Qwen3VL):
     ) -> tuple[Tensor, list[Tensor]]:
         scaled = normalize_pixels(pixel_values, self.image_mean, self.image_std)
         features = window_features(
-            self.hf.model.visual, scaled, grid_thw, cu_seqlens, max_seqlen, self._run_layer
+            self.hf.model.visual, scaled, grid_thw, cu_seqlens, max_seqlen, self.run_layer
         )
         return features, []

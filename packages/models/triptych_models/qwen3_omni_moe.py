@@ -28,7 +28,7 @@ class Qwen3OmniMoE(Mixture, Omni):
 
     def audio_features(self, frames: Tensor, lengths: Tensor) -> Tensor:
         """Features (audio tokens, H) of recordings: frames (N, num_mels), lengths on the host."""
-        return audio_features(self.hf.model.audio_tower, frames, lengths, self._run_layer)
+        return audio_features(self.hf.model.audio_tower, frames, lengths, self.run_layer)
 
     def audio_tokens(self, lengths: Tensor) -> Tensor:
         """Tokens (num_audios,) of recordings of so many frames, on the host."""

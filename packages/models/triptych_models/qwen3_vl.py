@@ -137,7 +137,7 @@ class Qwen3VL(ImageModel):
             grid_thw,
             cu_seqlens,
             max_seqlen,
-            self._run_layer,
+            self.run_layer,
         )
 
     def _no_image_features(self, device: torch.device) -> tuple[Tensor, list[Tensor]]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checkpointing import Checkpointed, run_layer
+from ..checkpointing import Checkpointed
 from ..freeze import Holder, OwnParameters
 from ..offload import InputStore
 from ..output import LossOutput
@@ -219,9 +219,8 @@ class RAE(Checkpointed):
         x = decoder.decoder_embed(tokens.to(decoder.decoder_embed.weight.dtype))
         x = torch.cat([decoder.trainable_cls_token.expand(len(x), -1, -1), x], 1)
         x = x + decoder.decoder_pos_embed.to(x.dtype)
-        way = self.what_is_kept()
         for layer in decoder.decoder_layers:
-            x = run_layer(way, self.input_store, layer, x)
+            x = self.run_layer(layer, x)
         hidden = decoder.decoder_norm(x)[:, 1:]
         return images, hidden, decoder.decoder_pred(hidden)
 

@@ -209,7 +209,7 @@ class Bagel(ImageModel):
         pattern = Pattern(cu_seqlens, max_seqlen, *_segments(layout))
         hidden_states, num_latents = row[order][None], layout["num_latents"]
         for layer in language.layers:
-            hidden_states = self._run_layer(
+            hidden_states = self.run_layer(
                 layer, hidden_states, rotary=rotary, pattern=pattern, num_latents=num_latents
             )
         text, latents = hidden_states.split([len(order) - num_latents, num_latents], dim=1)
@@ -236,7 +236,7 @@ class Bagel(ImageModel):
         scaled = scaled.unflatten(1, (len(self.image_mean), -1)).transpose(1, 2).flatten(1)
         hidden_states = visual.embeddings(scaled.to(row.dtype), places)
         for block in self.tower_layers():
-            hidden_states = self._run_layer(
+            hidden_states = self.run_layer(
                 block,
                 hidden_states,
                 attention_mask=None,

@@ -1,6 +1,6 @@
 """What every diffusion family is: a network that predicts along a path, with its loss inside."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpointing import Checkpointed, run_layer
+from ..checkpointing import Checkpointed
 from ..freeze import Holder
 from ..offload import InputStore
 from ..output import LossOutput
@@ -151,10 +151,6 @@ class DiffusionModel(Checkpointed):
         self.is_compiled = True
         for layer in self.layers():
             compile_forward(layer)
-
-    def run_layer(self, layer: Callable[..., Tensor], x: Tensor, **kwargs: Any) -> Tensor:
-        """A layer, so that it keeps what was said."""
-        return run_layer(self.what_is_kept(), self.input_store, layer, x, **kwargs)
 
 
 @contextmanager
