@@ -67,6 +67,27 @@ def planned(arguments: list[str]) -> Any:
     return run_ranks(make_plan, 1, arguments)[0]
 
 
+def settle_without_a_plan(arguments: list[str]) -> str:
+    from triptych_core.config import RunConfig, load_config
+    from triptych_core.launch import launch
+    from triptych_core.plan.settle import settle
+
+    def plan(config: Any) -> Any:
+        raise ValueError("model.path: must be a model")
+
+    launch(RunConfig(device="cpu"))
+    config = load_config(sft_stage().SftConfig, None, arguments)
+    with pytest.raises(ValueError, match="model.path: must be a model") as error:
+        settle(config, plan)
+    return str(error.value)
+
+
+def test_what_cannot_be_planned_ends_every_rank(workspace):
+    """Of which only the first plans: the others would wait for what it chose."""
+    arguments = words(workspace, "unplanned")
+    assert len({*run_ranks(settle_without_a_plan, 2, arguments, timeout=30)}) == 1
+
+
 def test_the_lowest_stage_that_fits_is_taken_and_said(workspace, capfd):
     deep = f"model.path={workspace / 'deep'}"
     plan = planned(words(workspace, "none", deep, "plan.ranks=2", "plan.gpu_memory_gib=1"))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
-import torch.distributed as dist
-
+from triptych_core.checkpoint.together import on_main
 from triptych_core.config import StageConfig
 from triptych_core.plan.plan import Plan, with_choice
 
@@ -16,17 +16,12 @@ Stage = TypeVar("Stage", bound=StageConfig)
 def settle(config: Stage, plan: Callable[[Stage], Plan]) -> tuple[Stage, str | None]:
     """The configuration with nothing left open, and one line that says why it is as it is.
 
-    The main rank plans and all follow. A run that has a checkpoint is planned like any other: its
+    The main rank plans and all follow, also where that raises. A run that has a checkpoint is planned like any other: its
     files are read under every stage. None for a configuration that left nothing open.
     """
     if "auto" not in (config.engine.zero.stage, config.engine.checkpointing):
         return config, None
-    found: list[tuple[int, str, str] | None] = [None]
-    if dist.get_rank() == 0:
-        found[0] = _choose(config, plan)
-    dist.broadcast_object_list(found, src=0)
-    assert found[0] is not None
-    stage, checkpointing, why = found[0]
+    stage, checkpointing, why = on_main(partial(_choose, config, plan))
     return with_choice(config, stage, checkpointing), why
 
 
