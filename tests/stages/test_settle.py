@@ -77,7 +77,7 @@ def settle_without_a_plan(arguments: list[str]) -> str:
 
     launch(RunConfig(device="cpu"))
     config = load_config(sft_stage().SftConfig, None, arguments)
-    with pytest.raises(ValueError, match="model.path: must be a model") as error:
+    with pytest.raises(ValueError, match="must be a model") as error:
         settle(config, plan)
     return str(error.value)
 

@@ -16,8 +16,9 @@ Stage = TypeVar("Stage", bound=StageConfig)
 def settle(config: Stage, plan: Callable[[Stage], Plan]) -> tuple[Stage, str | None]:
     """The configuration with nothing left open, and one line that says why it is as it is.
 
-    The main rank plans and all follow, also where that raises. A run that has a checkpoint is planned like any other: its
-    files are read under every stage. None for a configuration that left nothing open.
+    The main rank plans and all follow, also where that raises. A run that has a checkpoint is
+    planned like any other: its files are read under every stage. None for a configuration that left
+    nothing open.
     """
     if "auto" not in (config.engine.zero.stage, config.engine.checkpointing):
         return config, None
