@@ -4,6 +4,7 @@ No stage itself.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from triptych_core.config import StageConfig
@@ -133,8 +134,10 @@ def carry_out(
     begins after a step. loop: what `train` and `Metrics` are told of this kind of batches.
     """
     from triptych_core.checkpoint.saver import Saver, resume
+    from triptych_core.checkpoint.together import on_main
     from triptych_core.engine.averaged import averaged_weights
     from triptych_core.engine.recompiles import RecompileWatch
+    from triptych_core.faults.folder_lock import hold, release
     from triptych_core.faults.oversight import Oversight
     from triptych_core.faults.watch import Watch
     from triptych_core.launch import shutdown
@@ -144,6 +147,8 @@ def carry_out(
     from triptych_core.run import close_run, describe_run, open_run
 
     engine, model, batches = job.engine, job.model, job.batches
+    patience = config.run.grace_seconds + 5  # within which an ending run saves and goes
+    on_main(partial(hold, config.run.dir, patience, partial(print, flush=True)))
     resumed = resume(engine, config, batches)
     start_step = resumed.step
     open_run(config, runtime, facts, resumed)
@@ -187,6 +192,7 @@ def carry_out(
         with averaged_weights(engine):
             export()
     close_run(config, runtime)
+    release(config.run.dir)
     watch.close()
     shutdown()
 
