@@ -39,7 +39,7 @@ from triptych_data.media.config import VideoConfig
 from triptych_data.media.images import decode_image
 from triptych_data.media.positions import mrope_positions
 from triptych_data.media.probe import probe_media
-from triptych_data.media.rules import read_video_rules
+from triptych_data.media.rules import read_audio_rules, read_video_rules
 from triptych_data.media.video import video_layout
 from triptych_data.processor import Processor
 from triptych_data.sample import RawSample
@@ -214,15 +214,16 @@ def test_measuring_from_the_index_is_encoding(seconds: float, kind: str) -> None
 
 def test_what_is_longer_than_the_model_hears_is_a_bad_sample() -> None:
     """Not cut off: its text would speak of what nobody heard."""
-    processor = Processor.from_directory(OMNI)
-    most = processor._rules_of_sound().max_seconds
+    processor, rules = Processor.from_directory(OMNI), read_audio_rules(OMNI)
+    assert rules is not None
+    most = rules.max_seconds
     processor.encode(sample(most + 0.05))
     with pytest.raises(
         ValueError, match=r"audio 0: audio must be at most .* split it and its text"
     ):
         processor.encode(sample(most + 1))
     with pytest.raises(ValueError, match="must be at most"):
-        heard_frames(most + 1, processor._rules_of_sound())
+        heard_frames(most + 1, rules)
 
 
 def test_what_is_too_short_for_a_token_is_a_bad_sample() -> None:

@@ -20,6 +20,7 @@ from triptych_data.media.audio import audio_tokens
 from triptych_data.media.clips import probe_sound
 from triptych_data.media.config import VideoConfig
 from triptych_data.media.positions import mrope_positions
+from triptych_data.media.rules import read_audio_rules
 from triptych_data.media.soundtrack import sound_order
 from triptych_data.processor import Processor
 from triptych_data.sample import RawSample
@@ -211,7 +212,8 @@ def test_what_cannot_be_heard_is_refused(shards: Shards, tmp_path: Path) -> None
     )
     with pytest.raises(ValueError, match=r"content\[0\]\.sound must be true or false, got 1"):
         write_shards(tmp_path / "bad.jsonl", tmp_path / "no")
-    most = omni._rules_of_sound().max_seconds
-    long = RawSample("k", "x", shards.read(0).json, [clip(24, heard=most + 1)])
+    rules = read_audio_rules(FOLDERS["2.5"])
+    assert rules is not None
+    long = RawSample("k", "x", shards.read(0).json, [clip(24, heard=rules.max_seconds + 1)])
     with pytest.raises(ValueError, match=r"audio must be at most .* split it"):
         omni.encode(long)

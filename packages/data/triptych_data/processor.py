@@ -2,35 +2,23 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from triptych_data.encoded import EncodedSample, Measures
-from triptych_data.faults import BadSample
 from triptych_data.media.audio import (
     AudioRules,
-    audio_tokens,
-    hear,
-    hear_video,
-    heard_frames,
     most_frames,
 )
-from triptych_data.media.augment import vary_jpeg
 from triptych_data.media.config import JpegConfig, VideoConfig
 from triptych_data.media.images import (
     ImageRules,
-    check_ratio,
-    decode_image,
-    encode_image,
-    image_grid,
-    patchify,
 )
 from triptych_data.media.positions import mrope_positions
 from triptych_data.media.probe import MediaInfo
@@ -44,37 +32,19 @@ from triptych_data.media.rules import (
     read_image_rules,
     read_video_rules,
 )
-from triptych_data.media.soundtrack import SoundOrder, sound_order
 from triptych_data.media.taps import (
-    Taps,
-    frame_taps,
     join_taps,
-    pooled_side,
-    square_taps,
-    tiled_taps,
-)
-from triptych_data.media.tiling import (
-    TileLayout,
-    TilingRules,
-    encode_tiles,
-    square_tile,
-    tile_layout,
 )
 from triptych_data.media.video import (
-    VideoLayout,
     VideoRules,
-    encode_video,
-    frame_rate,
-    video_layout,
-    video_pieces,
 )
-from triptych_data.sample import KINDS, RawSample, heard_parts, is_document, media_parts
+from triptych_data.media_encoder import MediaEncoder, Medium
+from triptych_data.sample import RawSample, is_document
 from triptych_data.shards.index import MediaColumns
 from triptych_data.text.chat import (
     IGNORE_INDEX,
     ChatTokenizer,
     ChatTokens,
-    MediaTokens,
     message_text,
     shift_targets,
 )
@@ -84,31 +54,6 @@ from triptych_data.text.text_tokenizer import TextTokenizer, check_text, load_to
 
 ENCODING_VERSION = 2
 """To be raised whenever the same sample and model folder would give other tokens or patches."""
-
-Grid = tuple[int, int, int]
-
-
-class _Medium(NamedTuple):
-    """What a medium becomes in the text, and as images."""
-
-    tokens: MediaTokens
-    grids: list[Grid]
-    times: list[tuple[float, ...] | None]
-    """of each grid: where its frames are on M-RoPE's axis t, None for one after another"""
-    frames: int = 0
-    """of a recording, or of a video's sound"""
-    sound: SoundOrder | None = None
-    """of a video that is heard"""
-
-
-class _Encoded(NamedTuple):
-    """Values of a medium: patches, frames of its sound, and of which features its tokens are made
-    where they are not those of its patches."""
-
-    medium: _Medium
-    patches: Tensor | None = None
-    heard: Tensor | None = None
-    taps: Taps | None = None
 
 
 class Processor:
@@ -133,11 +78,7 @@ class Processor:
         tiktoken_proof: str | None = None,
     ) -> None:
         self._directory = directory
-        self._rules = rules
-        self._video_rules = video_rules
-        self._audio_rules = audio_rules
         self._options = options
-        self._jpeg: JpegConfig | None = options["jpeg"]
         template, where = find_template(directory), str(directory)
         chat = {"options": options["chat"], "proof": tiktoken_proof}
         self._chat = None if template is None else ChatTokenizer(directory, template, **chat)
@@ -172,16 +113,27 @@ class Processor:
         self.video_token_id = self._text.video_token_id
         self.audio_token_id = self._text.audio_token_id
         self.control_ids = self._text.control_ids
+        hears_videos = options["video"] is None or options["video"].sound
+        self._media = MediaEncoder(
+            directory,
+            rules,
+            video_rules,
+            audio_rules,
+            self._text,
+            self.image_mean,
+            jpeg=options["jpeg"],
+            hears_videos=hears_videos,
+        )
         facts: dict[str, Any] = {
             "version": ENCODING_VERSION,
             "chat": (self._chat or self._text).fingerprint,
             "image": _given(rules) if rules else None,
             "video": _stated(video_rules) if video_rules else None,
-            "jpeg": self._jpeg.model_dump() if self._jpeg else None,
+            "jpeg": options["jpeg"].model_dump() if options["jpeg"] else None,
         }
         if audio_rules:
             facts["audio"] = audio_rules._asdict()
-        if options["video"] is not None and not options["video"].sound:
+        if not hears_videos:
             facts["sound of videos"] = False
         self.fingerprint = _fingerprint(facts)
         # The same by name, for people: of a tokenizer apart from what a template makes of it.
@@ -278,27 +230,12 @@ class Processor:
         (`Shards.media_of`). Raises ValueError as `encode` does, except for damaged media, and
         names no sample.
         """
-        columns = [column.tolist() for column in media]
-        is_alone = [KINDS[kind] for kind in columns[0]].count("image") == 1
-        rows, media_ = list(zip(*columns, strict=True)), list[_Medium]()
-        heard = heard_parts(record)
-        if len(rows) != len(heard) + sum(heard):
-            raise ValueError(
-                f"the index must have {len(heard) + sum(heard)} rows of media, those of sound of "
-                f"videos among them, got {len(rows)}; run: triptych-data index --overwrite"
-            )
-        for is_heard in heard:
-            kind, (width, height), frames, seconds = rows.pop(0)
-            sound = rows.pop(0)[-1] if is_heard else None
-            medium = self._measure_medium(
-                KINDS[kind], width, height, frames, seconds, is_alone, sound
-            )
-            media_.append(medium)
-        tokens = self._tokenize(record, record.get("messages", ()), media_)
+        found = self._media.measure(record, media)
+        tokens = self._tokenize(record, record.get("messages", ()), found)
         num_targets = int(tokens.trained[1:].sum())
-        images = [h * w for medium in media_ for t, h, w in medium.grids for _ in range(t)]
+        images = [h * w for medium in found for t, h, w in medium.grids for _ in range(t)]
         pairs = sum(patches * patches for patches in images)
-        frames = sum(medium.frames for medium in media_)
+        frames = sum(medium.frames for medium in found)
         counts = len(tokens.input_ids), num_targets, sum(images), len(images), pairs, frames
         return Measures(*counts)
 
@@ -307,15 +244,12 @@ class Processor:
 
         Raises ValueError for one not taken.
         """
-        medium = self._measure_medium(info.kind, *info[2:6])
+        medium = self._media.measure_file(info)
         return sum(piece for piece in medium.tokens.pieces if isinstance(piece, int))
 
     def frame_times(self, info: MediaInfo) -> list[float]:
         """The seconds of a video at which its frames are taken; none for a model without video."""
-        if self._video_rules is None:
-            return []
-        layout = video_layout(*info[2:6], self._video_rules)
-        return (layout.frames / frame_rate(info.frames, info.seconds)).tolist()
+        return self._media.frame_times(info)
 
     def decode(self, ids: Sequence[int] | Tensor, *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids, without special tokens unless asked for."""
@@ -330,29 +264,12 @@ class Processor:
         epoch: int | None = None,
         add_generation_prompt: bool = False,
     ) -> EncodedSample:
-        patches: list[Tensor] = []
-        heard: list[Tensor] = []
-        media: list[_Medium] = []
-        taps: list[Taps] = []
         record = raw.json if is_document(raw.json) else {"messages": messages}
-        parts = list(media_parts(record))
-        is_alone = [kind for kind, _ in parts].count("image") == 1
-        for (kind, index), is_heard in zip(parts, heard_parts(record), strict=True):
-            if index >= len(raw.media):
-                raise BadSample(
-                    f"{kind} {index}: must be a member of the sample, got {len(raw.media)} media; "
-                    "write its shard again",
-                    reason="missing member",
-                )
-            vary = self._vary(raw.key, index, epoch)
-            try:
-                found = self._encode_medium(kind, raw.media[index], vary, is_alone, is_heard)
-            except ValueError as error:
-                raise BadSample(f"{kind} {index}: {error}", reason=f"corrupt {kind}") from error
-            media.append(found.medium)
-            patches += [] if found.patches is None else [found.patches]
-            heard += [] if found.heard is None else [found.heard]
-            taps += [] if found.taps is None else [found.taps]
+        found = self._media.encode(raw, record, epoch)
+        media = [each.medium for each in found]
+        patches = [each.patches for each in found if each.patches is not None]
+        heard = [each.heard for each in found if each.heard is not None]
+        taps = [each.taps for each in found if each.taps is not None]
         tokens = self._tokenize(raw.json, messages, media, add_generation_prompt)
         labels = np.full_like(tokens.input_ids, IGNORE_INDEX)
         if not add_generation_prompt:
@@ -397,174 +314,11 @@ class Processor:
             )
         return end
 
-    def _vary(self, key: str, number: int, epoch: int | None) -> Callable[[Tensor], Tensor] | None:
-        """What changes the pixels of an image; without epoch they are as stored."""
-        if self._jpeg is None or epoch is None:
-            return None
-        return partial(vary_jpeg, config=self._jpeg, key=key, number=number, epoch=epoch)
-
-    def _encode_medium(
-        self,
-        kind: str,
-        data: bytes,
-        vary: Callable[[Tensor], Tensor] | None,
-        is_alone: bool,
-        is_heard: bool,
-    ) -> _Encoded:
-        """is_alone: it is the only image; is_heard: a video comes with its sound."""
-        if kind == "image" and self.tiling is not None:
-            return self._encode_tiled(data, self.tiling, vary, is_alone)
-        if kind == "image":
-            patches, grid = encode_image(data, self._image_rules(), vary)
-            return _Encoded(self._image(grid), patches)
-        if kind == "audio":
-            frames = hear(data, self._rules_of_sound())
-            return _Encoded(self._audio(len(frames) - self.frames_behind), heard=frames)
-        patches, layout = encode_video(data, self._rules_for(kind))
-        taps = frame_taps(*layout.grid[:2]) if self.tiling is not None else None
-        is_heard = is_heard and self._hears_videos
-        sound = hear_video(data, self._rules_of_sound()) if is_heard else None
-        return _Encoded(
-            self._video(layout, 0 if sound is None else len(sound)), patches, sound, taps
-        )
-
-    def _encode_tiled(
-        self,
-        data: bytes,
-        tiling: TilingRules,
-        vary: Callable[[Tensor], Tensor] | None,
-        is_alone: bool,
-    ) -> _Encoded:
-        if is_alone:
-            tiles, layout = encode_tiles(data, tiling, vary)
-            medium, taps = self._tiled(layout), tiled_taps(layout, tiling.side)
-        else:
-            background = [int(255 * mean) for mean in self.image_mean]
-            image = decode_image(data)
-            image = image if vary is None else vary(image)
-            tiles = square_tile(image, tiling.tile, background)[None]
-            medium, taps = self._tiled(None), square_taps(tiling.side)
-        shown = tiling.side * self.patch_size
-        patches = patchify(tiles[:, :, :shown, :shown].contiguous(), self._image_rules())
-        return _Encoded(medium, patches, taps=taps)
-
-    def _measure_medium(
-        self,
-        kind: str,
-        width: int,
-        height: int,
-        frames: int,
-        seconds: float,
-        is_alone: bool = True,
-        sound: float | None = None,
-    ) -> _Medium:
-        """sound: seconds of that of a video which is heard; None: it is not."""
-        if kind == "image" and self.tiling is not None:
-            check_ratio(width, height)
-            return self._tiled(tile_layout(width, height, self.tiling) if is_alone else None)
-        if kind == "image":
-            return self._image(image_grid(width, height, self._image_rules()))
-        if kind == "audio":
-            return self._audio(heard_frames(seconds, self._rules_of_sound()))
-        rules = self._rules_for(kind)
-        heard = 0
-        if sound is not None and self._hears_videos and sound:
-            heard = heard_frames(sound, self._rules_of_sound())
-        return self._video(video_layout(width, height, frames, seconds, rules), heard)
-
-    def _image(self, grid: Grid) -> _Medium:
-        tiles, height, width = grid
-        tokens = self._image_rules().tokens or height * width // self.merge_size**2
-        before, after = self._text.image_borders
-        pieces = tuple(piece for piece in (before, tiles * tokens, after) if piece)
-        return _Medium(MediaTokens("image", pieces), [(1, height, width)] * tiles, [None] * tiles)
-
-    def _tiled(self, layout: TileLayout | None) -> _Medium:
-        """An image of any resolution, each tile a grid; None is a square, as one of several."""
-        assert self.tiling is not None
-        side = self.tiling.side
-        count, tokens = 1, side**2 + 1
-        if layout is not None:
-            count, tokens = 1 + layout.grid[0] * layout.grid[1], layout.num_tokens
-        return _Medium(MediaTokens("image", (tokens,)), [(1, side, side)] * count, [None] * count)
-
-    def _video(self, layout: VideoLayout, heard: int) -> _Medium:
-        """A video as M-RoPE sees it: one grid, or an image per temporal patch; with so many frames
-        of its sound."""
-        frames, height, width = layout.grid
-        if self.tiling is not None:  # pooled, and a line break
-            pooled = MediaTokens("video", (frames * pooled_side(height) ** 2 + 1,))
-            return _Medium(pooled, [(1, height, width)] * frames, [None] * frames)
-        tokens = MediaTokens("video", video_pieces(layout, self.merge_size))
-        if heard:
-            return self._video_with_sound(layout, heard)
-        if layout.times is not None:
-            return _Medium(tokens, [layout.grid], [layout.times])
-        return _Medium(tokens, [(1, height, width)] * frames, [None] * frames)
-
-    def _video_with_sound(self, layout: VideoLayout, heard: int) -> _Medium:
-        rules, sound = self._rules_for("video"), audio_tokens(heard, self._rules_of_sound().chunk)
-        assert layout.times is not None and rules.sound_chunk is not None
-        assert rules.tokens_per_second is not None
-        _, height, width = layout.grid
-        each = height * width // self.merge_size**2
-        times = layout.times
-        if rules.fractional:  # in double precision, as stock orders tokens
-            step = rules.temporal_patch_size / rules.fps
-            times = tuple((np.arange(len(times)) * step * rules.tokens_per_second).tolist())
-        order = sound_order(times, each, sound, rules.sound_chunk)
-        before, after = self._text.sound_borders
-        between = (n if kind == "video" else (kind, n) for kind, n in order.pieces)
-        tokens = MediaTokens("video", (before, *between, after))
-        return _Medium(tokens, [layout.grid], [layout.times], heard, order)
-
-    def _audio(self, frames: int) -> _Medium:
-        tokens = audio_tokens(frames, self._rules_of_sound().chunk)
-        return _Medium(MediaTokens("audio", (tokens,)), [], [], frames)
-
-    @property
-    def _hears_videos(self) -> bool:
-        """Whether the sound of videos is taken where a sample says so.
-
-        Raises ValueError for a model that does not hear them, unless the configuration leaves it.
-        """
-        video = self._options["video"]
-        if video is not None and not video.sound:
-            return False
-        if self._video_rules is None or self._video_rules.sound_chunk is None:
-            raise ValueError(
-                f"{self._directory}: the model must hear videos, got one to be heard; set "
-                "data.video.sound=false"
-            )
-        return True
-
-    def _rules_of_sound(self) -> AudioRules:
-        if self._audio_rules is None:
-            raise self._no_rules("audio")
-        return self._audio_rules
-
-    def _image_rules(self) -> ImageRules:
-        if self._rules is None:
-            raise self._no_rules("image")
-        return self._rules
-
-    def _rules_for(self, kind: str) -> VideoRules:
-        if self._video_rules is None:
-            raise self._no_rules(kind)
-        return self._video_rules
-
-    def _no_rules(self, kind: str) -> ValueError:
-        return ValueError(
-            f"{self._directory}: the model must take what its samples hold, got {kind}, for "
-            "which the folder has no preprocessor file, or its family no place; leave the sample "
-            "out"
-        )
-
     def _tokenize(
         self,
         record: dict[str, Any],
         messages: Sequence[dict[str, Any]],
-        media: list[_Medium],
+        media: list[Medium],
         add_generation_prompt: bool = False,
     ) -> ChatTokens:
         if is_document(record) and isinstance(record["text"], str):
