@@ -16,8 +16,9 @@ Measured on: two CPU ranks.
 import sys
 from typing import Self
 
+from planning import PackedConfig, plan, require_part
 from pydantic import Field, model_validator
-from wiring import PackedConfig, plan, require_part, run
+from wiring import run
 
 from triptych_core.config import parse_args, run_main
 from triptych_core.sections import OptimConfig

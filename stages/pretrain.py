@@ -21,8 +21,9 @@ Measured on: two CPU ranks.
 import sys
 from typing import Literal
 
+from planning import PackedConfig, plan
 from pydantic import Field
-from wiring import PackedConfig, plan, run
+from wiring import run
 
 from triptych_core.config import parse_args, run_main
 from triptych_core.sections import EvaluationConfig, OptimConfig, ScheduleConfig

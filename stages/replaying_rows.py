@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from planning import PackedConfig, begin
 from replaying import Kind, replay_step
-from wiring import Job, PackedConfig, begin, build_job
+from wiring import Job, build_job
 
 from triptych_core.launch import shutdown
 from triptych_core.replay.look import Heads

@@ -17,7 +17,8 @@ Measured on: two CPU ranks (`make demo`) and one H100 (README, Results).
 
 import sys
 
-from wiring import PackedConfig, plan, run
+from planning import PackedConfig, plan
+from wiring import run
 
 from triptych_core.config import parse_args, run_main
 

@@ -20,8 +20,9 @@ import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from planning import PackedConfig, begin
 from torch import Tensor
-from wiring import Job, PackedConfig, begin, build_job, join_images
+from wiring import Job, build_job, join_images
 
 from triptych_core.checkpoint.saver import Saver, resume
 from triptych_core.checkpoint.together import on_main

@@ -50,7 +50,7 @@ def read_guards(words: list[str]) -> list[str]:
 def guarded(
     names: list[str], config: Any, runtime: Any, engine: Any, metrics: Any, batches: Any
 ) -> Iterator[Guarded]:
-    """The guards of these names, wired as stages/wiring.py wires them."""
+    """The guards of these names, wired as stages/running.py wires them."""
     from triptych_core.faults.oversight import Oversight
     from triptych_core.faults.watch import Watch
     from triptych_data.plan.ledger import Ledger

@@ -225,11 +225,11 @@ def test_what_runs_out_of_memory_names_both(workspace: Path) -> None:
 def test_the_plan_counts_rows_as_they_are(workspace: Path) -> None:
     config = read(words(workspace, workspace / "plan", 1, 0))
     (row,) = rows(workspace, 1)
-    import wiring  # which `read` made known
+    import planning  # which `read` made known
 
-    assert config.data.seq_len + wiring.drawn_tokens(config) == row["input_ids"].shape[1]
+    assert config.data.seq_len + planning.drawn_tokens(config) == row["input_ids"].shape[1]
     config.generation = None
-    assert wiring.drawn_tokens(config) == 0
+    assert planning.drawn_tokens(config) == 0
 
 
 def test_latents_of_another_autoencoder_are_refused(workspace: Path) -> None:

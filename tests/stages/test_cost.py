@@ -55,10 +55,10 @@ def imbalance(mixed: Path, *words: str, settled: bool) -> float:
     needed = [f"model.path={mixed / 'model'}", f"data.shards=[{mixed / 'shards'}]"]
     needed += ["data.seq_len=1024", "data.num_workers=0"]
     config = load_config(sft_stage().SftConfig, None, [*needed, *words])
-    import wiring  # beside it
+    import planning  # beside it
 
     if settled:
-        wiring.settle_cost(config)
+        planning.settle_cost(config)
     model_config = ModelConfig(path=mixed / "model", freeze=config.model.freeze)
     flops = build_pretend_model(model_config, dtype=torch.float32).flops
     processor = Processor.from_directory(mixed / "model")

@@ -47,13 +47,13 @@ def replays(words: list[str], *several: list[str]) -> list[str]:
     from triptych_core.config import load_config
 
     stage = sft_stage()
+    import planning
     import replaying
     import replaying_rows
-    import wiring
 
     said = []
     for more in several:
-        config, runtime, _ = wiring.begin(load_config(stage.SftConfig, None, [*words, *more]))
+        config, runtime, _ = planning.begin(load_config(stage.SftConfig, None, [*words, *more]))
         try:
             replaying.replay_step(config, runtime, replaying_rows.ROWS)
             said.append("")

@@ -66,11 +66,12 @@ def broken(workspace: Path) -> dict[str, Any]:
     from contextlib import ExitStack
 
     sys.path.insert(0, str(Path(sft_stage().__file__).parent))
+    import planning
     import verifying
     import wiring
 
     folder = workspace / "broken"
-    config, runtime, _ = wiring.begin(config_for(workspace, folder))
+    config, runtime, _ = planning.begin(config_for(workspace, folder))
     if runtime.is_main:
         (folder / "whole").mkdir(parents=True, exist_ok=True)
     torch.distributed.barrier()
