@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from tiny_tokenizer import chat_template
+
 SPECIAL_TOKENS = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -17,33 +19,13 @@ SPECIAL_TOKENS = [
 ]
 MORE_TOKENS = ["<|audio_start|>", "<|audio_end|>", "<|audio_pad|>"]  # Qwen3-Omni's, beside Qwen3's
 NUM_MELS = 32
-TEMPLATE = """\
-{%- macro render(content) -%}
-    {%- if content is string -%}
-        {{- content -}}
-    {%- else -%}
-        {%- for part in content -%}
-            {%- if part.type == 'image' -%}
-                {{- '<|vision_bos|><|IMAGE|><|vision_eos|>' -}}
-            {%- elif part.type == 'audio' -%}
-                {{- '<|audio_bos|><|AUDIO|><|audio_eos|>' -}}
-            {%- elif part.type == 'video' -%}
-                {{- '<|vision_bos|><|VIDEO|><|vision_eos|>' -}}
-            {%- elif part.type == 'text' -%}
-                {{- part.text -}}
-            {%- else -%}
-                {{- raise_exception('chat template: unknown content type ' ~ part.type) -}}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
-{%- for message in messages -%}
-    {{- '<|im_start|>' ~ message.role ~ '\\n' ~ render(message.content) ~ '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
+TEMPLATE = chat_template(
+    {
+        "image": "<|vision_bos|><|IMAGE|><|vision_eos|>",
+        "audio": "<|audio_bos|><|AUDIO|><|audio_eos|>",
+        "video": "<|vision_bos|><|VIDEO|><|vision_eos|>",
+    }
+)
 
 
 def thinker_config(ids: dict[str, int], qwen2_5_vl: dict[str, Any]) -> dict[str, Any]:

@@ -19,16 +19,14 @@ QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CHAT_TEMPLATE = """\
+_BEFORE_PARTS = """\
 {%- macro render(content) -%}
     {%- if content is string -%}
         {{- content -}}
     {%- else -%}
         {%- for part in content -%}
-            {%- if part.type == 'image' -%}
-                {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
-            {%- elif part.type == 'video' -%}
-                {{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
+"""
+_BEHIND_PARTS = """\
             {%- elif part.type == 'text' -%}
                 {{- part.text -}}
             {%- else -%}
@@ -44,6 +42,24 @@ CHAT_TEMPLATE = """\
     {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
+
+
+def chat_template(marks: dict[str, str]) -> str:
+    """Qwen's turns, in which a part of each kind but text stands as these marks."""
+    parts = ""
+    for kind, mark in marks.items():
+        word = "elif" if parts else "if"
+        parts += f"            {{%- {word} part.type == '{kind}' -%}}\n"
+        parts += f"                {{{{- '{mark}' -}}}}\n"
+    return _BEFORE_PARTS + parts + _BEHIND_PARTS
+
+
+CHAT_TEMPLATE = chat_template(
+    {
+        "image": "<|vision_start|><|image_pad|><|vision_end|>",
+        "video": "<|vision_start|><|video_pad|><|vision_end|>",
+    }
+)
 
 
 def train_tokenizer(special_tokens: list[str]) -> Tokenizer:
