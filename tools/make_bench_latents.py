@@ -32,7 +32,7 @@ def samples(
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
         yield (
-            {"label": number, "text": ""},
+            {"label": number % 1000, "text": ""},
             {name: torch.randn(size, generator=generator) for name, size in sizes.items()},
         )
 

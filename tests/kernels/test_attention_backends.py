@@ -123,6 +123,35 @@ def test_a_package_is_asked_for_what_the_call_says(backend, causal, window, soft
 
 
 @pytest.mark.usefixtures("packages")
+def test_flash4_widens_heads_it_has_no_kernel_for():
+    tensors, pattern = problem(True, None, None)
+    seen = []
+    package = sys.modules["flash_attn.cute.interface"]
+    run = package.flash_attn_varlen_func
+    package.flash_attn_varlen_func = lambda q, *rest, **options: (
+        seen.append(q.shape[-1]),
+        run(q, *rest, **options),
+    )[1]
+    bounds = pattern.cu_seqlens_q, pattern.cu_seqlens_k
+    for width, wide in ((8, 32), (32, 32), (40, 64), (72, 128), (128, 128)):
+        generator = torch.Generator().manual_seed(width)
+        q, k, v = (
+            torch.randn(*x.shape[:2], width, generator=generator).double().requires_grad_()
+            for x in tensors
+        )
+        got, lse = flash_attention.flash4(q, k, v, pattern._replace(scale=None), True)
+        want, want_lse = attention_ref(
+            q, k, v, bounds[0], 4, cu_seqlens_k=bounds[1], causal=True, return_lse=True
+        )
+        torch.testing.assert_close((got, lse), (want, want_lse))
+        torch.testing.assert_close(
+            torch.autograd.grad(got.square().sum(), (q, k, v)),
+            torch.autograd.grad(want.square().sum(), (q, k, v)),
+        )
+        assert seen.pop() == wide
+
+
+@pytest.mark.usefixtures("packages")
 def test_flash4_passes_opcheck_and_takes_views():
     tensors, pattern = problem(True, 3, 1.5)
     # The op's lse is float32, so opcheck needs tensors whose reference's lse is that as well.
@@ -210,10 +239,11 @@ def test_what_is_needed_moves_the_choice(monkeypatch):
     [
         (8, 128, "compute capability 9.x to 11.x, got 8.x"),
         (12, 128, "got 12.x"),
-        (9, 256, "head_dim of 32, 64, 128, got 256"),
+        (9, 256, "head_dim of at most 128, got 256"),
         (9, 64, ""),
+        (9, 72, ""),
         (10, 128, ""),
-        (10, 192, "head_dim of 32, 64, 128, got 192"),
+        (10, 192, "head_dim of at most 128, got 192"),
     ],
 )
 def test_flash4_knows_its_devices(monkeypatch, major, width, message):

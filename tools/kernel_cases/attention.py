@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def plain_attention(
 
 def cases() -> Iterator[Case]:
     for lengths in (RAGGED, [1, 3], [1024]):
-        for heads, kv_heads, head_dim in ((16, 8, 128), (4, 4, 64), (8, 1, 72)):
+        for heads, kv_heads, head_dim in ((16, 8, 128), (4, 4, 64), (8, 1, 72), (2, 2, 80)):
             for causal in (True, False):
                 yield attention_case(lengths, heads, kv_heads, head_dim, causal)
     for causal in (True, False):
@@ -77,9 +78,17 @@ def cases() -> Iterator[Case]:
 
 
 def timed() -> Iterator[Case]:
-    from triptych_kernels import attention_ref
+    """A row of documents; then of images in towers with narrow heads, beside the backend varlen."""
+    from triptych_kernels import attention, attention_ref
 
     lengths = [1500, 400, 700, 1400, 1024, 100, 1800, 1268] * 2  # 16,384 tokens
     case = attention_case(lengths, 16, 8, 128, causal=True)
     bounds = bounds_of(lengths)
     yield replace(case, plain=lambda q, k, v: attention_ref(q, k, v, bounds, 2048, causal=True))
+    for length, head_dim in ((4096, 72), (1024, 72), (256, 72), (64, 72), (4096, 80), (64, 80)):
+        lengths = [length] * (16384 // length)
+        varlen = partial(
+            attention, cu_seqlens=bounds_of(lengths), max_seqlen=max(256, length), causal=False
+        )
+        case = attention_case(lengths, 16, 16, head_dim, causal=False)
+        yield replace(case, plain=partial(varlen, backend="varlen"))

@@ -43,7 +43,7 @@ def explain(
 def taken(op: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
     """The backend that runs `op` here; with what keeps it off the first, where it is another.
 
-    "varlen (not flash4: needs a head_dim of 32, 64, 128, got 72)". Arguments as `explain`'s.
+    "varlen (not flash4: needs a head_dim of at most 128, got 256)". Arguments as `explain`'s.
     """
     name = requested(op, None)[0] or first_able(op, device, dtype, width)
     best, reason = next(iter(BACKENDS[op].items()))

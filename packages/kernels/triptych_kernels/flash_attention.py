@@ -7,10 +7,11 @@ flash_attn/cute. All of them align the last query of a document with its last ke
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .attention_pattern import Pattern
-from .dispatch import is_traced
+from .dispatch import FLASH4_WIDTHS, is_traced
 
 # torch 2.12 added the flag and checks it; 2.11 takes fewer key heads without being told.
 _HAS_GQA_FLAG = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
@@ -74,7 +75,22 @@ def flash2(
 def flash4(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """As `varlen`, on the package flash-attn-4; its first call of a kind compiles for seconds."""
+    """As `varlen`, on the package flash-attn-4; its first call of a kind compiles for seconds.
+
+    Heads of a width that it has no kernel for are widened by zeros, which add nothing to a score.
+    """
+    width = q.shape[-1]
+    wide = next(each for each in FLASH4_WIDTHS if each >= width)
+    if wide != width:
+        pattern = pattern._replace(scale=width**-0.5 if pattern.scale is None else pattern.scale)
+        q, k, v = (F.pad(x, (0, wide - width)) for x in (q, k, v))
+    out, lse = _run_flash4(q, k, v, pattern, return_lse)
+    return out[..., :width], lse
+
+
+def _run_flash4(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
     if is_traced(q):
         return _flash4(q, k, v, *pattern)
     return _flash4_forward(q, k, v, pattern, return_lse)
