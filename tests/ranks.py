@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -76,6 +77,8 @@ def _rank_main(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    # A third of a second for each collection over what the parent had, and a copy of its memory.
+    gc.freeze()
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
