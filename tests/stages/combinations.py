@@ -78,9 +78,9 @@ COMPILED = {
     "expert": ["1 compile"],
     "sequence and expert": ["3 compile"],
 }
-# Those that go through Inductor, whose kernels take most of the time: their layers hold all that
-# the others' do. The others are traced, cut into forward and backward and run by AOTAutograd.
-INDUCTOR = [("sequence", "1 compile selective"), ("sequence and expert", "3 compile")]
+# What goes through Inductor, whose kernels take most of the time: its layers hold all that the
+# others' do. The others are traced, cut into forward and backward and run by AOTAutograd.
+INDUCTOR = [("sequence and expert", "3 compile")]
 # Mode, stage and feature of what is refused before a run starts.
 REFUSED = [
     ("tensor", "0", ""),
