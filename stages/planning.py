@@ -64,16 +64,6 @@ class PackedConfig(StageConfig):
                 "model.compile: must be none with parallel.tensor, got layers; its sums over ranks "
                 "break a layer's graph"
             )
-        if (
-            self.parallel.expert > 1
-            and self.model.compile == "layers"
-            and self.engine.checkpointing == "selective"
-        ):
-            raise ValueError(
-                "engine.checkpointing: must be none, full or offload with parallel.expert and "
-                "model.compile=layers, got selective; what the compiler may keep cannot depend on "
-                "the tokens of an expert, but norms and gates it computes again by itself"
-            )
         return self
 
     @model_validator(mode="after")
@@ -174,8 +164,6 @@ def settle_compile(config: PackedConfig, *, on_cuda: bool) -> Literal["none", "l
         return config.model.compile
     parallel = config.parallel
     if config.model.lora is not None or parallel.tensor > 1:
-        return "none"
-    if parallel.expert > 1 and config.engine.checkpointing == "selective":
         return "none"
     return "layers" if on_cuda else "none"
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from triptych_kernels import balance_loss, expert_counts, moe_mlp, moe_mlp_ref, route, z_loss
 from triptych_kernels.moe import _moe_mlp, _moe_mlp_backward
@@ -202,9 +203,10 @@ def test_parts_of_the_experts_add_up(backend, only):
         torch.testing.assert_close(got.double(), true, atol=1e-5, rtol=1e-4)
 
 
-def test_a_part_compiles_in_one_graph_whatever_its_number_of_rows():
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_part_compiles_in_one_graph_whatever_its_number_of_rows(backend):
     torch._dynamo.reset()
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    graphs = CompileCounterWithBackend(backend)
     compiled = torch.compile(in_parts, fullgraph=True, backend=graphs)
     *given, _ = inputs(num_experts=6, top_k=3)
     for seed in range(3):

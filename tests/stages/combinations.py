@@ -75,7 +75,7 @@ EXACT = {
 COMPILED = {
     "rows": ["0 compile full", "3 compile offload"],
     "sequence": ["1 compile selective", "3 compile"],
-    "expert": ["1 compile"],
+    "expert": ["1 compile selective"],
     "sequence and expert": ["3 compile"],
 }
 # What goes through Inductor, whose kernels take most of the time: its layers hold all that the
@@ -89,7 +89,6 @@ REFUSED = [
     ("tensor", "1", "compile"),
     ("tensor", "1", "muon"),
     ("expert", "3", "host"),
-    ("expert", "1", "compile selective"),
     ("rows", "1", "host muon"),
     ("rows", "1", "host states"),
     ("rows", "0", "host"),

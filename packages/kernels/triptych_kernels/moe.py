@@ -8,10 +8,12 @@ with dA = down_e^T dy_t, which the backward computes anyway, that is <dA, silu(g
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from . import moe_passes as passes
 from .autocast import lowered
@@ -134,8 +136,9 @@ def _(
     size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_rows: Any = experts.shape[0] * experts.shape[1] // size
-    if size > 1 and torch.compiler.is_compiling():  # else a plan, of even loads
-        num_rows = torch.library.get_ctx().new_dynamic_size()
+    if size > 1:
+        with suppress(DynamicOutputShapeException):  # of a plan, which takes loads to be even
+            num_rows = torch.library.get_ctx().new_dynamic_size()
     return (
         x.new_empty(x.shape),
         x.new_empty(num_rows, gate_up.shape[1]),

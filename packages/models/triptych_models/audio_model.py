@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .audio_tower import halve
+from .checkpointing import compile_forward
 from .layout import ear
-from .packed import PackedModel, compile_forward
+from .packed import PackedModel
 from .sequence import exchange_features
 from .sequence_batch import take_part
 

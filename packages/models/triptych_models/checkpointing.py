@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._functorch import config as functorch
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -29,10 +28,15 @@ _ATTENTION = {
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
 }
-
-# Of what a compiled layer could keep for its backward, the share that it may with selective
-# checkpointing: what products and attention gave is 0.53 of it in Qwen3-1.7B.
-KEPT = 0.5
+# Each one node of a compiled layer.
+_NODES = {
+    "triptych::attention",
+    "triptych::gated_delta_rule",
+    "triptych::moe_mlp",
+    "triptych::native_sparse_attention",
+    "triptych_models::gather_rows",
+    "triptych_models::sum_rows",
+}
 
 
 class Checkpointed(nn.Module):
@@ -45,19 +49,51 @@ class Checkpointed(nn.Module):
     def set_checkpointing(self, checkpointing: Checkpointing) -> None:
         """Say what every layer keeps; see `run_layer`. Layers compile before, if they do."""
         self.checkpointing = checkpointing
-        if self.is_compiled:
-            functorch.activation_memory_budget = KEPT if checkpointing == "selective" else 1.0
+        for module in self.modules():
+            forward = vars(module).get("forward")
+            if isinstance(forward, CompiledForward):
+                forward.compile(selective=checkpointing == "selective")
 
     def run_layer(self, layer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """`run_layer` by what was said."""
         way = self.checkpointing if self.training else "none"
         if self.is_compiled:
             if way == "selective":
-                way = "none"  # the compiler sees to it, within its budget
+                way = "none"  # the compiler sees to it
             if hidden_states._is_view():
                 # The graph of a view is another one: the first layer's would be compiled apart.
                 hidden_states = hidden_states.clone()
         return run_layer(way, self.input_store, layer, hidden_states, **kwargs)
+
+
+class CompiledForward:
+    """A layer's forward as one graph; of it, what `selective` checkpointing would, is kept.
+
+    Args:
+        forward: the layer's.
+        dynamic: whether sizes may vary, from the first call on.
+    """
+
+    def __init__(self, forward: Callable[..., Any], dynamic: bool | None) -> None:
+        self._forward, self._dynamic = forward, dynamic
+        self.compile(selective=False)
+
+    def compile(self, *, selective: bool) -> None:
+        """Compile at the next call, to keep all that the backward reads or what is dear of it."""
+        forward = partial(_keeping, self._forward) if selective else self._forward
+        self._compiled = torch.compile(forward, fullgraph=True, dynamic=self._dynamic)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._compiled(*args, **kwargs)
+
+
+def compile_forward(layer: nn.Module, dynamic: bool | None = None) -> None:
+    """Compile what a layer computes as one graph, without the hooks around it.
+
+    `layer.compile()` would take those in, and with them ZeRO-3's gathering. Inside a layer there
+    are none: it is a leaf to ZeRO-3, whose weights are whole while its forward runs.
+    """
+    layer.forward = CompiledForward(layer.forward, dynamic)
 
 
 def run_layer(
@@ -127,6 +163,25 @@ def _policy(
     if name in _PRODUCTS and not _reads(args[1 if name == _GROUPED else -1], last):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _keeping(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`forward` within a compiled graph, of which products, attention and the like are kept."""
+
+    def run() -> Any:
+        return forward(*args, **kwargs)
+
+    return checkpoint(run, use_reentrant=False, preserve_rng_state=False, context_fn=_kept)
+
+
+def _kept() -> Any:
+    return create_selective_checkpoint_contexts(_policy_of_graph)
+
+
+def _policy_of_graph(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    # What no backward reads, such as a last product's result, the compiler does not keep anyway.
+    dear = op._schema.name in _PRODUCTS | _ATTENTION | _NODES
+    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _reads(matrix: Tensor, weight: Tensor | None) -> bool:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from .packed import PackedModel, compile_forward
+from .checkpointing import compile_forward
+from .packed import PackedModel
 
 
 class ImageModel(PackedModel):

@@ -12,7 +12,7 @@ from transformers.initialization import no_init_weights
 from triptych_kernels import fuse
 
 from .attention import PACKED, register
-from .checkpointing import Checkpointed
+from .checkpointing import Checkpointed, compile_forward
 from .config import LoraConfig
 from .head import LossHead
 from .layout import decoder, text_config
@@ -222,15 +222,6 @@ class PackedModel(Checkpointed):
         super()._apply(fn, recurse)  # behind .to(), .bfloat16(), .cuda()
         restore_rotary(self.hf)
         return self
-
-
-def compile_forward(layer: nn.Module, dynamic: bool | None = None) -> None:
-    """Compile what a layer computes as one graph, without the hooks around it.
-
-    `layer.compile()` would take those in, and with them ZeRO-3's gathering. Inside a layer there
-    are none: it is a leaf to ZeRO-3, whose weights are whole while its forward runs.
-    """
-    layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=dynamic)
 
 
 def _without(tree: dict[str, Any], keys: frozenset[str]) -> dict[str, Any]:

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checkpointing import Checkpointed
+from ..checkpointing import Checkpointed, compile_forward
 from ..freeze import Holder, OwnParameters
 from ..offload import InputStore
 from ..output import LossOutput
-from ..packed import compile_forward
 from .augment import augment
 from .config import AdversaryConfig, RAEModelConfig
 from .costs import Costs, decoder_flops, discriminator_flops

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpointing import Checkpointed
+from ..checkpointing import Checkpointed, compile_forward
 from ..freeze import Holder
 from ..offload import InputStore
 from ..output import LossOutput
-from ..packed import compile_forward
 from ..weights import Gather, whole
 from .config import ObjectiveConfig
 from .interpolant import point, to_velocity
