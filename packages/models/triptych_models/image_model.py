@@ -10,7 +10,9 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from .checkpointing import compile_forward
+from .layout import tower
 from .packed import PackedModel
+from .vision import embed_by_product
 
 
 class ImageModel(PackedModel):
@@ -26,6 +28,9 @@ class ImageModel(PackedModel):
         fused: bool = True,
     ) -> None:
         super().__init__(hf_config, dtype=dtype, fused=fused)
+        for module in (tower(self.hf) or nn.Module()).modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                embed_by_product(module)
         self.image_mean = image_mean
         self.image_std = image_std
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 RunLayer = Callable[..., Tensor]
@@ -33,6 +34,23 @@ def normalize_pixels(pixels: Tensor, mean: Sequence[float], std: Sequence[float]
         (x - 255 * m) / (255 * s) for x, m, s in zip(channels, mean, std, strict=True)
     ]  # scalars, not a tensor of them: that would be one more copy to the device
     return torch.stack(scaled, 1).flatten(1)
+
+
+def embed_by_product(conv: nn.Conv2d | nn.Conv3d) -> None:
+    """Let a convolution over patches that are cut already, one output each, be a matrix product.
+
+    torch's kernel took 11 ms for 65,536 patches of Qwen3-VL on an H200, at 21 TFLOP/s.
+    """
+    convolve = conv.forward
+
+    def forward(x: Tensor) -> Tensor:
+        """(P, C, *kernel_size) → (P, D, 1, …)."""
+        if x.shape[2:] != conv.kernel_size:
+            return convolve(x)
+        out = F.linear(x.flatten(1), conv.weight.flatten(1), conv.bias)
+        return out.view(*out.shape, *(1 for _ in conv.kernel_size))
+
+    conv.forward = forward  # type: ignore[assignment]
 
 
 def vision_features(
