@@ -64,7 +64,7 @@ CASES = {
         "qwen3_vl_moe",
         ("text_config.num_hidden_layers=6", *DEEPSTACK),
         ("text_config.num_hidden_layers=3", *DEEPSTACK),
-        LEAN,
+        KEPT,
         (*SEES, *LONG),
     ),
     "qwen3.5-9b, 12 of 32 layers": Case(

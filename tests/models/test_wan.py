@@ -1,6 +1,7 @@
 """Wan: diffusers' own transformer as a family, told times, texts and first frames as it should."""
 
 import json
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from triptych_kernels import use_backend
 from triptych_models.diffusion.build import build_diffusion
 from triptych_models.diffusion.config import DiffusionModelConfig, ObjectiveConfig, SamplerConfig
 from triptych_models.diffusion.sampling import sample
@@ -174,6 +176,19 @@ def test_compiled_blocks_may_keep_less(tmp_path):
         found.append([p.grad.clone() for p in model.parameters()])
     for plain, compiled in zip(*found, strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
+
+
+def test_attention_over_packed_rows_is_stocks(tmp_path):
+    """The way of flash-attn 4, which has no kernel here."""
+    model = tiny(tmp_path / "wan").train()
+    b, found = batch(model), []
+    for way in (nullcontext(), use_backend(attention="reference")):
+        model.zero_grad()
+        with way:
+            model(**b).loss_sum.backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("fields", [{}, IMAGES, VIDEO], ids=["t2v", "i2v", "v2v"])

@@ -18,6 +18,7 @@ from ..weights import Gather, constant, own_parameters, whole
 from .config import DiffusionModelConfig, ObjectiveConfig
 from .model import Condition, DiffusionModel, default_dtype
 from .sit_model import xavier
+from .wan_attention import set_self_attention
 from .wan_flops import wan_flops
 from .wan_weights import export_wan, load_wan
 
@@ -45,6 +46,7 @@ class WanModel(DiffusionModel):
                 f"{objective.path} and {objective.prediction}; leave them out"
             )
         super().__init__(net, objective)
+        set_self_attention(net)
         self.shape: Any = net.config
 
     @classmethod
