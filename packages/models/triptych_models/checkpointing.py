@@ -80,6 +80,11 @@ class CompiledForward:
 
     def compile(self, *, selective: bool) -> None:
         """Compile at the next call, to keep all that the backward reads or what is dear of it."""
+        from torch._dynamo import config  # here: importing it takes a second
+
+        # What torch 2.12 has as its default: before, guards were read after they had been freed,
+        # and a run could end in a segmentation fault (its pull request 181873).
+        config.use_recursive_dict_tags_for_guards = False
         forward = partial(_keeping, self._forward) if selective else self._forward
         self._compiled = torch.compile(forward, fullgraph=True, dynamic=self._dynamic)
 
