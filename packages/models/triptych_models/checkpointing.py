@@ -1,5 +1,6 @@
 """What a layer keeps for its backward, and what it computes again there."""
 
+import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
@@ -85,6 +86,8 @@ class CompiledForward:
         # What torch 2.12 has as its default: before, guards were read after they had been freed,
         # and a run could end in a segmentation fault (its pull request 181873).
         config.use_recursive_dict_tags_for_guards = False
+        # It warns of layers that write in place, which what gradients are compared with would show.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         forward = partial(_keeping, self._forward) if selective else self._forward
         self._compiled = torch.compile(forward, fullgraph=True, dynamic=self._dynamic)
 
