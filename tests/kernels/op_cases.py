@@ -117,6 +117,20 @@ def with_documents(op: str, shapes: Any, ours: Any, plain: Any, at: int, **optio
     return Case(op, shapes, call(ours), call(plain))
 
 
+def conv_in_parts() -> Case:
+    """Of the middle of wider rows, without a bias."""
+
+    def ours(x: Tensor, weight: Tensor, **backend: Any) -> Any:
+        options = {"silu": True, "widths": (4, 12), **backend}
+        return tk.causal_conv1d(x[:, 2:18], weight, bounds(len(x)), **options)
+
+    def plain(x: Tensor, weight: Tensor) -> Any:
+        y = tk.causal_conv1d_ref(x[:, 2:18], weight, bounds(len(x)), silu=True)
+        return y.split([4, 12], -1)
+
+    return Case("causal_conv1d", (HIDDEN, (16, 3)), ours, plain)
+
+
 def delta_rule(**options: Any) -> Case:
     def call(op: Callable[..., Any]) -> Callable[..., Any]:
         def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **backend: Any) -> Any:
@@ -248,6 +262,7 @@ CASES: dict[str, Case] = {
         2,
         silu=True,
     ),
+    "causal_conv1d in parts": conv_in_parts(),
     "gated_delta_rule": delta_rule(return_state=True),
     "native_sparse_attention": with_documents(
         "native_sparse_attention",

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from triptych_kernels import causal_conv1d, causal_conv1d_ref
-from triptych_kernels.causal_conv1d import _causal_conv1d
+from triptych_kernels.causal_conv1d import _causal_conv1d, _causal_conv1d_fla
 
 LENGTHS = [5, 0, 1, 9, 2]
 
@@ -93,10 +93,30 @@ def test_fla_op_has_the_shapes_it_promises(with_bias):
     x, weight, bias = (t.to("meta").requires_grad_() for t in inputs())
     given = [x, weight, bias] if with_bias else [x, weight]
     cu_seqlens = cu_seqlens_of(LENGTHS).to("meta")
-    y = _causal_conv1d(x, weight, bias if with_bias else None, cu_seqlens, True)
+    y = _causal_conv1d_fla(x, weight, bias if with_bias else None, cu_seqlens, True)
     assert y.shape == x.shape
     gradients = torch.autograd.grad(y, given, y)
     assert [t.shape for t in gradients] == [t.shape for t in given]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_op_has_the_shapes_it_promises(dtype):
+    """Its kernels run interpreted elsewhere; here also in bfloat16 under a float32 weight."""
+    x, weight, bias = (t.to("meta").requires_grad_() for t in inputs())
+    given = [x.detach().to(dtype).requires_grad_(), weight, bias]
+    position = torch.zeros(len(x), dtype=torch.int64, device="meta")
+    parts = _causal_conv1d(*given, position, True, [4, 2])
+    assert [(y.shape, y.dtype) for y in parts] == [((17, 4), dtype), ((17, 2), dtype)]
+    gradients = torch.autograd.grad(parts, given, parts)
+    assert [(t.shape, t.dtype) for t in gradients] == [(t.shape, t.dtype) for t in given]
+
+
+def test_parts_are_those_of_the_whole():
+    x, weight, bias = inputs()
+    whole = causal_conv1d(x, weight, cu_seqlens_of(LENGTHS), bias=bias)
+    parts = causal_conv1d(x, weight, cu_seqlens_of(LENGTHS), bias=bias, widths=(1, 3, 2))
+    assert [part.shape[1] for part in parts] == [1, 3, 2]
+    assert torch.equal(torch.cat(parts, -1), whole)
 
 
 def test_matches_transformers():
@@ -116,3 +136,5 @@ def test_shapes_are_checked():
         causal_conv1d(x, weight, cu_seqlens, bias=bias[:1])
     with pytest.raises(ValueError, match=r"int32 with at least one document, got \(1,\)"):
         causal_conv1d(x, weight, cu_seqlens[:1])
+    with pytest.raises(ValueError, match=r"add up to 6, got \[3, 2\]"):
+        causal_conv1d(x, weight, cu_seqlens, widths=(3, 2))

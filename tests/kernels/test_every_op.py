@@ -277,10 +277,11 @@ def test_no_library_op_is_left_out(monkeypatch):
         }
         monkeypatch.undo()
     only_triton = {
-        "add_rms_norm", "gate_add", "gated_rms_norm", "geglu", "layer_norm", "modulate", "rms_norm",
-        "rope", "swiglu", "symmetric_product",
+        "add_rms_norm", "causal_conv1d", "gate_add", "gated_rms_norm", "geglu", "layer_norm",
+        "modulate", "rms_norm", "rope", "swiglu", "symmetric_product",
     }  # fmt: skip
-    only_fla = {"causal_conv1d", "causal_conv1d_backward"}
+    only_fla = {"causal_conv1d_fla", "gated_delta_rule_fla"}
+    only_fla |= {f"{n}_backward" for n in only_fla}
     triton = known & (only_triton | {f"{n}_backward" for n in only_triton})
     assert called >= triton if INTERPRETS else called == known - triton - only_fla
 

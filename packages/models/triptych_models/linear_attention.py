@@ -70,8 +70,10 @@ def run_packed(
         return stock
     assert hidden_states.shape[0] == 1 and attention_mask is None, "packed rows have no mask"
     mixed, z, b, a = _project(self, hidden_states)
-    mixed = causal_conv1d(mixed, self.conv1d.weight[:, 0], cu_seqlens, silu=True)
-    q, k, v = mixed.split([self.key_dim, self.key_dim, self.value_dim], -1)  # (T, heads * D)
+    widths = (self.key_dim, self.key_dim, self.value_dim)
+    q, k, v = causal_conv1d(  # (T, heads * D) each
+        mixed, self.conv1d.weight[:, 0], cu_seqlens, silu=True, widths=widths
+    )
     wide = torch.promote_types(a.dtype, torch.float32)
     decay = -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias)  # (T, Hv)
     out = gated_delta_rule(
