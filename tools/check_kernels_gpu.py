@@ -21,7 +21,15 @@ from kernel_cases.optimizer import OPTIONS
 from kernel_cases.registry import CASES
 from torch import Tensor
 
-from triptych_kernels import adamw_, attention, explain, linear_cross_entropy, rms_norm, swiglu
+from triptych_kernels import (
+    adamw_,
+    attention,
+    causal_conv1d,
+    explain,
+    linear_cross_entropy,
+    rms_norm,
+    swiglu,
+)
 
 SLACK = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
 REORDERED = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -43,6 +51,8 @@ def main() -> None:
         results += [check_layer_compiles(), check_num_targets_is_used(), *check_huge()]
     if args.only is None or "adamw" in args.only:
         results += [check_huge_adamw(), check_rounding()]
+    if args.only is None or "causal_conv1d" in args.only:
+        results.append(check_huge_conv())
     lines = [line for line, _ in results]
     if not args.no_timing:
         lines.append(
@@ -174,6 +184,19 @@ def check_huge_adamw() -> tuple[str, bool]:
         results.append([x[-8:].clone() for x in (params, *states, copy)])
     passed = all(map(torch.equal, *results))
     return line("adamw", "2^31 elements", torch.float32, "same bits", passed), passed
+
+
+def check_huge_conv() -> tuple[str, bool]:
+    """A last document beyond 2^31 elements: its output and gradient must be right."""
+    few, weight = randn(8, 2048), randn(2048, 4, seed=1)
+    ends = {}
+    for x in (few.repeat(2**31 // 2048 // 8 + 1, 1), few):
+        x.requires_grad_()
+        y = causal_conv1d(x, weight, bounds_of([len(x) - 8, 8]), silu=True)
+        ends[len(x)] = [y[-8:].detach(), torch.autograd.grad(y, x, x.detach())[0][-8:]]
+    worst = max(map(distance, *ends.values()))
+    passed = worst <= REORDERED[HALF]
+    return line("causal_conv1d", "2^31 elements", HALF, f"{worst:.1e}", passed), passed
 
 
 def check_rounding() -> tuple[str, bool]:

@@ -12,7 +12,7 @@ from triptych_kernels.triton_ops import causal_conv1d as kernels
 pytestmark = pytest.mark.usefixtures("poison")
 
 # Documents shorter than the filter, of nothing, and across the rows that programs share out.
-PACKS = [[1], [5, 0, 1, 9, 2], [0, 0, 23, 0], [1, 1, 1, 1, 1, 40], [0]]
+PACKS = [[1], [5, 0, 1, 9, 2], [0, 0, 23, 0], [1, 1, 1, 1, 1, 20], [0]]
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +32,9 @@ def inputs(tokens, width=6, taps=4):
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-@pytest.mark.parametrize("silu", [True, False])
-@pytest.mark.parametrize("taps", [1, 2, 4, 5])
+@pytest.mark.parametrize(
+    ("taps", "silu"), [(1, True), (2, False), (4, True), (4, False), (5, True)]
+)
 @pytest.mark.parametrize("lengths", PACKS)
 def test_is_the_reference(check, lengths, taps, silu):
     bounds = cu_seqlens_of(lengths)

@@ -1,9 +1,13 @@
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from triptych_kernels import gated_delta_rule, gated_delta_rule_ref
+from triptych_kernels.dispatch import FLA_KEEPS_FORWARD
 from triptych_kernels.gated_delta_rule import _gated_delta_rule
+from triptych_kernels.gated_delta_rule_fla import gated_delta_rule_fla
 
 # Lengths of the packed documents; 0 and 1 are allowed anywhere, 64 tokens are one chunk.
 PACKS = [[7], [0, 1, 0, 6, 1, 0], [64, 65], [63, 1, 130]]
@@ -205,6 +209,52 @@ def test_fla_op_has_the_shapes_it_promises():
     assert (state.shape, state.dtype) == ((2, 4, 8, 5), torch.float32)
     gradients = torch.autograd.grad((out, state), fakes, (out, state))
     assert [x.shape for x in gradients] == [x.shape for x in tensors]
+
+
+@pytest.mark.parametrize("initial", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_node_that_keeps_fla_forward_has_the_shapes_it_promises(normalize, initial):
+    """Of the node for fla 0.6.0, too: what it keeps is as long as the row, whatever is in it."""
+    tensors, cu_seqlens = pack([5, 0, 66], dtype=torch.bfloat16)
+    tensors[3] = tensors[3].float()  # g, as models give it
+    tensors += [torch.zeros(3, 4, 8, 5)] if initial else []
+    fakes = [x.to("meta").requires_grad_() for x in tensors]
+    options = (fakes[5] if initial else None, 1.0, normalize)
+    out, state, *kept = gated_delta_rule_fla(*fakes[:5], cu_seqlens.to("meta"), *options)
+    assert (out.shape, out.dtype) == ((71, 4, 5), torch.bfloat16)
+    assert (state.shape, state.dtype) == ((3, 4, 8, 5), torch.float32)
+    row, half = (71, 2), ((71, 2, 8), torch.bfloat16)
+    lengths = [half, half, (row, torch.float32), (row, torch.float32)]
+    nothing = [((0,), torch.bfloat16)] * 4
+    assert [(x.shape, x.dtype) for x in kept] == [
+        ((71, 4), torch.float32),
+        ((71, 4, 64), torch.bfloat16),
+        *(lengths if normalize else nothing),
+    ]
+    gradients = torch.autograd.grad((out, state), fakes, (out, state))
+    assert [(x.shape, x.dtype) for x in gradients] == [(x.shape, x.dtype) for x in tensors]
+
+
+def test_node_calls_fla_as_it_is():
+    """The node's calls, against the signatures of the fla that is installed, if it is 0.6.0."""
+    pytest.importorskip("fla")
+    if not FLA_KEEPS_FORWARD:
+        pytest.skip("another fla: its forward runs again in the backward")
+    from fla.modules.norm.l2norm import l2norm_bwd, l2norm_fwd
+    from fla.ops.gated_delta_rule.chunk import (
+        chunk_gated_delta_rule_bwd,
+        chunk_gated_delta_rule_fwd,
+    )
+
+    both = ["q", "k", "v", "g", "beta", "scale", "initial_state"]
+    both += ["cu_seqlens", "chunk_indices", "chunk_size"]
+    for part, others in (
+        (chunk_gated_delta_rule_fwd, ["output_final_state"]),
+        (chunk_gated_delta_rule_bwd, ["A", "do", "dht"]),
+    ):
+        inspect.signature(part).bind(**dict.fromkeys(both + others))
+    names = [list(inspect.signature(part).parameters) for part in (l2norm_fwd, l2norm_bwd)]
+    assert (names[0][:1], names[1][:3]) == (["x"], ["y", "rstd", "dy"])
 
 
 def test_matches_transformers():

@@ -6,6 +6,7 @@ the allowed error is a fixed one.
 
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,12 +16,11 @@ SLACK = 1.5e-2
 
 
 def delta_rule_case(lengths: list[int], heads: int, value_heads: int, width: int) -> Case:
-    from triptych_kernels import gated_delta_rule, gated_delta_rule_ref
+    """The chunks of plain torch stand for the formula: token by token takes a launch for each."""
+    from triptych_kernels import gated_delta_rule
 
     tokens, bounds = sum(lengths), bounds_of(lengths)
-    plain = gated_delta_rule_ref if tokens <= 4096 else gated_delta_rule
     options = {"cu_seqlens": bounds, "normalize_qk": True}
-    backend = {} if tokens <= 4096 else {"backend": "chunked"}
     return Case(
         "gated_delta_rule",
         f"{len(lengths)} docs T{tokens} {heads}/{value_heads} D{width}",
@@ -33,42 +33,60 @@ def delta_rule_case(lengths: list[int], heads: int, value_heads: int, width: int
             randn(tokens, value_heads, seed=4).sigmoid(),
         ],
         lambda *x: gated_delta_rule(*x, **options),
-        lambda *x: plain(*x, **options, **backend),
+        lambda *x: gated_delta_rule(*x, **options, backend="chunked"),
         slack=SLACK,
     )
 
 
 def delta_rule_cases() -> Iterator[Case]:
-    yield delta_rule_case([0, 1, 63, 0, 130, 1], 2, 4, 64)
-    yield delta_rule_case([200], 4, 4, 128)
+    """Of few shapes: for each, fla times its kernels' configurations anew, which takes longest."""
+    yield delta_rule_case([0, 1, 63, 0, 130, 1], 2, 4, 128)
 
 
 def delta_rule_timed() -> Iterator[Case]:
-    yield delta_rule_case([5000, 1384, 8000, 2000], 16, 32, 128)
+    yield delta_rule_case([1024] * 8, 16, 16, 128)
 
 
-def conv_case(lengths: list[int], width: int, silu: bool) -> Case:
+def conv_case(
+    lengths: list[int], widths: tuple[int, ...], silu: bool, taps: int = 4, beside: int = 0
+) -> Case:
+    """y in parts of these widths; x has `beside` columns more on either side."""
     from triptych_kernels import causal_conv1d, causal_conv1d_ref
 
-    bounds = bounds_of(lengths)
+    tokens, bounds, total = sum(lengths), bounds_of(lengths), sum(widths)
+    inner = slice(beside, beside + total)
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> object:
+        return causal_conv1d(x[:, inner], weight, bounds, bias=bias, silu=silu, widths=widths)
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> object:
+        y = causal_conv1d_ref(x[:, inner], weight, bounds, bias=bias, silu=silu)
+        return y.split(widths, -1)
+
     return Case(
         "causal_conv1d",
-        f"{len(lengths)} docs T{sum(lengths)} D{width} silu={silu}",
+        f"{len(lengths)} docs T{tokens} D{'+'.join(map(str, widths))} W{taps} silu={silu}",
         HALF,
-        [randn(sum(lengths), width), randn(width, 4, seed=1)],
-        lambda x, weight: causal_conv1d(x, weight, bounds, silu=silu),
-        lambda x, weight: causal_conv1d_ref(x, weight, bounds, silu=silu),
+        [
+            randn(tokens, total + 2 * beside),
+            randn(total, taps, seed=1, dtype=torch.float32),
+            randn(total, seed=2, dtype=torch.float32),
+        ],
+        ours,
+        plain,
         slack=SLACK,
     )
 
 
 def conv_cases() -> Iterator[Case]:
-    for silu in (True, False):
-        yield conv_case(RAGGED, 760, silu)
+    yield conv_case(RAGGED, (256, 256, 512), True)
+    yield conv_case(RAGGED, (760,), False)
+    yield conv_case(RAGGED, (37, 300), True, taps=3, beside=5)
+    yield conv_case([1, 2, 3, 4, 5], (8,), True, taps=5)
 
 
 def conv_timed() -> Iterator[Case]:
-    yield conv_case([5000, 1384, 8000, 2000], 8192, True)
+    yield conv_case([1024] * 16, (2048, 2048, 2048), True)
 
 
 def sparse_case(lengths: list[int], heads: int, kv_heads: int, width: int) -> Case:

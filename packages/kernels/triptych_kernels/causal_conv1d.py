@@ -79,9 +79,7 @@ def causal_conv1d_ref(
     return F.silu(y.to(x.dtype)) if silu else y.to(x.dtype)
 
 
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, widths: Sequence[int] | None
-) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, widths: Sequence[int] | None) -> None:
     if x.dim() != 2 or weight.dim() != 2 or weight.shape[0] != x.shape[1] or not weight.shape[1]:
         raise ValueError(
             f"causal_conv1d: x must be (T, D) and weight (D, W) with W at least 1, got "
@@ -123,7 +121,9 @@ class _CausalConv1d(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         from .triton_ops import causal_conv1d as kernels
 
-        return (*kernels.backward(dys, *ctx.saved_tensors, ctx.silu), None, None, None)
+        x, weight, bias, position = ctx.saved_tensors
+        gradients = kernels.backward(dys, x, weight, bias, position, ctx.silu)
+        return (*gradients, None, None, None)
 
 
 @torch.library.custom_op("triptych::causal_conv1d", mutates_args=())
@@ -189,8 +189,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _differentiate(ctx: Any, dys: list[Tensor]) -> tuple[Any, ...]:
-    dx, dweight, dbias = _causal_conv1d_backward(dys, *ctx.saved_tensors, ctx.silu)
-    return dx, dweight, None if ctx.saved_tensors[2] is None else dbias, None, None, None
+    x, weight, bias, position = ctx.saved_tensors
+    dx, dweight, dbias = _causal_conv1d_backward(dys, x, weight, bias, position, ctx.silu)
+    return dx, dweight, None if bias is None else dbias, None, None, None
 
 
 _causal_conv1d.register_autograd(_differentiate, setup_context=_save)

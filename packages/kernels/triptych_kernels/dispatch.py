@@ -48,6 +48,11 @@ _HAS_FLASH4 = _has_file("flash_attn", "cute", "flash_bwd_sm90.py") and all(
 )
 _HAS_TILELANG = importlib.util.find_spec("tilelang") is not None
 _HAS_FLA = importlib.util.find_spec("fla") is not None
+# Whether the parts of fla's gated delta rule are those that `gated_delta_rule_fla` was written for,
+# and fla does not itself take other kernels (Qwen's FlashQLA).
+FLA_KEEPS_FORWARD = (
+    _version("fla-core") == (0, 6, 0) and importlib.util.find_spec("flash_qla") is None
+)
 _INTERPRETS = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 _HALVES = (torch.float16, torch.bfloat16)
 # Those whose gradients were checked on an H100; others are widened to the next with zeros. At 72

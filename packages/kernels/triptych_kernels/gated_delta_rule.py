@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import choose, is_traced
+from .dispatch import FLA_KEEPS_FORWARD, choose, is_traced
 from .documents import check_cu_seqlens, document_of, position_of
+from .gated_delta_rule_fla import gated_delta_rule_fla
 from .recompute import recomputed_gradients
 
 _CHUNK = 64
@@ -47,14 +48,19 @@ def gated_delta_rule(
     (num_docs, Hv, Dk, Dv) float32. The arithmetic is float32 (float64 for float64 q). chunked
     reads nothing on the host; fla reads a cu_seqlens tensor on the host the first time it sees it
     (the layers of a step share that read when they share the tensor). Under torch.compile the op is
-    one node on every backend and runs its forward a second time in the backward. Raises ValueError
-    for shapes that do not fit.
+    one node on every backend and runs its forward a second time in the backward, but for fla 0.6.0,
+    whose parts are known. Raises ValueError for shapes that do not fit.
     """
     _check_shapes(q, k, v, g, beta, initial_state, cu_seqlens)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     name = choose("gated_delta_rule", q, backend)
-    run = _gated_delta_rule if is_traced(q) else _run
-    out, state = run(q, k, v, g, beta, cu_seqlens, initial_state, scale, normalize_qk, name)
+    given = (q, k, v, g, beta, cu_seqlens, initial_state, scale, normalize_qk)
+    if not is_traced(q):
+        out, state = _run(*given, name)
+    elif name == "fla" and FLA_KEEPS_FORWARD:
+        out, state, *_ = gated_delta_rule_fla(*given)
+    else:
+        out, state = _gated_delta_rule(*given, name)
     return (out, state) if return_state else out
 
 

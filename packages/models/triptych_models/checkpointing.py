@@ -33,6 +33,7 @@ _ATTENTION = {
 _NODES = {
     "triptych::attention",
     "triptych::gated_delta_rule",
+    "triptych::gated_delta_rule_fla",
     "triptych::moe_mlp",
     "triptych::native_sparse_attention",
     "triptych_models::gather_rows",

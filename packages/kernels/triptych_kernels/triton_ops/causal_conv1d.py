@@ -1,8 +1,9 @@
-# mypy: allow-untyped-defs
-# (the arguments of a kernel are typed by Triton)
+# mypy: allow-untyped-defs, disable-error-code="assignment"
+# (the arguments of a kernel are typed by Triton, and its tuples grow)
 """Short causal convolution on Triton; the formula and the op are in ../causal_conv1d.py."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import triton
@@ -30,17 +31,15 @@ def forward(
 ) -> list[Tensor]:
     """x (T, D), weight (D, W), bias (D,), position (T,) -> y, cut into (T, width) each."""
     x, weight = as_rows(x), weight.contiguous()
-    parts = [torch.empty(x.shape[0], width, dtype=x.dtype, device=x.device) for width in widths]
-    first = 0
-    for y in parts:
-        num_rows, width = y.shape
-        some = slice(first, first + width)
-        first += width
-        if y.numel():
+    num_rows, parts = x.shape[0], []
+    for some in _slices(widths):
+        width = some.stop - some.start
+        parts.append(torch.empty(num_rows, width, dtype=x.dtype, device=x.device))
+        if num_rows:
             launch(
                 _forward_kernel,
                 (-(-num_rows // _ROWS), -(-width // _COLUMNS), 1),
-                (x[:, some], weight[some], _part(bias, some, weight), position, y),
+                (x[:, some], weight[some], _part(bias, some, weight), position, parts[-1]),
                 (num_rows, width, x.stride(0)),
                 (weight.shape[1], silu, bias is not None, _ROWS, _COLUMNS),
             )
@@ -59,25 +58,21 @@ def backward(
 
     dys: the gradients of the parts of y, (T, width) each.
     """
-    x, taps = as_rows(x), weight.shape[1]
+    x, weight_rows, taps = as_rows(x), weight.contiguous(), weight.shape[1]
     num_rows, total = x.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    widest = max(dy.shape[1] for dy in dys)
-    rows, num_programs = _rows_of(num_rows, -(-widest // _COLUMNS), taps, x.device)
-    # Per program one row a tap and one for the bias.
+    widths = [dy.shape[1] for dy in dys]
+    rows, num_programs = _rows_of(num_rows, -(-max(widths) // _COLUMNS), taps, x.device)
+    # Of a program one row a tap, and one for the bias.
     partials = torch.empty(num_programs, taps + 1, total, dtype=torch.float32, device=x.device)
-    weight_rows, first = weight.contiguous(), 0
-    for dy in map(as_rows, dys):
-        width = dy.shape[1]
-        some = slice(first, first + width)
-        first += width
-        if dy.numel():
-            bias_part = _part(bias, some, weight_rows)
+    for dy, width, some in zip(dys, widths, _slices(widths), strict=True):
+        dy = as_rows(dy)
+        given = (dy, x[:, some], weight_rows[some], _part(bias, some, weight_rows), position)
+        if num_rows:
             launch(
                 _backward_kernel,
                 (num_programs, -(-width // _COLUMNS), 1),
-                (dy, x[:, some], weight_rows[some], bias_part, position, dx[:, some])
-                + (partials[..., some],),
+                (*given, dx[:, some], partials[..., some]),
                 (num_rows, width, rows, dy.stride(0), x.stride(0), total),
                 (taps, silu, bias is not None, _STRIDE, _COLUMNS),
                 num_warps=1,
@@ -86,6 +81,11 @@ def backward(
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     dweight.copy_(sums[:taps].T)
     return dx, dweight, None if bias is None else sums[taps].to(bias.dtype, copy=True)
+
+
+def _slices(widths: Sequence[int]) -> list[slice]:
+    ends = list(accumulate(widths))
+    return [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
 
 
 def _part(bias: Tensor | None, some: slice, weight: Tensor) -> Tensor:
@@ -137,6 +137,15 @@ def _forward_kernel(
     if SILU:
         y = y * tl.sigmoid(y)
     tl.store(y_ptr + row[:, None] * width + col[None, :], y, mask=inside)
+
+
+@triton.jit
+def _slope_of_silu(bias, weights, seen, TAPS: tl.constexpr):
+    z = bias
+    for back in tl.static_range(TAPS):
+        z += weights[back] * seen[back]
+    sigmoid = tl.sigmoid(z)
+    return sigmoid * (1.0 + z * (1.0 - sigmoid))
 
 
 @triton.jit
@@ -197,11 +206,7 @@ def _backward_kernel(
                 seen += (tl.where(near >= back, before[back - 1], 0.0),)
             dz = dys[i].to(tl.float32)
             if SILU:
-                z = bias
-                for back in tl.static_range(TAPS):
-                    z += weights[back] * seen[back]
-                sigmoid = tl.sigmoid(z)
-                dz *= sigmoid * (1.0 + z * (1.0 - sigmoid))
+                dz *= _slope_of_silu(bias, weights, seen, TAPS)
             own = tl.where(t < end, dz, 0.0)
             dbias += own
             sums, gathered = (), (weights[0] * dz,)
