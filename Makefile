@@ -36,7 +36,7 @@ pipeline: setup
 	$(BIN)/triptych run recipes/mindvl_tiny.yaml $(PIPELINE_ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Kills, damage, full disks, hangs: writes RELIABILITY.md.
 faults: setup

@@ -7,6 +7,7 @@ pytest's own process stays free of torch's threads, and imports are paid once.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -28,6 +29,7 @@ TIMEOUT = 120.0  # on a machine that others use, too; what a case may take is pr
 def main(scratch: Path, only: str | None) -> None:
     """Feed every case to each of its doors; prints one line a trial."""
     torch.set_num_threads(1)
+    gc.freeze()  # or each child's collections would copy every page of what was imported
     # What a payload would read or make; both beside the folders that a child may write in.
     os.environ[CANARY] = str(scratch / CANARY)
     for case in CASES:
