@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks: forked processes, so imports are paid once."""
+"""Run a function on several gloo ranks, or a script: forked processes, so imports are paid once."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import gc
 import multiprocessing
 import os
 import pickle
+import runpy
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +51,33 @@ def run_ranks(
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+def run_script(
+    script: Path, *words: object, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """`python script words`, with its exit code and all it writes; killed where it hangs."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        files = out.fileno(), err.fileno()
+        arguments = script, [*map(str, words)], *files
+        process = multiprocessing.get_context("fork").Process(target=_be_script, args=arguments)
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        said = [file.seek(0) or file.read() for file in (out, err)]
+    return subprocess.CompletedProcess([script, *words], process.exitcode or 0, *said)
+
+
+def _be_script(script: Path, words: list[str], out: int, err: int) -> None:
+    """What it raises, `multiprocessing` prints and makes an exit code of, as the interpreter."""
+    gc.freeze()
+    for number, (name, file) in enumerate((("stdout", out), ("stderr", err)), start=1):
+        os.dup2(file, number)
+        setattr(sys, name, os.fdopen(number, "w", 1, closefd=False))
+    sys.argv, sys.path[0] = [str(script), *words], str(script.parent)
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def _collect(pipes: list[Connection], timeout: float) -> list[Any]:

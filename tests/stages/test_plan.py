@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import pytest
 import torch
 
 from tests.models import tiny
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, run_script
 from tests.tiny import ROOT, make_model_dir, sft_stage, storages
 
 
@@ -245,8 +243,7 @@ def test_the_plan_of_a_2b_model_is_below_what_an_h100_measured_of_deepspeed(tmp_
     """Root BENCHMARKS.md: of DeepSpeed's stages, 45.4 GiB under ZeRO-3, under ZeRO-1 47.6, out of
     memory without checkpointing. Ours keep no buckets. Its rows: documents of 93 tokens, 77 % of
     them of images of 64 tokens each, 2.4 % targets."""
-    maker = [sys.executable, "tools/make_bench_model.py", str(tmp_path / "model")]
-    subprocess.run(maker, check=True, cwd=ROOT)
+    run_script(ROOT / "tools/make_bench_model.py", tmp_path / "model").check_returncode()
     words = [
         f"model.path={tmp_path / 'model'}",
         "model.init=random",
@@ -293,6 +290,6 @@ def test_more_ranks_need_less_and_a_small_device_is_told_what_to_do(folder):
     shown = parse_args(sft_stage().SftConfig, [*words, "--plan", "--json"])
     assert shown.plan.show == "json" and device_memory(shown) == DEFAULT_MEMORY
     # As a user types it.
-    command = [sys.executable, "stages/sft.py", *words, "--plan", "plan.gpu_memory_gib=0.001"]
-    table = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert "nothing fits" in table and "take more ranks" in table
+    table = run_script(ROOT / "stages/sft.py", *words, "--plan", "plan.gpu_memory_gib=0.001")
+    table.check_returncode()
+    assert "nothing fits" in table.stdout and "take more ranks" in table.stdout

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, run_script
 from tests.tiny import ROOT, make_model_dir, make_shards, sft_stage
 from triptych_data.plan.ledger import audit
 
@@ -323,13 +323,7 @@ def test_a_typo_ends_a_launched_run_with_one_line():
 def test_a_users_mistake_during_the_run_is_one_line(workspace):
     missing = workspace / "nowhere"
     words = overrides(workspace, workspace / "runs/mistake", f"data.shards=[{missing}]")
-    result = subprocess.run(
-        [sys.executable, "stages/sft.py", *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
+    result = run_script(ROOT / "stages/sft.py", *words)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]

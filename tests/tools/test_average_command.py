@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.ranks import run_script
 from tests.tiny import ROOT, SHIPPED
 from tests.tools.average_folders import average, read_weights, weights, write_folder
 
@@ -28,9 +29,7 @@ def command(*words: Any) -> list[str]:
 
 
 def call(*words: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*words), capture_output=True, text=True, env=ENVIRONMENT, check=False
-    )
+    return run_script(TOOL, *words)
 
 
 @pytest.fixture(scope="module")

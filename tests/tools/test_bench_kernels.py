@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.ranks import run_script
+
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools/bench_kernels.py"
 no_device = pytest.mark.skipif(torch.cuda.is_available(), reason="the rehearsal is for a CPU")
@@ -36,9 +38,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], str, 
 
 def bench(*options: str) -> subprocess.CompletedProcess[str]:
     """The tool in a process of its own: after its backward passes no rank could be forked."""
-    return subprocess.run(
-        [sys.executable, TOOL, *options], capture_output=True, text=True, timeout=300
-    )
+    return run_script(TOOL, *options)
 
 
 def test_every_op_has_a_row_for_eager_and_for_us(results):
