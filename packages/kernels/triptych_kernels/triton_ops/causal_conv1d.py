@@ -18,7 +18,7 @@ from .rows import as_rows
 _COLUMNS = 256  # of a program: in the backward 8 of a thread, 16 bytes of bfloat16
 _ROWS = 16  # of a program of the forward
 _STRIDE = 4  # rows whose loads a program of the backward has in flight
-_PROGRAMS_PER_SM = 12  # of the backward, a warp each: as many as there are registers for
+_PROGRAMS_PER_SM = 10  # of the backward, a warp each: as many as there are registers for
 
 
 def forward(
