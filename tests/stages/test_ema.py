@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ranks import run_ranks
 from tests.stages.test_checkpoint import Stream, build, join
@@ -141,3 +142,35 @@ def test_a_step_left_out_leaves_the_average():
             assert not torch.equal(average, before[1])
         else:
             assert torch.equal(master, before[0]) and torch.equal(average, before[1])
+
+
+class Ops(TorchDispatchMode):
+    """Counts what would be launched."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_many_averages_follow_in_one_launch(scale: float | None):
+    from triptych_core.optim.ema import AVERAGE, Ema
+
+    counts, ema = [], Ema(0.9, warmup=True)
+    for many in (1, 50):
+        masters = [torch.randn(3, 5) for _ in range(many)]
+        states: dict[Tensor, Any] = {master: {} for master in masters}
+        ema.begin(states, masters)
+        began = [master.clone() for master in masters]
+        for master in masters:
+            master.add_(1.0)
+        found = None if scale is None else torch.tensor(scale)
+        with Ops() as ops:
+            ema.follow(states, masters, found)
+        counts.append(ops.count)
+        for master, before in zip(masters, began, strict=True):
+            wanted = before.lerp(master, 1 - ema.decay_at(0))
+            torch.testing.assert_close(states[master][AVERAGE], wanted)
+    assert counts[0] == counts[1] <= 7

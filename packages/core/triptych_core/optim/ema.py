@@ -42,15 +42,41 @@ class Ema:
     @torch.no_grad()
     def follow(self, states: States, masters: Sequence[Tensor], scale: Tensor | None) -> None:
         """After an update; where `scale`, () on the device, is not finite, it was left out."""
+        by_count: dict[int, list[Tensor]] = {}
         for master in masters:
-            state = states[master]
-            weight = 1.0 - self.decay_at(int(state[COUNT]))
-            moves = weight if scale is None else weight * scale.isfinite()
-            state[AVERAGE].lerp_(master, moves)
-            state[COUNT] = int(state[COUNT]) + 1
+            by_count.setdefault(int(states[master][COUNT]), []).append(master)
+        left_out = None if scale is None else (~scale.isfinite()).float()
+        for count, some in by_count.items():
+            averages = [states[master][AVERAGE] for master in some]
+            _approach(averages, some, 1.0 - self.decay_at(count), left_out)
+            for master in some:
+                states[master][COUNT] = count + 1
 
     def decay_at(self, update: int) -> float:
         """Of an update, counted from 0."""
         if not self.warmup:
             return self.decay
         return min(self.decay, (1 + update) / (10 + update))
+
+
+def _approach(
+    averages: list[Tensor], masters: list[Tensor], weight: float, left_out: Tensor | None
+) -> None:
+    """averages += weight (masters - averages), of any number in one launch; not where left_out.
+
+    A step of SGD down half the square of the difference, which torch has for many tensors and an
+    answer that only the device knows; `lerp_` by such a weight takes six launches a tensor.
+    """
+    torch._fused_sgd_(
+        averages,
+        masters,
+        [],
+        weight_decay=-1.0,
+        momentum=0.0,
+        lr=-weight,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+        found_inf=left_out,
+    )
