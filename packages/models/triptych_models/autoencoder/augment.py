@@ -42,11 +42,10 @@ def _moved(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
     )  # (N, S): where a row, or column, comes from
     inside = ((rows >= 0) & (rows < side))[:, None, :, None]
     inside = inside & ((columns >= 0) & (columns < side))[:, None, None, :]
-    batch = torch.arange(len(images), device=images.device).view(-1, 1, 1)
-    taken = images.permute(0, 2, 3, 1)[
-        batch, rows.clamp(0, side - 1)[:, :, None], columns.clamp(0, side - 1)[:, None, :]
-    ]
-    return taken.permute(0, 3, 1, 2) * inside
+    # Rows, then columns: backward, that adds where they came from, without sorting all places.
+    rows = rows.clamp(0, side - 1)[:, None, :, None].expand_as(images)
+    columns = columns.clamp(0, side - 1)[:, None, None, :].expand_as(images)
+    return images.gather(2, rows).gather(3, columns) * inside
 
 
 def _mask(down: Tensor, right: Tensor, side: int, hole: int) -> Tensor:
