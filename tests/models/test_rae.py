@@ -1,10 +1,13 @@
 """RAE against straight formulas, diffusers' own module, its published sizes and its files."""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,9 +32,11 @@ from triptych_models.autoencoder.weights import export_rae  # noqa: E402
 from triptych_models.freeze import count_parameters, parameter_parts  # noqa: E402
 
 
-def tiny(folder: Path, kind: str = "dinov2", **adversary) -> RAE:
+def tiny(folder: Path, kind: str = "dinov2", way: str = "none", **adversary) -> RAE:
     """A model of which nothing is zero."""
-    model = build_rae(*configs(folder, kind, **adversary), dtype=torch.float32)
+    config, *judges = configs(folder, kind, **adversary)
+    config = config.model_copy(update={"compile": way})
+    model = build_rae(config, *judges, dtype=torch.float32)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -128,6 +133,64 @@ def test_what_is_computed_again_changes_no_gradient(tmp_path, way):
         model(**batch).loss_sum.backward()
         found.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_compiled_is_what_uncompiled_is_and_settles(tmp_path, monkeypatch):
+    """Of a step by one micro-batch and by two, of other numbers of images, and in evaluation."""
+    graphs = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
+    torch._dynamo.reset()
+    plain, compiled = (tiny(tmp_path / "nets", way=way) for way in ("none", "layers"))
+    counts = []
+    for images, pieces in [(4, 1), (4, 2), (6, 1), (10, 2)]:
+        batch, found = draw_batch(images), []
+        for model in (plain, compiled):
+            model.zero_grad()
+            found.append(run(model, batch, pieces))
+        assert found[1] == pytest.approx(found[0], rel=1e-5)
+        for name, parameter in plain.named_parameters():
+            wanted = parameter.grad
+            assert wanted is not None
+            atol = 1e-5 * wanted.abs().max().item() + 1e-7
+            given = compiled.get_parameter(name).grad
+            torch.testing.assert_close(given, wanted, rtol=1e-4, atol=atol, msg=name)
+        counts.append(graphs.frame_count)
+    # Decoder, encoder; a judge's ViT with and without gradients, in two numbers of tokens; its
+    # distance; the discriminator's two norms of one and of twice the images.
+    assert counts[0] <= 11
+    assert counts[1] == counts[2] == counts[3], counts
+    with torch.no_grad():
+        for images in (3, 5):
+            batch = draw_batch(images)
+            expected, given = (model.eval()(**batch).losses for model in (plain, compiled))
+            torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()
+
+
+def test_positions_are_fitted_once_and_again_for_other_weights(tmp_path, monkeypatch):
+    model, batch = tiny(tmp_path / "nets"), draw_batch(4)
+    sizes: list[Any] = []
+    fit = torch.nn.functional.interpolate
+
+    def seen(images: torch.Tensor, size: tuple[int, int], **more: Any) -> torch.Tensor:
+        if len(images) == 1:  # positions
+            sizes.append(size)
+        return fit(images, size=size, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "interpolate", seen)
+    first = run(model, batch)
+    assert len(sizes) == 3  # a network each, though judges ran twice
+    for conv in model.discriminator.convs():
+        conv.is_due = False
+    model.begin_step(0)
+    assert model(**batch).loss_sum.item() == pytest.approx(first["loss"] * 3)
+    assert len(sizes) == 3
+    encoder: Any = model.beside[0]
+    with torch.no_grad():
+        encoder.net.embeddings.position_embeddings.mul_(2.0)
+    model.begin_step(0)
+    assert model(**batch).loss_sum.item() != pytest.approx(first["loss"] * 3)
+    assert len(sizes) == 4
 
 
 @pytest.mark.parametrize(

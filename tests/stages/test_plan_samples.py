@@ -156,8 +156,9 @@ def forward_is_as_planned(workspace: Path, name: str) -> None:
         if name != "rae"
         else (build_rae, build_pretend_rae)
     )
-    real, shapes = (make(*parts, dtype=torch.float32).train() for make in (build, shell))
     for way in ("none", "full"):
+        # Anew, as frozen networks keep what they have fitted in their first forward.
+        real, shapes = (make(*parts, dtype=torch.float32).train() for make in (build, shell))
         real.set_checkpointing(way)
         shapes.set_checkpointing(way)
         step = traced(name, config, real)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checkpointing import compile_forward
+
 EPS = 1e-6
 POWER_STEPS = 15  # of first weights, as torch's spectral_norm takes
 
@@ -33,15 +35,19 @@ class SpectralConv(nn.Conv1d):
         self.is_due = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, L) -> (N, W, L)."""
+        """Tokens (N, L, C) -> (N, L, W)."""
         if self.is_due:
             self.renew()
             self.is_due = False
         matrix = self.weight.flatten(1)
         weight = self.weight / torch.dot(self.left, torch.mv(matrix, self.right))
+        weight, bias = weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         reach = self.kernel_size[0] // 2
-        x = F.pad(x, (reach, reach), mode="circular") if reach else x
-        return F.conv1d(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if not reach:
+            return F.linear(x, weight.squeeze(2), bias)
+        # Channels stay last: so a convolution of a GPU takes them without turning them around.
+        x = torch.cat([x[:, -reach:], x, x[:, :reach]], 1)
+        return F.conv1d(x.transpose(1, 2), weight, bias).transpose(1, 2)
 
     @torch.no_grad()
     def renew(self, steps: int = 1) -> None:
@@ -54,16 +60,24 @@ class SpectralConv(nn.Conv1d):
 
 
 class TokenNorm(nn.Module):
-    """Every channel with mean 0 and variance 1 over an image's tokens, scaled and shifted."""
+    """Every channel with mean 0 and variance 1 over an image's tokens, scaled, shifted, leaky ReLU.
+
+    With the residual stream it goes to, it is added to that: compiled, all is one pass.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, L), of any float dtype."""
-        return F.group_norm(x.float(), len(self.weight), self.weight, self.bias, EPS).to(x.dtype)
+    def forward(self, x: Tensor, stream: Tensor | None = None) -> Tensor:
+        """(N, L, C), of any float dtype."""
+        wide = x.float()
+        variance, mean = torch.var_mean(wide, 1, correction=0, keepdim=True)  # (N, 1, C)
+        scale = (variance + EPS).rsqrt() * self.weight
+        normed = torch.addcmul(self.bias - mean * scale, wide, scale)
+        found = F.leaky_relu(normed.to(x.dtype), 0.2)
+        return found if stream is None else (stream + found) / 2**0.5
 
 
 class Block(nn.Module):
@@ -74,8 +88,9 @@ class Block(nn.Module):
         self.conv = SpectralConv(channels, channels, kernel_size)
         self.norm = TokenNorm(channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.leaky_relu(self.norm(self.conv(x)), 0.2)
+    def forward(self, x: Tensor, stream: Tensor | None = None) -> Tensor:
+        out: Tensor = self.norm(self.conv(x), stream)
+        return out
 
 
 class Head(nn.Module):
@@ -88,8 +103,8 @@ class Head(nn.Module):
         self.score = SpectralConv(channels, 1, 1, bias=True)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.first(tokens.transpose(1, 2))
-        x = (x + self.second(x)) / 2**0.5
+        x = self.first(tokens)
+        x = self.second(x, x)
         out: Tensor = self.score(x)
         return out.flatten(1)
 
@@ -110,6 +125,12 @@ class Discriminator(nn.Module):
     def convs(self) -> list[SpectralConv]:
         """All convolutions."""
         return [module for module in self.modules() if isinstance(module, SpectralConv)]
+
+    def compile_norms(self) -> None:
+        """Compile every norm in place: in fp32 its passes are dearer than the products."""
+        for module in self.modules():
+            if isinstance(module, TokenNorm):
+                compile_forward(module)
 
 
 def hinge(real: Tensor, fake: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..foreign_config import read_foreign
 from .config import RAEModelConfig
-from .features import load_frozen, pixel_statistics
+from .features import compile_frozen, keep_positions, load_frozen, pixel_statistics
 
 NAME = "diffusion_pytorch_model.safetensors"
 KIND = "AutoencoderRAE"
@@ -78,7 +78,7 @@ class Encoder(nn.Module):
         latents: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.kind, self.net, self.side = kind, net, side
+        self.kind, self.net, self.side = kind, keep_positions(net), side
         self.latents = (torch.zeros(1), torch.ones(1)) if latents is None else latents
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
@@ -104,6 +104,10 @@ class Encoder(nn.Module):
             order = torch.arange(patches, device=x.device).expand(len(x), -1)
             tokens = self.net(x, order, interpolate_pos_encoding=True).last_hidden_state[:, 1:]
         return tokens
+
+    def compile_layers(self) -> None:
+        """Compile every layer in place."""
+        compile_frozen(self.net)
 
     def config(self) -> dict[str, Any]:
         """Its part of the configuration of diffusers' AutoencoderRAE."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..checkpointing import compile_forward
 from ..foreign_config import read_foreign
 from .config import FrozenConfig
 
@@ -32,7 +35,7 @@ class VitFeatures(nn.Module):
         self, vit: Any, depths: Sequence[int], mean: Sequence[float], std: Sequence[float]
     ) -> None:
         super().__init__()
-        self.vit = vit
+        self.vit = keep_positions(vit)
         self.depths = [depth % vit.config.num_hidden_layers for depth in depths]
         for name, values in (("mean", mean), ("std", std)):
             rows = torch.tensor(list(values)).view(1, 3, 1, 1)
@@ -57,6 +60,10 @@ class VitFeatures(nn.Module):
         dtype = next(self.vit.parameters()).dtype
         found = self.vit(x.to(dtype), output_hidden_states=True, **self._more)
         return [found.hidden_states[depth + 1][:, self._prefix :] for depth in self.depths]
+
+    def compile_layers(self) -> None:
+        """Compile every layer in place."""
+        compile_frozen(self.vit)
 
 
 def load_vit(
@@ -118,6 +125,25 @@ def load_frozen(config: FrozenConfig, key: str, seed: int, cls: Any) -> nn.Modul
     return frozen
 
 
+def keep_positions(net: Any) -> Any:
+    """Have a frozen ViT of transformers' fit its positions to a size of images once.
+
+    In every forward it is a bicubic that reads all channels in a row: 3.4 ms on an H200 for 384.
+    """
+    for module in net.modules():
+        if hasattr(module, "interpolate_pos_encoding"):
+            module.interpolate_pos_encoding = partial(_positions, module, {})
+    return net
+
+
+def compile_frozen(net: nn.Module) -> None:
+    """Compile every layer of a network of transformers' in place: one graph with and one without
+    gradients, of sizes that become dynamic at their second value."""
+    for module in net.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            compile_forward(module)
+
+
 def pixel_statistics(
     folder: Path, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[list[float], list[float]]:
@@ -143,3 +169,18 @@ def digest(net: nn.Module) -> str:
         found.update(name.encode())
         found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return found.hexdigest()[:16]
+
+
+def _positions(
+    module: Any, kept: dict[Any, Any], embeddings: Tensor, height: int, width: int
+) -> Tensor:
+    """What `module.interpolate_pos_encoding` gives, of the weights that it has now."""
+    weights = list(module.parameters())  # kept beside it: or another could have one's id
+    key = height, width, embeddings.shape[1], *((id(w), w._version, w.device) for w in weights)
+    if key not in kept:
+        kept.clear()
+        with torch.no_grad():
+            found = type(module).interpolate_pos_encoding(module, embeddings, height, width)
+        kept[key] = found, weights
+    result: Tensor = kept[key][0]
+    return result

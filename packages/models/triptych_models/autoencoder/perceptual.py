@@ -4,7 +4,7 @@ LPIPS (arXiv 1801.03924): features of unit length at every place, the squares of
 weighed by channel, their mean over places, the sum over layers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..checkpointing import CompiledForward
 from .config import PerceptualConfig
 from .features import VitFeatures, load_vit
 
@@ -68,6 +69,7 @@ class Perceptual(nn.Module):
         for number, weight in enumerate(weights or ()):
             self.register_buffer(f"weight_{number}", weight)
         self.is_weighed = weights is not None
+        self._compare: Callable[..., Tensor] = _distance
 
     def forward(self, made: Tensor, images: Tensor) -> Tensor:
         """(N,) fp32, of images (N, 3, H, W) from 0 to 1 and those made of them."""
@@ -75,11 +77,15 @@ class Perceptual(nn.Module):
             wanted = self.features(images)
         total = made.new_zeros(len(made))
         for number, (a, b) in enumerate(zip(self.features(made), wanted, strict=True)):
-            squares = (_unit(a) - _unit(b)).square()
-            if self.is_weighed:
-                squares = squares * self.get_buffer(f"weight_{number}")
-            total = total + squares.sum(-1).mean(-1)
+            weight = self.get_buffer(f"weight_{number}") if self.is_weighed else None
+            total = total + self._compare(a, b, weight)
         return total
+
+    def compile_layers(self) -> None:
+        """Compile a ViT's layers in place, and how features are compared."""
+        if isinstance(self.features, VitFeatures):
+            self.features.compile_layers()
+        self._compare = CompiledForward(_distance, None)
 
 
 def load_perceptual(config: PerceptualConfig, seed: int, dtype: torch.dtype) -> Perceptual:
@@ -115,6 +121,14 @@ def load_perceptual(config: PerceptualConfig, seed: int, dtype: torch.dtype) -> 
         )
     vgg.features.to(dtype)
     return Perceptual(vgg.requires_grad_(False).eval(), weights or None)
+
+
+def _distance(a: Tensor, b: Tensor, weight: Tensor | None) -> Tensor:
+    """(N,) fp32, of features (N, L, C) and weights of channels (C,)."""
+    squares = (_unit(a) - _unit(b)).square()
+    if weight is not None:
+        squares = squares * weight
+    return squares.sum(-1).mean(-1)
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -239,12 +239,15 @@ class RAE(Checkpointed):
             distances = self._distances(made, images)
             l1, perceptual = (each @ weights for each in distances)
             factor = self._judges.perceptual_weight
-            total = l1 + factor * perceptual
-            slopes = list(torch.autograd.grad(total, leaf, retain_graph=self._heeds))
+            # To the image first: so a judge's graph is gone before the next one's comes.
+            by_pixel = torch.autograd.grad(l1 + factor * perceptual, made)
             fooled = l1.new_zeros(())
             if self._heeds:
                 fooled = deceit(self._score(self._see(made, draws[:, MADE]))) @ weights
-                slopes += torch.autograd.grad(fooled, leaf)
+                by_pixel += torch.autograd.grad(fooled, made)
+            slopes = [
+                torch.autograd.grad(made, leaf, each, retain_graph=True)[0] for each in by_pixel
+            ]
         by = torch.stack(slopes)
         pulls = by.new_zeros(0)
         if self._heeds:
@@ -328,10 +331,14 @@ class RAE(Checkpointed):
         return {"rae": self.config.model_dump(mode="json", include=kept), "frozen": self._digests}
 
     def compile_layers(self) -> None:
-        """Compile every layer in place."""
+        """Compile every layer in place, of what is frozen, too, and the discriminator's norms."""
         self.is_compiled = True
         for layer in self.layers():
             compile_forward(layer)
+        for frozen in self._frozen.values():
+            frozen.compile_layers()
+        if self.discriminator is not None:
+            self.discriminator.compile_norms()
 
     def diffusers_config(self) -> dict[str, Any]:
         """The configuration of diffusers' AutoencoderRAE."""
