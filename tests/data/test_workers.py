@@ -1,8 +1,9 @@
 import gc
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 from contextlib import closing
 from itertools import islice
@@ -14,6 +15,9 @@ import torch
 from tests.data import works
 from tests.data.packs import MODEL, write_mixture
 from tests.ranks import run_ranks
+from triptych_data.config import DataConfig
+from triptych_data.loader import PackLoader
+from triptych_data.processor import Processor
 from triptych_data.workers.pool import Job, run_workers, start_server
 from triptych_data.workers.server import DUMP_SIGNAL
 
@@ -170,45 +174,46 @@ def test_forked_trainers_have_servers_of_their_own():
         assert next(items) == 1  # the children's ends did not touch it
 
 
-SCRIPT = """
-import sys
-from triptych_data.config import DataConfig
-from triptych_data.loader import PackLoader
-from triptych_data.processor import Processor
-config = DataConfig(shards=[sys.argv[1]], seq_len=512, num_workers=2)
-loader = PackLoader(config, Processor.from_directory(sys.argv[2]), rank=0, world_size=1)
-for batch in loader:
-    print("batch", flush=True)
-"""
+def train(shards, out, err, temporary):
+    """A trainer in a session of its own; forked, so that its imports are paid once."""
+    os.setsid()
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    sys.stdout, sys.stderr = (os.fdopen(fd, "w", 1, closefd=False) for fd in (1, 2))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ["TMPDIR"], tempfile.tempdir = str(temporary), None  # None: it is looked up anew
+    config = DataConfig(shards=shards, seq_len=512, num_workers=2)
+    for _ in PackLoader(config, Processor.from_directory(MODEL), rank=0, world_size=1):
+        print("batch", flush=True)
 
 
 @pytest.mark.parametrize("killer", ["SIGKILL", "SIGKILL of a group", "SIGINT", "SIGTERM"])
 def test_a_killed_trainer_leaves_nothing_behind(tmp_path, killer):
     shards = write_mixture(tmp_path)
-    temporary = tmp_path / "tmp"
+    temporary, said = tmp_path / "tmp", tmp_path / "stderr"
     temporary.mkdir()
     before = set(Path("/dev/shm").iterdir())
-    trainer = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, shards[0], str(MODEL)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        env=os.environ | {"TMPDIR": str(temporary)},
-    )
-    for _ in range(2):  # the first batch comes from the trainer itself
-        assert trainer.stdout.readline() == b"batch\n", trainer.stderr.read()
-    assert len(members(trainer.pid)) == 4  # trainer, server, two workers
-    if killer == "SIGKILL":  # the worst case: a worker that cannot see the end itself
-        os.kill(max(members(trainer.pid)), signal.SIGSTOP)
-    sent = getattr(signal, killer.split()[0])
-    kill = os.kill if killer in ("SIGKILL", "SIGTERM") else os.killpg
-    kill(trainer.pid, sent)
-    trainer.stdout.close()
-    trainer.wait(20)
+    reader, writer = os.pipe()
+    with said.open("w") as err, os.fdopen(reader) as batches:
+        arguments = shards, writer, err.fileno(), temporary
+        context = multiprocessing.get_context("fork")
+        trainer = context.Process(target=train, args=arguments, daemon=True)
+        trainer.start()
+        os.close(writer)
+        for _ in range(2):  # the first batch comes from the trainer itself
+            assert batches.readline() == "batch\n", said.read_text()
+        assert len(members(trainer.pid)) == 4  # trainer, server, two workers
+        if killer == "SIGKILL":  # the worst case: a worker that cannot see the end itself
+            os.kill(max(members(trainer.pid)), signal.SIGSTOP)
+        sent = getattr(signal, killer.split()[0])
+        kill = os.kill if killer in ("SIGKILL", "SIGTERM") else os.killpg
+        kill(trainer.pid, sent)
+    trainer.join(20)
     wait_until(lambda: not members(trainer.pid))
     assert set(Path("/dev/shm").iterdir()) <= before
     assert list(temporary.iterdir()) == []
-    words = trainer.stderr.read().decode()
+    words = said.read_text()
     assert words.count("Traceback") == (killer == "SIGINT"), words  # the trainer's own, no other
 
 
