@@ -117,13 +117,14 @@ def test_takes_non_contiguous_tensors(name, backend):
     op, tensors = make(name, backend)
     want = right(name, backend)
 
-    def spaced(*given):  # every second element, and the dimensions laid out from the last
-        apart = [torch.stack([x, x * 0], -1)[..., 0] for x in given]
-        back = [x.transpose(0, -1).contiguous().transpose(0, -1) for x in given]
-        return [op(*apart), op(*back)]
+    def spaced(x):  # every second element
+        return torch.stack([x, x * 0], -1)[..., 0]
 
-    for index in range(2):
-        got = outputs_and_gradients(lambda *x, i=index: spaced(*x)[i], tensors)
+    def turned(x):  # the dimensions laid out from the last
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+    for lay in (spaced, turned):
+        got = outputs_and_gradients(lambda *x, lay=lay: op(*map(lay, x)), tensors)
         assert_close(got, want)
 
 
@@ -163,12 +164,9 @@ def test_leaves_nothing_unwritten(name, backend):
 @pytest.mark.usefixtures("poison")
 def test_zero_rows(name, backend):
     op, tensors = make(name, backend, tokens=0)
-    case = CASES[name]
-    for got in outputs_and_gradients(op, tensors):
-        assert got.isfinite().all()
-    for x, gradient in zip(
-        tensors, outputs_and_gradients(op, tensors)[-len(tensors) :], strict=True
-    ):
+    case, found = CASES[name], outputs_and_gradients(op, tensors)
+    assert all(got.isfinite().all() for got in found)
+    for x, gradient in zip(tensors, found[-len(tensors) :], strict=True):
         if case.differentiable:
             assert gradient.shape == x.shape and not gradient.any()
 
