@@ -9,9 +9,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from triptych_kernels import attention_ref, dispatch, flash_attention
+from triptych_kernels import attention, attention_ref, dispatch, flash_attention
 from triptych_kernels.attention_pattern import Pattern, make_pattern
+from triptych_kernels.explain import taken
 
 CUDA = torch.device("cuda")
 HALF = torch.bfloat16
@@ -247,6 +249,13 @@ def test_what_is_needed_moves_the_choice(monkeypatch):
     ],
 )
 def test_flash4_knows_its_devices(monkeypatch, major, width, message):
+    on_device_of(monkeypatch, major)
+    assert message in reason("flash4", width=width) and bool(message) == bool(
+        reason("flash4", width=width)
+    )
+
+
+def on_device_of(monkeypatch, major):
     class Properties:
         pass
 
@@ -254,9 +263,34 @@ def test_flash4_knows_its_devices(monkeypatch, major, width, message):
     monkeypatch.setattr(dispatch, "_HAS_FLASH4", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    assert message in reason("flash4", width=width) and bool(message) == bool(
-        reason("flash4", width=width)
-    )
+
+
+def test_what_does_not_pay_is_not_chosen_but_done_where_asked_for(monkeypatch):
+    on_device_of(monkeypatch, 9)
+    x, short = torch.empty(1, 1, 72, dtype=HALF), ("short documents",)
+    with dispatch.assume_device("cuda"):
+        assert dispatch.choose("attention", x) == "flash4"
+        assert dispatch.choose("attention", x, needs=short) == "varlen"
+        assert dispatch.choose("attention", x, "flash4", short) == "flash4"
+        with dispatch.use_backend(attention="flash4"):
+            assert dispatch.choose("attention", x, needs=short) == "flash4"
+            assert taken("attention", CUDA, HALF, 72) == "flash4"
+        with pytest.raises(ValueError, match="no softcap"):
+            dispatch.choose("attention", x, "varlen", ("softcap", *short))
+    said = "flash4 (varlen in documents of below 1024 tokens)"
+    assert taken("attention", CUDA, HALF, 72) == said
+    assert taken("attention", CUDA, HALF, 128) == "flash4"
+
+
+def test_documents_of_any_length_are_one_graph_where_heads_are_not_widened():
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(attention, fullgraph=True, dynamic=True, backend=graphs)
+    for length in (256, 512, 2048):
+        q = torch.randn(length, 2, 32)
+        run(q, q, q, torch.tensor([0, length], dtype=torch.int32), length, causal=True)
+    assert graphs.frame_count == 1
+    torch._dynamo.reset()
 
 
 def test_packages_are_told_apart_without_importing_them(monkeypatch, tmp_path):

@@ -13,7 +13,7 @@ from . import flash_attention
 from .attention_by_document import by_document
 from .attention_pattern import Pattern, make_pattern
 from .autocast import lowered
-from .dispatch import WIDENED_LEN, choose
+from .dispatch import FLASH4_WIDTHS, SHORT, WIDENED_LEN, choose
 
 _Run = Callable[[Tensor, Tensor, Tensor, Pattern, bool], tuple[Tensor, Tensor | None]]
 
@@ -113,7 +113,8 @@ def attention(
         "softcap": softcap is not None,
         "lse": return_lse,
         "key lengths": cu_seqlens_k is not None,
-        "short documents": max_seqlen < WIDENED_LEN,
+        # In this order: under torch.compile the length, once looked at, would part the graphs.
+        SHORT: q.shape[-1] not in FLASH4_WIDTHS and max_seqlen < WIDENED_LEN,
     }
     name = choose("attention", q, backend, tuple(need for need in asked if asked[need]))
     out, lse = _BACKENDS[name](q, k, v, pattern, return_lse)

@@ -61,6 +61,7 @@ FLASH4_WIDTHS = (32, 64, 128)
 # Widened from 72 to 128 it takes 0.6 (4,096 tokens), 0.86 (1,024), 1.3 (256) and 1.7 (64) of
 # varlen's time on an H200.
 WIDENED_LEN = 1024
+SHORT = "short documents"  # a need that only says what does not pay
 _MAX_NORM_WIDTH = 65536  # one program holds a whole row in registers
 
 # Set by `use_backend`. A plain global and not a ContextVar: activation checkpointing re-runs the
@@ -147,7 +148,7 @@ def _needs_flash4(
         return f"needs compute capability 9.x to 11.x, got {major}.x"
     if width > FLASH4_WIDTHS[-1]:
         return f"needs a head_dim of at most {FLASH4_WIDTHS[-1]}, got {width}"
-    if width not in FLASH4_WIDTHS and "short documents" in needs:
+    if width not in FLASH4_WIDTHS and SHORT in needs:
         return f"widens heads of {width}, which does not pay in documents of below {WIDENED_LEN}"
     return ""
 
@@ -317,6 +318,8 @@ def choose(
     if name is None:
         return first_able(op, device, x.dtype, x.shape[-1], needs)
     reasons = BACKENDS[op]
+    # Who asks for a backend gets it where it does not pay, too.
+    needs = tuple(need for need in needs if need != SHORT)
     if name not in reasons:
         raise ValueError(
             f"{asked_by}: the backend of {op} must be one of {', '.join(reasons)}, got {name!r}; "

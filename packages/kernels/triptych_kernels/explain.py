@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from .dispatch import BACKENDS, first_able, requested
+from .dispatch import BACKENDS, FLASH4_WIDTHS, SHORT, WIDENED_LEN, first_able, requested
 
 # Ops of one form, which torch and its compiler run on every device.
 PLAIN = ("route", "balance_loss", "z_loss", "expert_counts", "rope_tables")
@@ -45,7 +45,11 @@ def taken(op: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
 
     "varlen (not flash4: needs a head_dim of at most 128, got 256)". Arguments as `explain`'s.
     """
-    name = requested(op, None)[0] or first_able(op, device, dtype, width)
+    asked = requested(op, None)[0]
+    name = asked or first_able(op, device, dtype, width)
+    if name == "flash4" and not asked and width not in FLASH4_WIDTHS:
+        other = first_able(op, device, dtype, width, (SHORT,))
+        return f"{name} ({other} in documents of below {WIDENED_LEN} tokens)"
     best, reason = next(iter(BACKENDS[op].items()))
     why_not = reason(device, dtype, width)
     return name if name == best or not why_not else f"{name} (not {best}: {why_not})"
