@@ -198,14 +198,14 @@ PROOFS: dict[str, Proof] = {
         pictures,
         tiny.pack,
         wasted=wasted_chunks,
-        rounding=1e-4,  # stock's delta rule is in fp32 whatever the dtype; below it the tower
+        rounding=2e-4,  # stock's delta rule is in fp32 whatever the dtype; below it the tower
     ),
     "qwen3_5_moe": Proof(
         tiny.write_qwen3_5_vl_moe_model_dir,
         pictures,
         tiny.pack,
         wasted=wasted_chunks,
-        rounding=1e-4,
+        rounding=2e-4,
     ),
     "qwen3_5_moe_text": Proof(
         tiny.write_qwen3_5_moe_model_dir, texts, tiny.pack_text, wasted=wasted_chunks

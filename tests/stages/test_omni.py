@@ -187,7 +187,7 @@ def test_adapters_are_those_of_stock_peft(
                 error = (gradient.tensor - wanted[name]).norm() / max(
                     wanted[name].norm(), 1e-3 * norm
                 )
-                assert error < 1e-5, f"{layout}: {name} off by {error:.1e}"
+                assert error < 2e-5, f"{layout}: {name} off by {error:.1e}"
     export(model.hf, tmp_path / "merged", folder, dtype=torch.float32)
     again = build_model(ModelConfig(path=tmp_path / "merged"), dtype=torch.float32)
     merged = dict(again.hf.named_parameters())

@@ -138,7 +138,15 @@ def keep_positions(net: Any) -> Any:
 
 def compile_frozen(net: nn.Module) -> None:
     """Compile every layer of a network of transformers' in place: one graph with and one without
-    gradients, of sizes that become dynamic at their second value."""
+    gradients, of sizes that become dynamic at their second value.
+
+    Under a torch whose compiler does not know context variables (2.11), which transformers' hooks
+    on attention read, they stay as they are.
+    """
+    from torch._dynamo import variables  # here: importing it takes a second
+
+    if not hasattr(variables, "ContextVarVariable"):
+        return
     for module in net.modules():
         if isinstance(module, GradientCheckpointingLayer):
             compile_forward(module)
