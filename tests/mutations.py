@@ -94,8 +94,8 @@ MUTATIONS = {
     ),
     "average of what is new": Mutation(
         "core/triptych_core/optim/ema.py",
-        "weight = 1.0 - self.decay_at(",
-        "weight = self.decay_at(",
+        "1.0 - self.decay_at(",
+        "self.decay_at(",
         ("tests/stages/test_ema.py::test_an_average_is_its_closed_form_of_the_weights_that_were",),
     ),
     "experts divided by their holders": Mutation(

@@ -152,11 +152,6 @@ def check_same_state(found: Path, wanted: Path) -> None:
             "must not offload",
         ),
         (["engine.mlp_chunks=2"], 1, "must be 1 with experts"),
-        (
-            [*("parallel.expert=2", "model.compile=layers"), "engine.checkpointing=selective"],
-            1,
-            "checkpointing: must be none, full or offload with parallel.expert",
-        ),
     ],
 )
 def test_what_cannot_be_is_refused(workspace, words, world_size, message):
