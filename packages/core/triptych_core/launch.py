@@ -56,6 +56,7 @@ def launch(config: RunConfig) -> Runtime:
         backend = "gloo"
     else:
         accelerator.set_device(local_rank)
+        avoid_cudnn_attention()
         backend = accelerator.communication_backend_name()
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     seed_everything(config.seed)
@@ -64,6 +65,16 @@ def launch(config: RunConfig) -> Runtime:
         world_size=torch.distributed.get_world_size(),
         on_cuda=accelerator.device_name() == "cuda",
     )
+
+
+def avoid_cudnn_attention() -> None:
+    """Let scaled_dot_product_attention run on torch's own kernels.
+
+    The backward of cuDNN's reads a workspace before it is written on Hopper, where lengths are no
+    multiples of its tiles: gradients of any size (TransformerEngine issue 2186, mended in 9.18),
+    and NaN beyond it (pytorch issue 196678). Losses show nothing of it.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def shutdown() -> None:

@@ -48,7 +48,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Each of N sequences by itself: (N, T, heads, D) three times → (N, T, heads, D).
 
-    cuDNN's, which torch takes for sequences of one length, is faster than all but flash-attn 4.
+    Without flash-attn 4 torch's own for sequences of one length runs.
     """
     if not is_requested("attention") and choose("attention", q) != "flash4":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
