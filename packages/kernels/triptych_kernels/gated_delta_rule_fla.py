@@ -25,7 +25,7 @@ def gated_delta_rule_fla(
     initial_state: Tensor | None,
     scale: float,
     normalize_qk: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> _Outputs:
     """-> (T, Hv, Dv), the last states (num_docs, Hv, Dk, Dv), and for the backward:
 
     sums of g within chunks (T, Hv), inverses of chunks (T, Hv, 64), and with normalize_qk, else

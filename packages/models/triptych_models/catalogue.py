@@ -39,7 +39,7 @@ FAMILIES: dict[str, Family] = {
         _HEARING,
         ("align", "pretrain", "sft"),
         "Aero-1-Audio 1.5B (recordings of up to 30 seconds)",
-        "tiny on CPUs",
+        "1.5B on one H200",
     ),
     "bagel": Family(
         "triptych_models.bagel.model:Bagel",
@@ -110,14 +110,14 @@ FAMILIES: dict[str, Family] = {
         _OMNI,
         ("align", "pretrain", "sft"),
         "2.5-Omni 3B, 7B, the thinker (text, images, videos, sound)",
-        "tiny on CPUs",
+        "3B on one H200",
     ),
     "qwen2_5_vl": Family(
         "triptych_models.qwen2_5_vl:Qwen2_5VL",
         _SEEING,
         ("align", "pretrain", "sft"),
         "3B, 7B, 32B, 72B",
-        "tiny on CPUs",
+        "3B on one H200",
     ),
     "qwen2_moe": Family(
         "triptych_models.qwen2_moe:Qwen2MoE",
@@ -138,7 +138,7 @@ FAMILIES: dict[str, Family] = {
         _SEEING,
         ("align", "pretrain", "sft"),
         "0.8B, 9B, 27B, as published",
-        "tiny on CPUs",
+        "12 of 9B's 32 layers on one H200",
     ),
     "qwen3_5_moe": Family(
         "triptych_models.qwen3_5_vl:Qwen35VLMoE",
@@ -152,14 +152,14 @@ FAMILIES: dict[str, Family] = {
         _MIXTURE,
         ("pretrain", "sft", "moe"),
         "35B-A3B, its language model",
-        "tiny on CPUs",
+        "4 of 35B-A3B's 40 layers on one H200",
     ),
     "qwen3_5_text": Family(
         "triptych_models.qwen3_5:Qwen35",
         _LANGUAGE,
         ("pretrain", "sft"),
         "0.8B, 9B, 27B, their language models; any plain Gated DeltaNet",
-        "tiny on CPUs",
+        "a Gated DeltaNet of 1.3B on one H200",
     ),
     "qwen3_moe": Family(
         "triptych_models.qwen3_moe:Qwen3MoE",
@@ -180,7 +180,7 @@ FAMILIES: dict[str, Family] = {
         _OMNI_MIXTURE,
         ("align", "pretrain", "sft", "moe"),
         "3-Omni 30B-A3B, the thinker (text, images, videos, sound)",
-        "tiny on CPUs",
+        "6 of 30B-A3B's 48 layers on one H200",
     ),
     "qwen3_vl": Family(
         "triptych_models.qwen3_vl:Qwen3VL",
@@ -231,7 +231,7 @@ DENOISERS: dict[str, GenerativeFamily] = {
         ("embedders", "blocks", "head"),
         ("diffusion",),
         "2.1 1.3B and 14B (T2V, I2V, V2V), 2.2 5B (TI2V)",
-        "tiny on CPUs",
+        "2.1 1.3B for 12 steps on one H200, with wrong gradients (BENCHMARKS.md)",
     ),
 }
 
@@ -241,6 +241,6 @@ AUTOENCODERS: dict[str, GenerativeFamily] = {
         ("embedders", "blocks", "head", "discriminator"),
         ("rae",),
         "decoders B, L, XL on DINOv2 with registers (S, B, L), SigLIP2-B, MAE-B",
-        "tiny on CPUs",
+        "XL on DINOv2-B on one H200",
     ),
 }

@@ -27,8 +27,8 @@ class SelfAttention:
         v = attn.to_v(hidden_states)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
         out = attend(rotate(q, *rotary_emb), rotate(k, *rotary_emb), v)
-        dropout: Tensor = attn.to_out[1](attn.to_out[0](out.flatten(2)))
-        return dropout
+        mixed: Tensor = attn.to_out[1](attn.to_out[0](out.flatten(2)))
+        return mixed
 
 
 def set_self_attention(net: nn.Module) -> None:
