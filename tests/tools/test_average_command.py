@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.ranks import run_script
 from tests.tiny import ROOT, SHIPPED
 from tests.tools.average_folders import average, read_weights, weights, write_folder
 
@@ -29,7 +28,9 @@ def command(*words: Any) -> list[str]:
 
 
 def call(*words: Any) -> subprocess.CompletedProcess[str]:
-    return run_script(TOOL, *words)
+    return subprocess.run(
+        command(*words), capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
 
 
 @pytest.fixture(scope="module")
