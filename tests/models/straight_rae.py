@@ -23,10 +23,14 @@ IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).double()
 
 
 class Straight(NamedTuple):
-    """Means over the images that are there, the adaptive weight, and gradients by our names."""
+    """Means over the images that are there, the adaptive weight, and gradients by our names.
+
+    The margin is the least distance to a jump of gradients: a leaky ReLU's 0, a pixel's half level.
+    """
 
     figures: dict[str, float]
     gradients: dict[str, Tensor]
+    margin: float
 
 
 def straight_step(model: Any, configs: Any, batch: dict[str, Any]) -> Straight:
@@ -44,6 +48,9 @@ def straight_step(model: Any, configs: Any, batch: dict[str, Any]) -> Straight:
     like = AutoModel.from_pretrained(perceptual.path).double().eval()
     critic = AutoModel.from_pretrained(adversary.path).double().eval()
     heads = _heads(model, critic.config.hidden_size, adversary.kernel_size)
+    margins: list[float] = []
+    for module in (m for head in heads for m in head.modules() if isinstance(m, nn.LeakyReLU)):
+        module.register_forward_pre_hook(lambda _, x: margins.append(x[0].abs().min().item()))
 
     l1 = (made - images).abs().mean((1, 2, 3))[there].mean()
     distance = _distance(like, made, images, perceptual.depths)[there].mean()
@@ -72,7 +79,9 @@ def straight_step(model: Any, configs: Any, batch: dict[str, Any]) -> Straight:
     found = torch.autograd.grad(total, parameters)
     gradients = {f"decoder.{n}": g for n, g in zip(names, found, strict=True)}
 
-    fake = score((made.detach().clamp(0, 1) * 255).round() / 255, 1)
+    levels = made.detach().clamp(0, 1) * 255
+    margins.append((levels % 1 - 0.5).abs().min().item())
+    fake = score(levels.round() / 255, 1)
     real = score(images, 2)
     hinge = 0.5 * (F.relu(1 - real).mean(1) + F.relu(1 + fake).mean(1))[there].mean()
     hinge.backward()
@@ -90,7 +99,7 @@ def straight_step(model: Any, configs: Any, batch: dict[str, Any]) -> Straight:
         "score_made": fake.mean(1)[there].mean(),
         "score_real": real.mean(1)[there].mean(),
     }
-    return Straight({k: v.item() for k, v in figures.items()}, gradients)
+    return Straight({k: v.item() for k, v in figures.items()}, gradients, min(margins))
 
 
 def encode(folder: Path, images: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -67,8 +67,9 @@ def run(model: RAE, batch: dict, pieces: int = 1) -> dict[str, float]:
 @pytest.mark.parametrize("kind", ["dinov2", "siglip2", "mae"])
 def test_losses_and_gradients_are_those_of_straight_formulas(tmp_path, kind, pieces):
     model = tiny(tmp_path / "nets", kind)
-    batch = draw_batch(4)
+    batch = draw_batch(4, seed=11)
     expected = straight_step(model, configs(tmp_path / "nets", kind), batch)
+    assert expected.margin > 1e-5, "fp32 may take the other side of a jump: draw other numbers"
     found = run(model, batch, pieces)
     assert found.keys() == expected.figures.keys()
     for name, value in expected.figures.items():

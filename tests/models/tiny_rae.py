@@ -42,7 +42,13 @@ def shake(net: torch.nn.Module, seed: int) -> Any:
 
 
 def write_encoder(path: Path, kind: str = "dinov2") -> Path:
-    """A folder of an encoder."""
+    """A folder of an encoder, of the same weights whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return _write_encoder(path, kind)
+
+
+def _write_encoder(path: Path, kind: str) -> Path:
     if kind == "dinov2":
         config = Dinov2WithRegistersConfig(**FREE, image_size=518)
         net: Any = Dinov2WithRegistersModel(config)
@@ -55,10 +61,12 @@ def write_encoder(path: Path, kind: str = "dinov2") -> Path:
 
 
 def write_vit(path: Path, seed: int = 2) -> Path:
-    """A folder of a network that judges."""
+    """A folder of a network that judges, of the same weights whatever was drawn before."""
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = ViTConfig(**shape, intermediate_size=24, image_size=16, patch_size=4)
-    shake(ViTModel(config), seed).save_pretrained(path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        shake(ViTModel(config), seed).save_pretrained(path)
     return path
 
 

@@ -153,6 +153,7 @@ def test_losses_and_gradients_are_those_of_straight_formulas(workspace: Path, ra
     divisions = [(0, 2), (1, 1), (1, 2), (2, 2), (3, 1), (3, 2)] if ranks == 2 else [(0, 1), (3, 2)]
     model = build_rae(*configs(workspace / "nets"), dtype=torch.float32)
     expected = straight_step(model, configs(workspace / "nets"), draw_batch(8))
+    assert expected.margin > 1e-5, "fp32 may take the other side of a jump: draw other numbers"
     for rank in run_ranks(one_step, ranks, workspace, divisions):
         for division, (figures, gradients) in zip(divisions, rank, strict=True):
             assert figures.keys() == expected.figures.keys()
