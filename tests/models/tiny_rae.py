@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +43,17 @@ def shake(net: torch.nn.Module, seed: int) -> Any:
     return net
 
 
-def write_encoder(path: Path, kind: str = "dinov2") -> Path:
-    """A folder of an encoder, of the same weights whatever was drawn before."""
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch draws the same numbers whatever was drawn before; outside, as it would have."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        return _write_encoder(path, kind)
+        torch.manual_seed(seed)
+        yield
 
 
-def _write_encoder(path: Path, kind: str) -> Path:
+@seeded(1)
+def write_encoder(path: Path, kind: str = "dinov2") -> Path:
+    """A folder of an encoder."""
     if kind == "dinov2":
         config = Dinov2WithRegistersConfig(**FREE, image_size=518)
         net: Any = Dinov2WithRegistersModel(config)
@@ -61,11 +66,10 @@ def _write_encoder(path: Path, kind: str) -> Path:
 
 
 def write_vit(path: Path, seed: int = 2) -> Path:
-    """A folder of a network that judges, of the same weights whatever was drawn before."""
+    """A folder of a network that judges."""
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = ViTConfig(**shape, intermediate_size=24, image_size=16, patch_size=4)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         shake(ViTModel(config), seed).save_pretrained(path)
     return path
 
