@@ -83,7 +83,12 @@ class CompiledForward:
     def compile(self, *, selective: bool) -> None:
         """Compile at the next call, to keep all that the backward reads or what is dear of it."""
         from torch._dynamo import config  # here: importing it takes a second
+        from torch._inductor.config import triton
 
+        # Sums over rows and columns in one kernel: of chunks of one table, by which a block shifts
+        # and scales its norms, gradients were memory as it was found (pytorch issue 193061; Wan's),
+        # and rows beyond a tile's last multiple are summed along (195845, open in torch 2.14).
+        triton.mix_order_reduction = False
         # What torch 2.12 has as its default: before, guards were read after they had been freed,
         # and a run could end in a segmentation fault (its pull request 181873).
         config.use_recursive_dict_tags_for_guards = False

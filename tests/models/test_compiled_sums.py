@@ -1,0 +1,35 @@
+"""How layers are compiled: without that optimization of torch that is wrong without a word."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor import config
+
+from triptych_models.checkpointing import compile_forward
+
+
+class Watch:
+    """A pass of the compiler that changes nothing, and keeps whether sums are mixed as it runs."""
+
+    def __init__(self) -> None:
+        self.seen: list[bool] = []
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.seen.append(config.triton.mix_order_reduction)
+
+    def uuid(self) -> None:
+        """None: what is compiled with it is not kept for others."""
+
+
+def test_sums_of_rows_and_columns_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch()
+    monkeypatch.setattr(config, "post_grad_custom_post_pass", watch)
+    monkeypatch.setattr(config.triton, "mix_order_reduction", True)
+    torch._dynamo.reset()
+    layer = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    compile_forward(layer)
+    layer(torch.ones(4, 8)).sum().backward()
+    assert watch.seen == [False, False]  # forward and backward
+    torch._dynamo.reset()
