@@ -25,6 +25,11 @@ FIRST = (
 torch.ones((), requires_grad=True).backward()
 
 
+def pytest_runtest_setup() -> None:
+    """What a test draws is the same in every run, in whatever order tests come."""
+    torch.manual_seed(0)
+
+
 def pytest_collection_finish() -> None:
     """What is imported stays: a collection takes a third of a second to look through it."""
     gc.collect()

@@ -231,7 +231,7 @@ DENOISERS: dict[str, GenerativeFamily] = {
         ("embedders", "blocks", "head"),
         ("diffusion",),
         "2.1 1.3B and 14B (T2V, I2V, V2V), 2.2 5B (TI2V)",
-        "2.1 1.3B for 12 steps on one H200, with wrong gradients (BENCHMARKS.md)",
+        "2.1 1.3B on one H200",
     ),
 }
 
