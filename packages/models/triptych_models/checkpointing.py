@@ -85,9 +85,10 @@ class CompiledForward:
         from torch._dynamo import config  # here: importing it takes a second
         from torch._inductor.config import triton
 
-        # Sums over rows and columns in one kernel: of chunks of one table, by which a block shifts
-        # and scales its norms, gradients were memory as it was found (pytorch issue 193061; Wan's),
-        # and rows beyond a tile's last multiple are summed along (195845, open in torch 2.14).
+        # Sums over rows and columns in one kernel, on since torch 2.10 and as wrong in 2.14.1: of
+        # chunks of one table, by which a block shifts and scales its norms, gradients are memory as
+        # it was found (pytorch issue 193061; Wan's), and rows beyond a tile's last multiple are
+        # summed along (195845).
         triton.mix_order_reduction = False
         # What torch 2.12 has as its default: before, guards were read after they had been freed,
         # and a run could end in a segmentation fault (its pull request 181873).
