@@ -26,7 +26,7 @@ torch.ones((), requires_grad=True).backward()
 
 
 def pytest_runtest_setup() -> None:
-    """What a test draws is the same in every run, in whatever order tests come."""
+    """What the tests of a file draw is the same in every run."""
     torch.manual_seed(0)
 
 

@@ -1,9 +1,12 @@
-"""The comparison of `tools/check_families_gpu.py` passes what rounds, and names what is wrong."""
+"""`tools/check_families_gpu.py` passes what rounds, and names what is wrong."""
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.tiny import ROOT
+from triptych_models.catalogue import AUTOENCODERS, DENOISERS, FAMILIES
 from triptych_models.output import LossOutput
 
 sys.path.insert(0, str(ROOT / "tools"))
 
-from check_families_gpu import NAMES, ROWS, check, packed
+from check_families_gpu import NAMES, ROWS, SAMPLES, Step, check, errors, finish, packed
 
 BATCH = {"x": torch.randn(64, 32, generator=torch.Generator().manual_seed(0)), "num_targets": 64}
 
@@ -50,7 +54,7 @@ def test_rounding_passes() -> None:
     assert 0 < row["ours"]["whole"] < 0.01
 
 
-@pytest.mark.parametrize("factor", [0.9, 1.1, -1.0, math.nan])
+@pytest.mark.parametrize("factor", [0.9, 1.1, 0.0, -1.0, math.nan, math.inf])
 def test_a_gradient_that_is_wrong_is_named(factor: float) -> None:
     """As of a sum that lost a tenth, or was taken over memory as it was found."""
     row = found(lambda gradient: gradient * factor)
@@ -90,4 +94,60 @@ def test_a_family_is_built_alike_in_both_dtypes(tmp_path: Path) -> None:
         assert wanted.dtype == torch.float32 and got.dtype == torch.bfloat16
         assert torch.equal(wanted, got.float()), name
     assert check(build, batch)["ok"]
+
+
+def steps(loss: float, gradient: float, rounded: float) -> tuple[Step, Step, Step]:
+    """Truth, plain bf16 and ours, of one gradient of ones."""
+    ones = torch.ones(8)
+    made = ((1.0, 1.0), (1.0, rounded), (loss, gradient))
+    truth, plain, ours = (Step(torch.tensor(x).double(), {"w": y * ones}) for x, y in made)
+    return truth, plain, ours
+
+
+def test_a_wrong_loss_is_named() -> None:
+    assert errors(*steps(1.01, 1.0, 1.0)).off == ["the loss"]
+    assert errors(*steps(-1.0, 1.0, 1.0)).off == ["the loss"]
+    assert errors(*steps(1.0, 1.0, 1.0)).off == []
+
+
+def test_plain_torch_that_is_no_number_excuses_nothing() -> None:
+    assert errors(*steps(1.0, -7.0, math.inf)).off == ["w"]
+    assert errors(*steps(1.0, 1.0, 1.0)).blind == 0
+    assert errors(*steps(1.0, 1.0, 1.3)).blind == 1
+
+
+def test_a_case_that_ended_badly_is_no_success(tmp_path: Path) -> None:
+    """Whatever an earlier run left."""
+    folder = tmp_path / "qwen3"
+    folder.mkdir()
+    part = {"whole": 0.0, "ratio": 0.1, "blind": 0, "worst": "w", "off": []}
+    row = {"loss": 1.0, "norm": 1.0, "ok": True, "plain": part, "ours": part}
+    (folder / "found.json").write_text(json.dumps(row))
+    folder.with_suffix(".log").write_text("x\nRuntimeError: it fell\n")
+
+    def ended(code: str, seconds: float = 60.0) -> tuple[str, bool]:
+        process = subprocess.Popen([sys.executable, "-c", code])
+        return finish(process, folder, time.monotonic() + seconds)
+
+    assert ended("")[1]
+    line, ok = ended("raise SystemExit(3)")
+    assert not ok and "(3): RuntimeError: it fell" in line
+    line, ok = ended("import time; time.sleep(60)", 0.1)
+    assert not ok and "longer than --timeout" in line
+
+
+def test_an_earlier_run_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "sit").mkdir()
+    words = [sys.executable, "tools/check_families_gpu.py", str(tmp_path), "--small"]
+    done = subprocess.run([*words, "--case", "sit"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "must have no sit" in done.stderr
+
+
+def test_only_these_families_are_not_compared() -> None:
+    compared = {case.published for case in ROWS.values()} | set(SAMPLES)
+    assert {*FAMILIES, *DENOISERS, *AUTOENCODERS} - compared == {
+        "dots1",
+        "llava",
+        "llava_projector",
+    }
     assert len(set(NAMES)) == len(NAMES)
