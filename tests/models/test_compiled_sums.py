@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import nn
 from torch._inductor import config
@@ -23,13 +22,13 @@ class Watch:
         """None: what is compiled with it is not kept for others."""
 
 
-def test_sums_of_rows_and_columns_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_of_rows_and_columns_are_not_mixed() -> None:
     watch = Watch()
-    monkeypatch.setattr(config, "post_grad_custom_post_pass", watch)
-    monkeypatch.setattr(config.triton, "mix_order_reduction", True)
-    torch._dynamo.reset()
     layer = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
-    compile_forward(layer)
-    layer(torch.ones(4, 8)).sum().backward()
+    torch._dynamo.reset()
+    mixed = {"post_grad_custom_post_pass": watch, "triton.mix_order_reduction": True}
+    with config.patch(mixed):
+        compile_forward(layer)
+        layer(torch.ones(4, 8)).sum().backward()
     assert watch.seen == [False, False]  # forward and backward
     torch._dynamo.reset()
