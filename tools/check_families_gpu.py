@@ -19,13 +19,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 import torch
 from bench_families import CASES, DEEPSTACK, OMNI_TOWERS
+from bench_train import make_batches, on_device
 from make_bench_model import BARE, write_json, write_published
 from torch import Tensor, nn
 
@@ -178,17 +179,11 @@ def plain_torch(attention: str) -> Iterator[None]:
 
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
-    with ExitStack() as stack:
-        # Attention by torch, a document at a time, and Gated DeltaNet in chunks: the references
-        # keep every score, and every state.
-        plain = {"attention": attention, "gated_delta_rule": "chunked"}
-        stack.enter_context(use_backend("reference", **plain))
+    # Attention by torch, a document at a time, and Gated DeltaNet in chunks: the references keep
+    # every score, and every state.
+    with use_backend("reference", attention=attention, gated_delta_rule="chunked"):
         yield
     torch.backends.cudnn.allow_tf32 = before
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def free() -> None:
@@ -218,9 +213,9 @@ def poison() -> None:
 def fill(model: nn.Module) -> None:
     """Products that keep the size of what they are given, norms about 1, biases about 0; the same
     in every dtype, and as bf16 has them."""
-    generator = torch.Generator(device()).manual_seed(0)
+    generator = torch.Generator(on_device()).manual_seed(0)
     for name, parameter in model.named_parameters():
-        drawn = torch.empty(parameter.shape, device=device()).normal_(generator=generator)
+        drawn = torch.empty(parameter.shape, device=on_device()).normal_(generator=generator)
         if parameter.ndim > 1:
             fan_in = parameter.shape[-1] if parameter.ndim == 3 else parameter[0].numel()
             drawn *= fan_in**-0.5
@@ -229,10 +224,17 @@ def fill(model: nn.Module) -> None:
         parameter.copy_(drawn.bfloat16())
 
 
+def made_ready(model: Any, plain: bool) -> nn.Module:
+    """With its weights, compiled unless it is plain, to train."""
+    fill(model)
+    if not plain:
+        model.compile_layers()
+    trained: nn.Module = model.train()
+    return trained
+
+
 def packed(folder: Path, case: Case, seq_len: int) -> tuple[Build, dict[str, Any]]:
     """A family of packed rows: how to build it, and its row."""
-    from bench_train import make_batches
-
     from triptych_core.loop import to_device
     from triptych_models.config import ModelConfig
     from triptych_models.families import build_shell
@@ -242,12 +244,9 @@ def packed(folder: Path, case: Case, seq_len: int) -> tuple[Build, dict[str, Any
     def build(dtype: torch.dtype, plain: bool) -> nn.Module:
         how = {"fuse": not plain, "compile": "none" if plain else "layers"}
         settings = ModelConfig.model_validate({"path": folder / "model", "init": "random"} | how)
-        with device():
+        with on_device():
             model = build_shell(settings, dtype=dtype)
-        fill(model)
-        if not plain:
-            model.compile_layers()
-        return model.train()
+        return made_ready(model, plain)
 
     with torch.device("meta"):
         shell = build_shell(ModelConfig(path=folder / "model", init="random"), dtype=torch.bfloat16)
@@ -258,7 +257,7 @@ def packed(folder: Path, case: Case, seq_len: int) -> tuple[Build, dict[str, Any
     further = {}
     if second := batch.get("num_second_targets", 0):
         further["second_weight"] = batch["num_targets"] / second  # as the loop says it
-    return build, dict(to_device(batch, device())) | further
+    return build, dict(to_device(batch, on_device())) | further
 
 
 def latents(folder: Path, family: str, clip: tuple[int, ...]) -> tuple[Build, dict[str, Any]]:
@@ -269,7 +268,7 @@ def latents(folder: Path, family: str, clip: tuple[int, ...]) -> tuple[Build, di
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device())
+        return torch.randn(shape, generator=generator).to(on_device())
 
     settings: dict[str, Any] = {"family": family, "init": "random"}
     objective = ObjectiveConfig()
@@ -283,20 +282,17 @@ def latents(folder: Path, family: str, clip: tuple[int, ...]) -> tuple[Build, di
         sit = {"size": "custom", "hidden_size": 1152, "num_layers": 2, "num_heads": 16}
         settings["sit"] = sit | {"learn_sigma": True}
         count, shape = 32, (4, 32, 32)
-        condition = {"labels": torch.arange(count, device=device())}
+        condition = {"labels": torch.arange(count, device=on_device())}
 
     def build(dtype: torch.dtype, plain: bool) -> nn.Module:
         config = DiffusionModelConfig.model_validate(settings | {"compile": "none"})
-        with device():
-            model = build_shell(config, objective, dtype=dtype).to(device())
-        fill(model)
-        if not plain:
-            model.compile_layers()
-        return model.train()
+        with on_device():
+            model = build_shell(config, objective, dtype=dtype).to(on_device())
+        return made_ready(model, plain)
 
     x = randn(count, *shape)
-    times = torch.linspace(0.1, 0.9, count, device=device())
-    ones = torch.ones(count, device=device())
+    times = torch.linspace(0.1, 0.9, count, device=on_device())
+    ones = torch.ones(count, device=on_device())
     batch = {"latents": x, "noise": randn(*x.shape), "times": times, "drops": ones}
     return build, batch | {"weights": ones, "num_targets": x.numel()} | condition
 
@@ -327,7 +323,7 @@ def images(folder: Path, count: int) -> tuple[Build, dict[str, Any]]:
 
     def build(dtype: torch.dtype, plain: bool) -> nn.Module:
         config = RAEModelConfig.model_validate(settings | {"compile": "none"})
-        model = build_rae(config, *judges, dtype=dtype).to(device())
+        model = build_rae(config, *judges, dtype=dtype).to(on_device())
         with torch.no_grad():
             for module in (model.decoder, *model.beside):
                 for parameter in module.parameters():
@@ -346,7 +342,9 @@ def images(folder: Path, count: int) -> tuple[Build, dict[str, Any]]:
         "draws": torch.rand(count, USES, NUMBERS, generator=generator),
         "weights": torch.ones(count),
     }
-    return build, {name: each.to(device()) for name, each in batch.items()} | {"num_targets": count}
+    return build, {name: each.to(on_device()) for name, each in batch.items()} | {
+        "num_targets": count
+    }
 
 
 def run_one(folder: Path, name: str, seq_len: int, small: bool, cudnn: bool) -> dict[str, Any]:
